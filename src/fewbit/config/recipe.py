@@ -1,0 +1,163 @@
+"""The whole recipe as one object: the same from Python, from YAML and from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field
+
+from fewbit.config.schemes import scheme_config, with_group_size
+from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.config.validation import config_class
+from fewbit.errors import ConfigError, nearest
+
+
+@config_class
+class RTNConfig:
+    """Round to nearest: every weight goes to the nearest code of its group's grid."""
+
+    name: Literal["rtn"] = "rtn"
+
+
+@config_class
+class GPTQConfig:
+    """GPTQ (Frantar et al. 2022): columns one after another, the error of each moved into those still to come."""
+
+    name: Literal["gptq"] = "gptq"
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to H's diagonal, as a share of its mean; raised tenfold while H cannot be factored."""
+    order: Literal["activation", "none", "group-aware"] = "activation"
+    """Order of the columns. activation: by falling diag(H), groups stay where they are (no g_idx).
+    group-aware: groups by their largest diag(H), columns by diag(H) inside a group. none: left to right."""
+    block_size: Annotated[int, Field(gt=0)] = 128
+    """Columns per lazy update: speed only, the result does not depend on it."""
+    refits: Annotated[int, Field(ge=0, le=10)] = 1
+    """How often the scales are fitted anew to the codes (least squares in the norm of H) and the codes found again."""
+
+
+AlgorithmConfig = RTNConfig | GPTQConfig
+ALGORITHMS: dict[str, type[RTNConfig] | type[GPTQConfig]] = {"rtn": RTNConfig, "gptq": GPTQConfig}
+
+
+@config_class
+class CalibrationConfig:
+    """How much of the calibration text is used."""
+
+    num_samples: Annotated[int, Field(gt=0)] = 128
+    """Sequences."""
+    sequence_length: Annotated[int, Field(gt=1)] = 2048
+    """Tokens per sequence; short texts are packed together, none is dropped."""
+
+
+@config_class
+class Config:
+    """What is done to the whole model."""
+
+    global_quant_config: QuantizationConfig
+    """Applies to every linear of the repeating blocks that no other rule names."""
+    layer_type_quant_config: dict[str, QuantizationConfig] = dataclasses.field(default_factory=dict)
+    """By class name, e.g. {"Linear": …}."""
+    layer_quant_config: dict[str, QuantizationConfig] = dataclasses.field(default_factory=dict)
+    """By module name, wildcard or "re:" pattern; an exact name goes first, then patterns in order."""
+    exclude: tuple[str, ...] = ()
+    """Names, wildcards or "re:" patterns of modules that stay as they are."""
+    algo_config: AlgorithmConfig = dataclasses.field(default_factory=GPTQConfig)
+    """How codes are found."""
+    calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
+    seed: int = 0
+    """Chooses the calibration sequences. Same recipe, model and text: same bytes."""
+
+    SHORTHANDS: ClassVar[tuple[str, ...]] = ("scheme", "group_size", "algorithm")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """Build a Config from plain data (YAML, JSON). Besides the fields it takes the shorthands of the CLI:
+        `scheme: W4A16`, `group_size: 64`, `algorithm: gptq`; a scheme's name may stand for any QuantizationConfig.
+        """
+        values = dict(data)
+        known = [field.name for field in dataclasses.fields(cls)] + list(cls.SHORTHANDS)
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"a recipe has no field {name!r}{nearest(name, known)}")
+        group_size = values.pop("group_size", None)
+        if "scheme" in values:
+            if "global_quant_config" in values:
+                raise ConfigError("a recipe gives either scheme or global_quant_config, not both")
+            values["global_quant_config"] = values.pop("scheme")
+        if "algorithm" in values:
+            if "algo_config" in values:
+                raise ConfigError("a recipe gives either algorithm or algo_config, not both")
+            values["algo_config"] = values.pop("algorithm")
+        if values.get("global_quant_config") is None:
+            raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
+        values["global_quant_config"] = _quantization_config(values["global_quant_config"], group_size)
+        for field in ("layer_type_quant_config", "layer_quant_config"):
+            if field in values:
+                table = _mapping(values[field], field)
+                # the shorthand sizes the groups of named schemes; a spec written out says its own size
+                values[field] = {
+                    key: _quantization_config(value, group_size if isinstance(value, str) else None)
+                    for key, value in table.items()
+                }
+        if "exclude" in values:
+            exclude = values["exclude"]
+            values["exclude"] = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        if "algo_config" in values:
+            values["algo_config"] = algorithm_config(values["algo_config"])
+        if "calibration" in values:
+            values["calibration"] = CalibrationConfig(**_mapping(values["calibration"], "calibration"))
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Config:
+        """Read a recipe file."""
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        return cls.from_dict(_mapping(data, f"recipe {path}"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `Config.from_dict(config.to_dict()) == config`."""
+        data = dataclasses.asdict(self)
+        data["exclude"] = list(self.exclude)
+        return data
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML text that `from_yaml` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def algorithm_config(value: Any) -> AlgorithmConfig:
+    """An algorithm from its name, its name with options ({name: gptq, damping: 0.02}) or the object itself."""
+    if isinstance(value, RTNConfig | GPTQConfig):
+        return value
+    options = {"name": value} if isinstance(value, str) else _mapping(value, "algorithm")
+    name = options.get("name")
+    if name not in ALGORITHMS:
+        raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
+    return ALGORITHMS[name](**options)
+
+
+def _quantization_config(value: Any, group_size: int | None) -> QuantizationConfig:
+    if isinstance(value, str):
+        return scheme_config(value, group_size)
+    if isinstance(value, QuantizationConfig):
+        return value if group_size is None else with_group_size(value, group_size)
+    options = _mapping(value, "a quantization config")
+    if options.get("weight") is not None:
+        options["weight"] = QuantizationSpec(**_mapping(options["weight"], "weight"))
+    config = QuantizationConfig(**options)
+    return config if group_size is None else with_group_size(config, group_size)
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} must be a table of fields, not {value!r}")
+    return dict(value)

@@ -1,0 +1,44 @@
+"""Frozen, validated configuration classes whose errors are sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from fewbit.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def config_class(cls: type[T]) -> type[T]:
+    """A frozen pydantic dataclass that raises ConfigError: unknown fields name the nearest known one."""
+    made: Any = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
+    validate: Callable[..., None] = made.__init__
+    fields = [field.name for field in dataclasses.fields(made)]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (it is the class's __init__)
+        for name in kwargs:
+            if name not in fields:
+                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, fields)}")
+        try:
+            validate(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ConfigError(_sentence(cls.__name__, error)) from None
+
+    made.__init__ = __init__
+    return made  # type: ignore[no-any-return]
+
+
+def _sentence(name: str, error: ValidationError) -> str:
+    problems = []
+    for detail in error.errors(include_url=False):
+        reason = detail["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in detail["loc"])
+        given = f" (got {detail['input']!r})" if where else ""
+        problems.append(f"{name}.{where}: {reason}{given}" if where else f"{name}: {reason}")
+    return "; ".join(problems)

@@ -1,0 +1,66 @@
+"""The errors that a user can act on. The CLI prints them as one sentence and exits with code 2."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+
+class FewbitError(Exception):
+    """What was found, what was expected, what to do: one sentence, no traceback."""
+
+
+class ConfigError(FewbitError, ValueError):
+    """A recipe, scheme or option that cannot be honoured."""
+
+
+class CheckpointError(FewbitError):
+    """A model's files are missing, damaged or not what they claim to be."""
+
+
+class CalibrationError(FewbitError):
+    """There is too little calibration data, or it is not usable."""
+
+
+class ArchitectureError(FewbitError):
+    """The model's structure is not known and could not be detected."""
+
+
+class RunError(FewbitError):
+    """The output directory cannot be used: busy, full, or written by another recipe."""
+
+
+class VerificationError(FewbitError):
+    """An export does not decode to the tensors it was made from."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest known name, else the list of known names."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or the text that safetensors' Rust side makes of one, says that the disk is full."""
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return True
+    return any(f"os error {code})" in str(error) for code in _DISK_FULL)
+
+
+@contextmanager
+def disk_errors_as_sentences(path: object) -> Iterator[None]:
+    """Turn "no space left" raised anywhere below into a RunError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error) and not isinstance(error, FewbitError):
+            raise RunError(
+                f"The disk is full: {path} could not be written. Free some space and run the same command with --resume."
+            ) from error
+        raise

@@ -1,0 +1,154 @@
+"""Element formats as data: what numbers a code of a few bits can stand for.
+
+Integers follow two's complement; small floats follow OCP FP8 (e4m3 without infinities, e5m2 with), OCP MX v1.0
+(e3m2, e2m3, e2m1: no infinities, no NaN) and e8m0 (a bare power of two, used for scales).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """One element format.
+
+    `smallest` and `largest` are the finite values at the ends of the range; encoding saturates there.
+    """
+
+    name: str
+    bits: int
+    kind: Literal["int", "float", "exponent"]
+    smallest: float
+    largest: float
+    exponent_bits: int = 0
+    mantissa_bits: int = 0
+    bias: int = 0
+    nan_code: int | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        return self.kind == "int"
+
+    @property
+    def is_signed(self) -> bool:
+        return self.smallest < 0
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Integer dtype that holds one code unpacked: int8 for signed integers, uint8 for everything else."""
+        return torch.int8 if self.is_integer and self.is_signed else torch.uint8
+
+    def round(self, x: Tensor) -> Tensor:
+        """Nearest representable value of each element, ties to the even code, saturating. Float in, same dtype out."""
+        if self.is_integer:
+            return x.round().clamp(self.smallest, self.largest)
+        return self.decode(self.encode(x), x.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of the nearest representable values: round half to even, saturating at the ends.
+
+        `x` float of any shape → `code_dtype`, same shape. NaN becomes the format's NaN code; a format without one
+        raises ValueError, because a silent 0 would hide a broken tensor.
+        """
+        isnan = x.isnan()
+        if self.nan_code is None and bool(isnan.any()):
+            raise ValueError(f"NaN cannot be encoded as {self.name}")
+        if self.is_integer:
+            return x.round().clamp(self.smallest, self.largest).to(self.code_dtype)
+        code = _encode_exponent(self, x) if self.kind == "exponent" else _encode_float(self, x)
+        if self.nan_code is not None:
+            code = torch.where(isnan, self.nan_code, code)
+        return code.to(torch.uint8)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of `codes` in `dtype`."""
+        if self.is_integer:
+            return codes.to(dtype)
+        return _code_table(self.name).to(codes.device, dtype)[codes.long()]
+
+
+def _encode_float(fmt: NumberFormat, x: Tensor) -> Tensor:
+    """Sign, exponent and mantissa fields of the nearest value, as int32 codes.
+
+    Working in units of the quantum of x's own binade turns "nearest float" into "nearest integer"; torch.round is
+    half-to-even, and an even integer is an even code. Float64 makes the scaling by powers of two exact for any input.
+    """
+    magnitude = x.double().abs().nan_to_num(nan=0.0, posinf=fmt.largest).clamp(max=fmt.largest)
+    lowest_exponent = 1 - fmt.bias
+    exponent = torch.frexp(magnitude).exponent - 1  # magnitude in [2^e, 2^(e+1))
+    # below the lowest normal all share its quantum; frexp calls the exponent of zero 0, which is no such thing
+    exponent = exponent.clamp(min=lowest_exponent).masked_fill(magnitude == 0, lowest_exponent)
+    steps = torch.ldexp(magnitude, fmt.mantissa_bits - exponent).round().to(torch.int32)
+    # `steps` counts quanta from 0. A carry into the next binade (steps = 2^(m+1)) lands on the right code by itself.
+    code = ((exponent - lowest_exponent) << fmt.mantissa_bits) + steps
+    sign = torch.signbit(x).to(torch.int32) << (fmt.bits - 1)
+    return code | sign
+
+
+def _encode_exponent(fmt: NumberFormat, x: Tensor) -> Tensor:
+    """Biased exponent of the nearest power of two; half-way (1.5·2^k) goes up.
+
+    With no mantissa bits the last bit kept is the implicit 1, which is odd, so half-to-even rounds up: the reading
+    that torch's float8_e8m0fnu cast has too. A scale is positive: zero and negative numbers saturate to 2^-127.
+    """
+    value = x.double().nan_to_num(nan=1.0, posinf=fmt.largest).clamp(fmt.smallest, fmt.largest)
+    mantissa, exponent = torch.frexp(value)  # mantissa in [0.5, 1)
+    code = exponent - 1 + fmt.bias + (mantissa >= 0.75).to(exponent.dtype)
+    return code.clamp(max=254)
+
+
+@cache
+def _code_table(name: str) -> Tensor:
+    """Float64 values of all 2^bits codes of a float format."""
+    fmt = FORMATS[name]
+    code = torch.arange(2**fmt.bits)
+    if fmt.kind == "exponent":
+        table = torch.ldexp(torch.ones(256, dtype=torch.float64), code - fmt.bias)
+    else:
+        mantissa = code & (2**fmt.mantissa_bits - 1)
+        exponent = (code >> fmt.mantissa_bits) & (2**fmt.exponent_bits - 1)
+        normal = exponent > 0
+        steps = (mantissa + (normal.long() << fmt.mantissa_bits)).double()
+        table = torch.ldexp(steps, torch.where(normal, exponent, 1) - fmt.bias - fmt.mantissa_bits)
+        table = torch.where(code >> (fmt.bits - 1) == 1, -table, table)
+        beyond = table.abs() > fmt.largest  # only the codes that OCP assigns to inf and NaN
+        table = torch.where(beyond, torch.nan, table)
+        if name == "e5m2":
+            table[0b01111100], table[0b11111100] = torch.inf, -torch.inf
+    if fmt.nan_code is not None:
+        table[fmt.nan_code] = torch.nan
+    return table
+
+
+def _signed(bits: int) -> NumberFormat:
+    return NumberFormat(f"int{bits}", bits, "int", -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
+
+
+def _unsigned(bits: int) -> NumberFormat:
+    return NumberFormat(f"uint{bits}", bits, "int", 0.0, 2.0**bits - 1)
+
+
+def _float(name: str, bits: int, exponent: int, mantissa: int, largest: float, nan: int | None = None) -> NumberFormat:
+    bias = 2 ** (exponent - 1) - 1
+    return NumberFormat(name, bits, "float", -largest, largest, exponent, mantissa, bias, nan)
+
+
+FORMATS: dict[str, NumberFormat] = {
+    fmt.name: fmt
+    for fmt in (
+        *(_signed(bits) for bits in range(2, 9)),
+        *(_unsigned(bits) for bits in range(2, 9)),
+        _float("e4m3", 8, 4, 3, 448.0, nan=0x7F),
+        _float("e5m2", 8, 5, 2, 57344.0, nan=0x7F),
+        _float("e3m2", 6, 3, 2, 28.0),
+        _float("e2m3", 6, 2, 3, 7.5),
+        _float("e2m1", 4, 2, 1, 6.0),
+        NumberFormat("e8m0", 8, "exponent", 2.0**-127, 2.0**127, exponent_bits=8, bias=127, nan_code=0xFF),
+    )
+}
