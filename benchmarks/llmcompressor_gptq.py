@@ -55,11 +55,11 @@ def quantize(model: PreTrainedModel, algorithm: str, scheme: QuantizationScheme,
     )
 
 
-def save_dense(compressed_dir: Path, dense_dir: Path) -> PreTrainedModel:
-    """Read `compressed_dir` back, dequantize to float32, save as an ordinary checkpoint; returns the model."""
+def save_dense(compressed_dir: Path, dense_dir: Path) -> None:
+    """Read `compressed_dir` back, dequantize to float32 and save as an ordinary checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(
         compressed_dir, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-    ).eval()
+    )
     # the weights are plain now, but transformers would still save them as a quantized model
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, attribute):
@@ -68,7 +68,6 @@ def save_dense(compressed_dir: Path, dense_dir: Path) -> PreTrainedModel:
         del model.config.quantization_config
     model.save_pretrained(dense_dir)
     AutoTokenizer.from_pretrained(compressed_dir).save_pretrained(dense_dir)
-    return model
 
 
 @torch.inference_mode()
@@ -110,7 +109,9 @@ def main() -> None:
     compressed_dir, dense_dir = args.out_dir / "compressed", args.out_dir / "dense"
     model.save_pretrained(compressed_dir, save_compressed=True)
     AutoTokenizer.from_pretrained(args.model_dir).save_pretrained(compressed_dir)
-    difference = (first_logits(save_dense(compressed_dir, dense_dir), samples) - expected).abs().max().item()
+    save_dense(compressed_dir, dense_dir)
+    dense = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
+    difference = (first_logits(dense, samples) - expected).abs().max().item()
 
     result = {
         "model": args.model_dir.name,

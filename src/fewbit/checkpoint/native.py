@@ -1,6 +1,6 @@
 """The native quantized checkpoint: one safetensors file per block, one for what lies outside the blocks.
 
-    RUN/fewbit.json               format version, recipe, fingerprint, model, which blocks are complete comes from
+    RUN/fewbit.json               format version, resolved recipe, fingerprint, number of blocks
     RUN/journal.jsonl             one line per finished block (written after its file is in place)
     RUN/blocks/00000.safetensors  the block's quantized weights (NAME.codes, NAME.scale, NAME.zero_point) and the rest
     RUN/outside.safetensors       embeddings, final norm, head
@@ -11,6 +11,7 @@ Each file's metadata says which weights are quantized and how, so a file can be 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -47,80 +48,82 @@ def write_part(file: Path, quantized: Mapping[str, QuantTensor], dense: Mapping[
     write_safetensors(file, tensors, {"format": "pt", "fewbit": json.dumps(specs, sort_keys=True)})
 
 
+class NativePart:
+    """One file of a native checkpoint; complete by itself, so a resumed run can read the blocks it already has."""
+
+    def __init__(self, file: Path) -> None:
+        header = read_header(file)
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            specs = json.loads((opened.metadata() or {}).get("fewbit", "{}"))
+        self.file = file
+        self.quantized: dict[str, tuple[QuantizationSpec, tuple[int, int]]] = {
+            name: (QuantizationSpec(**entry["spec"]), (entry["shape"][0], entry["shape"][1]))
+            for name, entry in specs.items()
+        }
+        stored = {f"{name}.{part}" for name in specs for part in ("codes", "scale", "zero_point")}
+        self.dense = {name: info for name, info in header.items() if name not in stored}
+
+    def info(self) -> dict[str, TensorInfo]:
+        quantized = {name: TensorInfo(shape, torch.float32) for name, (_, shape) in self.quantized.items()}
+        return self.dense | quantized
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor; a quantized one is dequantized (to float32 unless `dtype` says otherwise)."""
+        if name in self.quantized:
+            return self.read_quantized(name).dequantize(dtype or torch.float32)
+        tensor = self._get([name])[name].to(dtype)
+        check_finite(name, tensor)
+        return tensor
+
+    def read_quantized(self, name: str) -> QuantTensor:
+        """The QuantTensor of one weight."""
+        spec, shape = self.quantized[name]
+        parts = ["codes", "scale"] + ([] if spec.symmetric else ["zero_point"])
+        stored = self._get([f"{name}.{part}" for part in parts])
+        return QuantTensor.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec, shape)
+
+    def _get(self, stored_names: list[str]) -> dict[str, Tensor]:
+        with safe_open(self.file, framework="pt", device="cpu") as opened:
+            return {stored: opened.get_tensor(stored).clone() for stored in stored_names}
+
+
 class NativeCheckpoint:
-    """A finished run, readable as a TensorSource (dequantized) or as QuantTensors (for exporters)."""
+    """A finished run, readable as a TensorSource (dequantized) or part by part (for exporters)."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory: Path = Path(directory)
         self.manifest: dict[str, Any] = read_manifest(self.directory)
-        blocks = int(self.manifest["num_blocks"])
-        self.block_files = [block_file(self.directory, index) for index in range(blocks)]
-        missing = [file for file in self.files if not file.exists()]
+        blocks = [block_file(self.directory, index) for index in range(int(self.manifest["num_blocks"]))]
+        files = [*blocks, self.directory / OUTSIDE]
+        missing = [file.name for file in files if not file.exists()]
         if missing:
             raise CheckpointError(
-                f"{self.directory} is not finished ({missing[0].name} is missing); run the same command with --resume"
+                f"{self.directory} is not finished ({missing[0]} is missing); run the same command with --resume"
             )
-        self._specs: dict[str, tuple[QuantizationSpec, tuple[int, int]]] = {}
-        self._file_of: dict[str, Path] = {}
-        self._dense: dict[str, TensorInfo] = {}
-        for file in self.files:
-            self._index(file)
-
-    @property
-    def files(self) -> list[Path]:
-        return [*self.block_files, self.directory / OUTSIDE]
+        self.parts = [NativePart(file) for file in files]
+        self._part_of = {name: part for part in self.parts for name in part.info()}
 
     @property
     def quantized(self) -> dict[str, tuple[QuantizationSpec, tuple[int, int]]]:
         """Spec and shape of every quantized weight."""
-        return self._specs
-
-    def names_in(self, file: Path) -> list[str]:
-        """The model's tensor names that one file holds."""
-        return [name for name, where in self._file_of.items() if where == file]
+        return {name: entry for part in self.parts for name, entry in part.quantized.items()}
 
     def info(self) -> dict[str, TensorInfo]:
-        quantized = {name: TensorInfo(shape, torch.float32) for name, (_, shape) in self._specs.items()}
-        return self._dense | quantized
+        return {name: info for part in self.parts for name, info in part.info().items()}
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        tensors = {}
-        for name in names:
-            if name in self._specs:
-                tensors[name] = self.read_quantized(name).dequantize(dtype or torch.float32)
-            else:
-                tensors[name] = self._get(name, [name])[name].to(dtype)
-                check_finite(name, tensors[name])
-        return tensors
+        return {name: self._part(name).read(name, dtype) for name in names}
 
     def read_quantized(self, name: str) -> QuantTensor:
-        """The QuantTensor of one weight."""
-        spec, shape = self._specs[name]
-        parts = ["codes", "scale"] + ([] if spec.symmetric else ["zero_point"])
-        stored = self._get(name, [f"{name}.{part}" for part in parts])
-        return QuantTensor.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec, shape)
+        return self._part(name).read_quantized(name)
 
     def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
-    def _get(self, name: str, stored_names: list[str]) -> dict[str, Tensor]:
-        if name not in self._file_of:
+    def _part(self, name: str) -> NativePart:
+        if name not in self._part_of:
             raise CheckpointError(f"{self.directory} holds no tensor {name!r}")
-        with safe_open(self._file_of[name], framework="pt", device="cpu") as opened:
-            return {stored: opened.get_tensor(stored).clone() for stored in stored_names}
-
-    def _index(self, file: Path) -> None:
-        header = read_header(file)
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            specs = json.loads((opened.metadata() or {}).get("fewbit", "{}"))
-        parts = {f"{name}.{part}" for name in specs for part in ("codes", "scale", "zero_point")}
-        for name, entry in specs.items():
-            rows, columns = entry["shape"]
-            self._specs[name] = (QuantizationSpec(**entry["spec"]), (rows, columns))
-            self._file_of[name] = file
-        for name, info in header.items():
-            if name not in parts:
-                self._dense[name], self._file_of[name] = info, file
+        return self._part_of[name]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -1,0 +1,18 @@
+"""What every weight quantization method gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit.tensor import QuantTensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A quantized weight and how it went."""
+
+    weight: QuantTensor
+    damping: float | None = None
+    """Share of mean(diag H) that was added to H's diagonal; None if the method adds none."""
+    fallback: str | None = None
+    """Why another method than the requested one was used; None if it was not."""

@@ -1,0 +1,158 @@
+"""Calibration data: from text or token ids to batches. Texts are packed into full sequences; none is dropped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import CalibrationError
+
+HUB_PREFIX = "hub:"
+TOKENS_PER_BATCH = 2048  # enough to keep matrix products efficient, few enough to keep a block's activations small
+
+CalibrationData = str | Path | Tensor | Sequence[str] | Sequence[Mapping[str, Tensor]]
+"""A text file, "hub:DATASET", texts, token ids [sequences, tokens], or ready batches with attention masks."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Batches that the model is calibrated on."""
+
+    batches: list[dict[str, Tensor]]
+    """{"input_ids": [batch, tokens] int64} and, where there is padding, "attention_mask" of the same shape."""
+    source: str
+    requested: int
+
+    @property
+    def sequences(self) -> int:
+        return sum(batch["input_ids"].shape[0] for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count: padding is left out."""
+        return sum(
+            int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+            for batch in self.batches
+        )
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for name in sorted(batch):
+                digest.update(f"{name}{tuple(batch[name].shape)}".encode())
+                digest.update(batch[name].to(torch.int64).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Bool [batch, tokens], True where a token counts; None if all do."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.bool()
+
+
+def calibration_set(
+    data: CalibrationData | None, tokenizer: Any, num_samples: int, sequence_length: int, seed: int
+) -> CalibrationSet:
+    """Turn whatever the user gave into batches of `num_samples` sequences (fewer if the text is shorter).
+
+    `None` is the WikiText-2 excerpt that ships with fewbit. Raises CalibrationError if there is not even one sequence.
+    """
+    if isinstance(data, Tensor):
+        return CalibrationSet(_batches(_checked_ids(data)), "token ids", data.shape[0])
+    if not isinstance(data, str | Path) and data is not None:
+        items = list(data)
+        if items and all(isinstance(item, Mapping) for item in items):
+            batches = [{name: tensor.cpu() for name, tensor in item.items()} for item in items]  # type: ignore[union-attr]
+            return CalibrationSet(batches, "batches", sum(batch["input_ids"].shape[0] for batch in batches))
+        texts, source = [str(item) for item in items], "texts"
+    else:
+        texts, source = read_texts(data)
+    if tokenizer is None:
+        raise CalibrationError("calibration text needs a tokenizer: the model's directory has none, so pass token ids")
+    tokens = tokenize(texts, tokenizer)
+    chosen = choose_windows(tokens, num_samples, sequence_length, seed, source)
+    batches = _batches(chosen)
+    rest = tokens[chosen.numel() :]
+    if chosen.shape[0] < num_samples and rest.numel() > 1:  # every window is taken, so what is left over counts too
+        batches += _batches(rest.unsqueeze(0))
+    return CalibrationSet(batches, source, num_samples)
+
+
+def read_texts(data: str | Path | None) -> tuple[list[str], str]:
+    """Texts and a name for them: a file, "hub:DATASET[:CONFIG]", or None for the text that ships with fewbit."""
+    if data is None:
+        packaged = resources.files("fewbit") / "data" / "calibration.txt"
+        return [packaged.read_text(encoding="utf-8")], "WikiText-2 excerpt shipped with fewbit"
+    if str(data).startswith(HUB_PREFIX):
+        return _hub_texts(str(data).removeprefix(HUB_PREFIX)), str(data)
+    path = Path(data)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"calibration text {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CalibrationError(f"calibration text {path} is not UTF-8 text") from None
+    if not text.strip():
+        raise CalibrationError(f"calibration text {path} is empty")
+    return [text], path.name
+
+
+def tokenize(texts: Iterable[str], tokenizer: Any) -> Tensor:
+    """All texts in one stream of token ids [tokens], separated by the end-of-text token if there is one."""
+    separator = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    stream: list[int] = []
+    for text in texts:
+        if stream:
+            stream += separator
+        stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(stream, dtype=torch.int64)
+
+
+def choose_windows(tokens: Tensor, num_samples: int, length: int, seed: int, source: str = "the text") -> Tensor:
+    """`num_samples` of the disjoint windows of `length` tokens, chosen by `seed`, in their order: [sequences, length].
+
+    All windows if there are fewer. CalibrationError if there is none.
+    """
+    windows = tokens[: tokens.numel() // length * length].view(-1, length)
+    if windows.shape[0] == 0:
+        raise CalibrationError(
+            f"calibration text ({source}) has {tokens.numel()} tokens, less than one sequence of {length}; give more text "
+            "or a smaller --sequence-length"
+        )
+    if windows.shape[0] <= num_samples:
+        return windows
+    chosen = torch.randperm(windows.shape[0], generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return windows[chosen.sort().values]
+
+
+def _batches(ids: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": part} for part in ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))]
+
+
+def _checked_ids(ids: Tensor) -> Tensor:
+    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise CalibrationError(f"token ids must be integers [sequences, tokens], not {ids.dtype} {tuple(ids.shape)}")
+    return ids.to("cpu", torch.int64)
+
+
+def _hub_texts(name: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CalibrationError(f"hub:{name} needs the datasets library: pip install 'fewbit[hub]'") from None
+    dataset, _, config = name.partition(":")
+    try:
+        rows = load_dataset(dataset, config or None, split="train", streaming=True)
+        texts = [row["text"] for row, _ in zip(rows, range(20_000), strict=False) if row.get("text")]
+    except Exception as error:  # whatever the hub client raises, the user can only check name and network
+        raise CalibrationError(f"dataset {dataset!r} cannot be read from the hub: {error}") from None
+    if not texts:
+        raise CalibrationError(f"dataset {dataset!r} has no column 'text' with text in it")
+    return texts

@@ -1,0 +1,71 @@
+"""What a model family looks like, as data. A new family is a few lines in FAMILIES."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Linears of a block in execution order; the members of one group share one input.
+Groups = tuple[tuple[str, ...], ...]
+
+ATTENTION_AND_GATED_MLP: Groups = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where things are in a family's modules, and what is particular about it. Names are module paths."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """`model_type` of the configurations that this row describes."""
+    groups: Groups
+    blocks: str = "model.layers"
+    embeddings: str = "model.embed_tokens"
+    head: str = "lm_head"
+    offset_norm: bool = False
+    """The norm multiplies by (1 + weight) instead of weight."""
+    post_norms: bool = False
+    """Attention and MLP outputs pass a norm before they are added to the residual stream."""
+    qk_norm: bool = False
+    """Queries and keys are normalized per head before RoPE."""
+    sliding_window: bool = False
+    """Some blocks see a sliding window only, so masks and RoPE differ from block to block."""
+    detected: bool = False
+    """Found by looking at the modules, not listed in FAMILIES."""
+
+    @property
+    def traits(self) -> list[str]:
+        """The particulars in words."""
+        named = {
+            "offset norms": self.offset_norm,
+            "post-norms": self.post_norms,
+            "q/k norms": self.qk_norm,
+            "sliding windows": self.sliding_window,
+            "detected": self.detected,
+        }
+        return [words for words, present in named.items() if present]
+
+
+FAMILIES = (
+    Architecture("llama", ("llama", "mistral"), ATTENTION_AND_GATED_MLP),
+    Architecture("qwen2", ("qwen2",), ATTENTION_AND_GATED_MLP),
+    Architecture("qwen3", ("qwen3",), ATTENTION_AND_GATED_MLP, qk_norm=True),
+    Architecture(
+        "gemma3",
+        ("gemma3_text",),
+        ATTENTION_AND_GATED_MLP,
+        offset_norm=True,
+        post_norms=True,
+        qk_norm=True,
+        sliding_window=True,
+    ),
+)
+
+
+def listed(model_type: str) -> Architecture | None:
+    """The family's row, or None for a family that is not listed."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)

@@ -1,0 +1,282 @@
+"""A causal language model of which only one block has weights at a time.
+
+The modules are transformers' own, built without weights; a block's parameters are filled from a TensorSource, used
+and released. Nothing is traced and no forward is rewritten: what the model hands its blocks (masks, rotary
+embeddings, …) is recorded while its own Python runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
+from fewbit.errors import ArchitectureError, CheckpointError
+from fewbit.models import detect
+from fewbit.models.architecture import Architecture, Groups, listed
+
+BlockCall = dict[str, Any]
+"""Keyword arguments of one block for one batch."""
+
+
+@dataclass
+class BlockInputs:
+    """What the blocks are called with for one batch of token ids."""
+
+    hidden: Tensor
+    """[batch, tokens, channels], the input of the first block, float32 on the CPU."""
+    calls: list[BlockCall]
+    """One per block."""
+
+
+class BlockwiseModel:
+    """A model whose blocks are loaded one at a time. Weights and computation are float32."""
+
+    def __init__(self, skeleton: PreTrainedModel, source: TensorSource, architecture: Architecture | None = None) -> None:
+        self.skeleton = skeleton
+        self.source = source
+        self.config = skeleton.config
+        skeleton.eval().requires_grad_(False)
+        model_type = str(self.config.model_type)
+        self.architecture = architecture or listed(model_type) or detect.architecture(skeleton, model_type)
+        self.blocks: nn.ModuleList = detect.get_module_list(skeleton, self.architecture.blocks)
+        self._groups: Groups | None = self.architecture.groups or None
+        self._check_complete()
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, source: TensorSource | None = None) -> BlockwiseModel:
+        """A checkpoint directory with config.json; `source` gives the weights if they are no plain safetensors."""
+        directory = Path(directory)
+        source = source or SafetensorsSource(directory)  # first: its errors are about what the user gave
+        if not (directory / "config.json").exists():
+            raise CheckpointError(f"{directory} has no config.json; is it a Hugging Face checkpoint?")
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except (ValueError, KeyError, OSError) as error:
+            raise ArchitectureError(f"{directory / 'config.json'} is not readable by transformers: {error}") from None
+        return cls(_skeleton(config), source)
+
+    @classmethod
+    def from_module(cls, model: PreTrainedModel) -> BlockwiseModel:
+        """A transformers model in memory. It is only read: blocks work on copies."""
+        if not isinstance(model, PreTrainedModel):
+            raise ArchitectureError(
+                f"{type(model).__name__} is no transformers model; give a PreTrainedModel or a checkpoint's directory"
+            )
+        return cls(_skeleton(model.config, type(model)), ModuleSource(model))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def groups(self) -> Groups:
+        """Linears that share an input, in execution order, by their names inside a block."""
+        if self._groups is None:
+            self._groups = detect.groups(self)
+        return self._groups
+
+    def block_name(self, index: int) -> str:
+        return f"{self.architecture.blocks}.{index}"
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear of the model, inside and outside of the blocks, by its full name."""
+        return {name: module for name, module in self.skeleton.named_modules() if isinstance(module, nn.Linear)}
+
+    def block_tensors(self, index: int) -> list[str]:
+        """Names of one block's tensors in the checkpoint."""
+        prefix = self.block_name(index) + "."
+        return [prefix + name for name in self.blocks[index].state_dict()]
+
+    def outside_tensors(self) -> list[str]:
+        """Names of the stored tensors that belong to no block."""
+        inside = {name for index in range(len(self)) for name in self.block_tensors(index)}
+        return [name for name in self.skeleton.state_dict() if name not in inside and name in self.source.info()]
+
+    @contextmanager
+    def loaded(
+        self, index: int, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None
+    ) -> Iterator[nn.Module]:
+        """Block `index` with its float32 weights on `device`, released afterwards.
+
+        `weights` ({full name: tensor}) are used instead of the source's.
+        """
+        prefix = self.block_name(index) + "."
+        tensors = weights or self.source.read(self.block_tensors(index), torch.float32)
+        block = self.blocks[index]
+        _fill(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, device)
+        del tensors, weights
+        try:
+            yield block
+        finally:
+            _release(block)
+
+    def enter(self, batches: list[Mapping[str, Tensor]], device: torch.device | str = "cpu") -> Iterator[BlockInputs]:
+        """What the blocks are called with for each batch ({"input_ids": [batch, tokens], maybe "attention_mask"}).
+
+        Batches without padding that have the same shape share masks and rotary embeddings.
+        """
+        parent = self.skeleton.get_submodule(self.architecture.blocks.rpartition(".")[0])
+        shared: dict[tuple[int, ...], list[BlockCall]] = {}
+        with self._outside_loaded(device, skip_head=True):
+            for batch in batches:
+                inputs = self._record(parent, {name: tensor.to(device) for name, tensor in batch.items()})
+                if "attention_mask" not in batch:
+                    inputs.calls = shared.setdefault(tuple(batch["input_ids"].shape), inputs.calls)
+                yield inputs
+
+    @contextmanager
+    def head_loaded(self, device: torch.device | str = "cpu") -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from the last block's output [batch, tokens, channels] to float32 logits [batch, tokens, vocab].
+
+        The model's own code runs with blocks that answer with the given tensor: norm, head and soft caps are its own.
+        """
+
+        def logits(hidden: Tensor) -> Tensor:
+            given = hidden.to(device)
+            with self._blocks_replaced(lambda _index, _hidden, _call: given):
+                out = self.skeleton(inputs_embeds=given, use_cache=False).logits
+            return out.float()  # type: ignore[no-any-return]
+
+        with self._outside_loaded(device, skip_head=False):
+            yield logits
+
+    def call_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+        """One block's output hidden states [batch, tokens, channels]."""
+        output = block(hidden, **to_device(call, hidden.device))
+        return output[0] if isinstance(output, tuple) else output
+
+    def _record(self, parent: nn.Module, batch: Mapping[str, Tensor]) -> BlockInputs:
+        first: list[Tensor] = []
+        calls: list[BlockCall] = []
+
+        def record(index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+            if index == 0:
+                first.append(hidden.detach().float().cpu())
+            calls.append(call)
+            if index == len(self) - 1:
+                raise _LastBlockReachedError
+            return hidden
+
+        with self._blocks_replaced(record):
+            try:
+                parent(**batch, use_cache=False)
+            except _LastBlockReachedError:
+                return BlockInputs(first[0], calls)
+        raise ArchitectureError(f"{type(parent).__name__} did not call all blocks of {self.architecture.blocks}")
+
+    @contextmanager
+    def _blocks_replaced(self, stand_in: Callable[[int, Tensor, BlockCall], Tensor]) -> Iterator[None]:
+        """Every block's forward becomes stand_in(index, hidden states, keyword arguments)."""
+
+        def forward_of(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if args:
+                    raise ArchitectureError(
+                        f"blocks of {self.architecture.name} take positional arguments, which cannot be recorded by name"
+                    )
+                return stand_in(index, hidden_states, kwargs)
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.forward = forward_of(index)  # type: ignore[method-assign]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for block in self.blocks:
+                del block.forward  # the class's own forward is visible again
+
+    @contextmanager
+    def _outside_loaded(self, device: torch.device | str, skip_head: bool) -> Iterator[None]:
+        """Embeddings, norms and (unless skipped) the head have weights inside this context."""
+        names = self.outside_tensors()
+        head, embeddings = f"{self.architecture.head}.weight", f"{self.architecture.embeddings}.weight"
+        tied = bool(getattr(self.config, "tie_word_embeddings", False)) or head not in self.source.info()
+        unwanted = {head} if skip_head or tied else set()
+        if not skip_head and not tied:
+            unwanted = {embeddings}  # logits come from hidden states: no token is looked up
+        tensors = self.source.read([name for name in names if name not in unwanted], torch.float32)
+        if tied and not skip_head:
+            tensors[head] = tensors[embeddings]
+        _fill(self.skeleton, tensors, device)
+        try:
+            yield
+        finally:
+            for name in tensors:
+                _set(self.skeleton, name, torch.empty_like(tensors[name], device="meta"))
+
+    def _check_complete(self) -> None:
+        stored = self.source.info()
+        for index in range(len(self)):
+            for name in self.block_tensors(index):
+                if name not in stored:
+                    raise CheckpointError(f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs")
+        if f"{self.architecture.embeddings}.weight" not in stored:
+            raise CheckpointError(f"the checkpoint holds no tensor '{self.architecture.embeddings}.weight'")
+
+
+class _LastBlockReachedError(Exception):
+    """Ends the recording: norm and head are not needed."""
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested structure of keyword arguments."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model's modules with parameters on the meta device and buffers (rotary frequencies …) computed for real."""
+    if getattr(config, "quantization_config", None) is not None:
+        config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with init_empty_weights(include_buffers=False):
+            if model_class is not None:
+                return model_class._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except ValueError as error:
+        raise ArchitectureError(f"transformers has no causal language model for {config.model_type!r}: {error}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:
+    for name, tensor in tensors.items():
+        _set(module, name, tensor.to(device))
+
+
+def _release(module: nn.Module) -> None:
+    for name, tensor in module.state_dict().items():
+        _set(module, name, torch.empty_like(tensor, device="meta"))
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        expected = owner._parameters[leaf]
+        if expected is not None and expected.shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
+            )
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

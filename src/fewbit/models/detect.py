@@ -1,0 +1,103 @@
+"""Structural detection: a model family that is not listed is looked at instead of looked up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import ArchitectureError
+from fewbit.models.architecture import Architecture, Groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fewbit.models.blockwise import BlockwiseModel
+
+WHAT_TO_WRITE = (
+    "add a row to FAMILIES in fewbit/models/architecture.py, for example Architecture({name!r}, ({name!r},), "
+    'groups=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), …), '
+    'blocks="model.layers", embeddings="model.embed_tokens", head="lm_head")'
+)
+
+
+def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
+    """Where blocks, embeddings and head of an unlisted family are. Its groups are found by `groups`."""
+    names = {module: name for name, module in skeleton.named_modules()}
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and _has_linears(module)
+    ]
+    embeddings, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    if not lists or embeddings is None or head is None:
+        missing = "list of like blocks with linears" if not lists else "token embeddings and output head"
+        raise ArchitectureError(
+            f"model type {model_type!r} is not listed and no {missing} could be found; {WHAT_TO_WRITE.format(name=model_type)}"
+        )
+    return Architecture(
+        name=model_type,
+        model_types=(model_type,),
+        groups=(),
+        blocks=max(lists)[1],
+        embeddings=names[embeddings],
+        head=names[head],
+        detected=True,
+    )
+
+
+def groups(model: BlockwiseModel) -> Groups:
+    """Which linears of a block share an input, in execution order: seen while 8 tokens pass the first block."""
+    (inputs,) = model.enter([{"input_ids": torch.arange(8).unsqueeze(0)}])
+    seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identities distinct
+    with model.loaded(0) as block, torch.no_grad():
+
+        def note(name: str, x: Tensor) -> None:
+            for tensor, members in seen:
+                if tensor is x:
+                    members.append(name)
+                    return
+            seen.append((x, [name]))
+
+        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        hooks = [
+            module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
+            for name, module in linears.items()
+        ]
+        try:
+            model.call_block(block, inputs.hidden, inputs.calls[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+    found = tuple(tuple(members) for _, members in seen)
+    unseen = set(linears) - {name for members in found for name in members}
+    kind = model.architecture.name
+    if unseen:
+        raise ArchitectureError(
+            f"model type {kind!r} is not listed and a probe of its first block did not reach {sorted(unseen)[0]!r}; "
+            + WHAT_TO_WRITE.format(name=kind)
+        )
+    for index, other in enumerate(model.blocks):
+        names = {name for name, module in other.named_modules() if isinstance(module, nn.Linear)}
+        if names != set(linears):
+            raise ArchitectureError(
+                f"model type {kind!r} is not listed and its block {index} has other linears than its first; "
+                + WHAT_TO_WRITE.format(name=kind)
+            )
+    return found
+
+
+def get_module_list(skeleton: nn.Module, name: str) -> nn.ModuleList:
+    """The list of blocks by its path."""
+    try:
+        blocks = skeleton.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureError(f"{type(skeleton).__name__} has no module {name!r}, where its blocks should be") from None
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        raise ArchitectureError(f"{name!r} of {type(skeleton).__name__} is no list of blocks")
+    return blocks
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())

@@ -1,0 +1,58 @@
+"""Hidden states between blocks: in memory up to a budget, the rest in files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbit.errors import disk_errors_as_sentences
+
+
+class HiddenStates:
+    """One float32 tensor per batch. A batch that does not fit the budget any more lives in a file."""
+
+    def __init__(self, budget_bytes: int, directory: Path) -> None:
+        self._budget = budget_bytes
+        self._directory = directory
+        self._memory: dict[int, Tensor] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self.bytes_in_memory = 0
+        self.bytes_on_disk = 0
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def put(self, index: int, hidden: Tensor) -> None:
+        """Keep (or replace) the states of one batch."""
+        hidden = hidden.detach().to("cpu", torch.float32).contiguous()
+        size = hidden.numel() * 4
+        known = index in self._shapes
+        self._shapes[index] = tuple(hidden.shape)
+        if index in self._memory or (not known and self.bytes_in_memory + size <= self._budget):
+            self.bytes_in_memory += 0 if known else size
+            self._memory[index] = hidden
+            return
+        self.bytes_on_disk += 0 if known else size
+        with disk_errors_as_sentences(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            hidden.numpy().tofile(self._file(index))
+
+    def get(self, index: int) -> Tensor:
+        """States of one batch [batch, tokens, channels]."""
+        if index in self._memory:
+            return self._memory[index]
+        values = np.fromfile(self._file(index), dtype=np.float32)
+        return torch.from_numpy(values).view(self._shapes[index])
+
+    def close(self) -> None:
+        """Forget everything and remove the files."""
+        self._memory.clear()
+        self._shapes.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        return self._directory / f"{index:05d}.f32"

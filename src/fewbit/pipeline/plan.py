@@ -1,0 +1,103 @@
+"""What will be done to which linear, decided and checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit.config.matching import resolve
+from fewbit.config.recipe import Config
+from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import ConfigError
+from fewbit.models.architecture import Groups
+from fewbit.models.blockwise import BlockwiseModel
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear: its spec if it is quantized, otherwise why not."""
+
+    name: str
+    shape: tuple[int, int]
+    spec: QuantizationSpec | None
+    rule: str
+    """The matching rule that decided, or the reason for which a linear cannot be quantized."""
+
+    @property
+    def status(self) -> str:
+        if self.spec is not None:
+            return "quantized"
+        return "excluded" if self.rule.startswith("exclude") else "skipped"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every linear of the model, and the groups of each block that have something to quantize."""
+
+    linears: dict[str, LinearPlan]
+    block_groups: list[Groups]
+    """Per block: names (inside the block) of linears to quantize that share an input, in execution order."""
+    warnings: list[str]
+
+    def spec(self, name: str) -> QuantizationSpec:
+        spec = self.linears[name].spec
+        assert spec is not None
+        return spec
+
+
+def make_plan(model: BlockwiseModel, config: Config) -> Plan:
+    """Match the recipe against the model. ConfigError for what cannot be honoured, before anything is written."""
+    modules = model.linears()
+    found = resolve(config, {name: type(module).__name__ for name, module in modules.items()})
+    grouped = {
+        f"{model.block_name(index)}.{name}"
+        for index in range(len(model))
+        for group in model.groups
+        for name in group
+    }
+    linears = {}
+    for name, match in found.items():
+        shape = (modules[name].out_features, modules[name].in_features)
+        spec = match.config.weight if match.config is not None else None
+        rule = match.rule
+        if name not in grouped and spec is not None:
+            if match.rule not in ("global",) and not match.rule.startswith("type"):
+                raise ConfigError(f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})")
+            spec, rule = None, "outside the blocks' groups"
+        if spec is not None:
+            _check_divides(name, shape, spec)
+        linears[name] = LinearPlan(name, shape, spec, rule)
+    if not any(linear.spec for linear in linears.values()):
+        raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no weight spec")
+    groups = [_to_quantize(model, index, linears) for index in range(len(model))]
+    return Plan(linears, groups, _warnings(model, linears, groups))
+
+
+def _check_divides(name: str, shape: tuple[int, int], spec: QuantizationSpec) -> None:
+    size = spec.group_size
+    if size is not None and shape[1] % size:
+        fitting = [g for g in (256, 128, 64, 32, 16) if shape[1] % g == 0]
+        advice = f"use --group-size {fitting[0]}" if fitting else "use --group-size -1 (one scale per channel)"
+        raise ConfigError(
+            f"group size {size} does not divide the {shape[1]} inputs of {name!r}; {advice}, or give that layer its own spec"
+        )
+
+
+def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPlan]) -> Groups:
+    prefix = model.block_name(index) + "."
+    groups = [tuple(name for name in group if linears[prefix + name].spec is not None) for group in model.groups]
+    return tuple(group for group in groups if group)
+
+
+def _warnings(model: BlockwiseModel, linears: dict[str, LinearPlan], block_groups: list[Groups]) -> list[str]:
+    """Engines fuse linears that share an input into one matrix, which works only if they are quantized alike."""
+    mixed = []
+    for index in range(len(block_groups)):
+        prefix = model.block_name(index) + "."
+        for group in model.groups:
+            if len({linears[prefix + name].spec for name in group}) > 1:
+                mixed.append(f"{prefix}{{{', '.join(group)}}}")
+    if not mixed:
+        return []
+    return [
+        f"{len(mixed)} groups of linears that engines fuse have unlike specs (first: {mixed[0]}); vLLM will refuse them"
+    ]

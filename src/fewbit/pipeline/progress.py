@@ -1,0 +1,122 @@
+"""What a person sees while the walk goes on: blocks done, stage, error so far, time left, peak memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fewbit.pipeline.report import peak_memory
+
+logger = logging.getLogger("fewbit")
+
+
+class ProgressView(Protocol):
+    """Receives events of the walk."""
+
+    def start(self, blocks: int, done: int) -> None: ...
+    def stage(self, block: int, name: str) -> None: ...
+    def block_done(self, block: int, loss: float | None) -> None: ...
+    def note(self, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def start(self, blocks: int, done: int) -> None:
+        pass
+
+    def stage(self, block: int, name: str) -> None:
+        pass
+
+    def block_done(self, block: int, loss: float | None) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class TerminalProgress(SilentProgress):
+    """A live bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("blocks", detail="", total=None)
+        self._loss = ""
+
+    def start(self, blocks: int, done: int) -> None:
+        self._bar.reset(self._task, total=blocks, completed=0)
+        self._bar.start()
+
+    def stage(self, block: int, name: str) -> None:
+        self._bar.update(self._task, detail=f"{name}{self._loss}{_memory()}")
+
+    def block_done(self, block: int, loss: float | None) -> None:
+        if loss is not None:
+            self._loss = f" · error {loss:.2e}"
+        self._bar.update(self._task, completed=block + 1)
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(text)
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+class PlainProgress(SilentProgress):
+    """One line per block, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started = time.monotonic()
+        self._blocks = 0
+        self._skipped = 0
+
+    def start(self, blocks: int, done: int) -> None:
+        self._blocks, self._skipped, self._started = blocks, done, time.monotonic()
+
+    def block_done(self, block: int, loss: float | None) -> None:
+        elapsed = time.monotonic() - self._started
+        left = elapsed / (block + 1) * (self._blocks - block - 1)
+        error = "kept from before" if loss is None else f"error {loss:.3e}"
+        self.note(f"block {block + 1}/{self._blocks} · {error} · {elapsed:.0f} s, {left:.0f} s left{_memory()}")
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def progress_view(show: bool) -> ProgressView:
+    """A live bar on a terminal, plain lines elsewhere, nothing if not `show`. Everything goes to stderr."""
+    if not show:
+        return SilentProgress()
+    console = Console(stderr=True)
+    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def setup_logging(path: str | Path, level: int = logging.INFO) -> None:
+    """Write fewbit's log, with every layer's quantization error, to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+def _memory() -> str:
+    return f" · peak {peak_memory() / 2**30:.2f} GiB"

@@ -1,0 +1,187 @@
+"""The main job: from a model and a recipe to a finished run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
+from fewbit.checkpoint.files import copy_side_files, write_json
+from fewbit.checkpoint.native import OUTSIDE, write_part
+from fewbit.config.recipe import Config, GPTQConfig
+from fewbit.errors import CheckpointError, ConfigError, RunError
+from fewbit.models.blockwise import BlockwiseModel
+from fewbit.pipeline.plan import make_plan
+from fewbit.pipeline.progress import progress_view
+from fewbit.pipeline.report import build_report
+from fewbit.pipeline.run_directory import Identity, RunDirectory
+from fewbit.pipeline.walk import Walk
+
+DEFAULT_ACTIVATION_MEMORY = "4GiB"
+NO_CALIBRATION = "none"
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def quantize_model(
+    model: str | Path | PreTrainedModel,
+    config: Config,
+    output: str | Path,
+    *,
+    calibration: CalibrationData | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
+    resume: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Quantize `model` by `config` into the directory `output`; returns that directory.
+
+    Args:
+        model: checkpoint directory, hub id, or a transformers model in memory.
+        calibration: text file, texts, token ids or batches (see calibration.tokens); None is the shipped text,
+            "none" quantizes without data (round to nearest only).
+        tokenizer: of a model in memory; directories bring their own.
+        activation_memory: bytes ("4GiB") that hidden states may take; the rest goes to disk.
+        resume: continue a run that was interrupted.
+
+    Raises FewbitError with a sentence for the user; nothing is written before model, recipe and data are checked.
+    """
+    started = time.perf_counter()
+    chosen_device = choose_device(device)
+    memory = parse_size(activation_memory)
+    blockwise = open_model(model)
+    plan = make_plan(blockwise, config)
+    data = _calibration(blockwise, config, calibration, tokenizer)
+    identity = _identity(blockwise, config, data)
+    directory = RunDirectory(output)
+    view = progress_view(progress)
+    try:
+        directory.open(identity, len(blockwise), resume)
+        prepared = time.perf_counter()
+        for warning in plan.warnings:
+            view.note(f"warning: {warning}")
+        walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory)
+        rows = walk.run(data)
+        walked = time.perf_counter()
+        _write_outside(blockwise, directory.path, tokenizer)
+        run = {
+            "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
+            "architecture": blockwise.architecture.name,
+            "blocks": len(blockwise),
+            "device": str(chosen_device),
+            "compute_dtype": "float32",
+            "forward": walk.strategy(data) if data is not None else "none",
+            "calibration": _describe(data),
+        }
+        seconds = {"prepare": prepared - started, "blocks": walked - prepared, "total": time.perf_counter() - started}
+        write_json(directory.path / "report.json", build_report(config, plan, rows, run, seconds))
+    finally:
+        view.stop()
+        directory.close()
+    return directory.path
+
+
+def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
+    """A checkpoint directory, a hub id or a module, ready to be walked."""
+    if not isinstance(model, str | Path):
+        return BlockwiseModel.from_module(model)
+    return BlockwiseModel.from_directory(resolve_directory(model))
+
+
+def resolve_directory(model: str | Path) -> Path:
+    """The directory of a checkpoint: the path itself, or where the hub's client put the model of that id."""
+    path = Path(model)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise CheckpointError(f"{model} does not exist; give a checkpoint's directory or a model id of the hub (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{model} is no directory here and could not be fetched from the hub: {reason}") from None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that computes. "auto" takes a CUDA GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise RunError(f"device {name!r} was asked for, but this machine has no such GPU; use --device cpu")
+    return device
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes of "4GiB", "500MB" or a number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"{value!r} is no size; write for example 4GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def load_tokenizer(directory: Path | None) -> Any:
+    """The tokenizer beside a checkpoint; None if there is none."""
+    if directory is None or not any(directory.glob("tokenizer*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _calibration(
+    model: BlockwiseModel, config: Config, data: CalibrationData | None, tokenizer: Any
+) -> CalibrationSet | None:
+    if isinstance(data, str) and data == NO_CALIBRATION:
+        if isinstance(config.algo_config, GPTQConfig):
+            raise ConfigError("GPTQ needs calibration data; use --algorithm rtn to quantize without")
+        return None
+    wanted = config.calibration
+    tokenizer = tokenizer or load_tokenizer(model.source.directory)
+    return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed)
+
+
+def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None) -> Identity:
+    from fewbit import __version__
+
+    architecture = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    fingerprint = hashlib.sha256((model.source.fingerprint() + architecture).encode()).hexdigest()
+    return Identity(
+        recipe=json.loads(json.dumps(config.to_dict())),
+        model=fingerprint,
+        calibration=data.fingerprint() if data is not None else NO_CALIBRATION,
+        version=__version__,
+    )
+
+
+def _write_outside(model: BlockwiseModel, directory: Path, tokenizer: Any) -> None:
+    """Embeddings, norms and head as they are, configuration and tokenizer."""
+    write_part(directory / OUTSIDE, {}, model.source.read(model.outside_tensors()))
+    if model.source.directory is not None:
+        copy_side_files(model.source.directory, directory)
+        return
+    model.config.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _describe(data: CalibrationSet | None) -> dict[str, Any]:
+    if data is None:
+        return {"source": NO_CALIBRATION, "sequences": 0, "tokens": 0}
+    return {"source": data.source, "sequences": data.sequences, "requested": data.requested, "tokens": data.tokens}

@@ -1,0 +1,90 @@
+"""report.json: every linear, what became of it and what it cost; totals; environment; the resolved recipe."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fewbit.config.recipe import Config
+from fewbit.pipeline.plan import LinearPlan, Plan
+from fewbit.pipeline.stage_quantizer import LinearResult
+
+
+def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
+    """The report's line of a quantized linear; also what the journal keeps."""
+    return {
+        "name": name,
+        "block": block,
+        "status": "quantized",
+        "tokens": result.tokens,
+        "loss": result.loss,
+        "error": result.error,
+        "energy": result.energy,
+        "damping": result.damping,
+        "fallback": result.fallback,
+        "seconds": round(result.seconds, 4),
+        "bits_per_weight": result.weight.bits_per_weight,
+        "weights": result.weight.codes.numel(),
+    }
+
+
+def untouched_row(linear: LinearPlan) -> dict[str, Any]:
+    """The report's line of a linear that stays as it is."""
+    return {"name": linear.name, "status": linear.status, "reason": linear.rule, "weights": linear.shape[0] * linear.shape[1]}
+
+
+def build_report(
+    config: Config, plan: Plan, rows: list[dict[str, Any]], run: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The whole report. `rows` are the quantized linears; `run` says what was quantized, with which data and how."""
+    untouched = [untouched_row(linear) for linear in plan.linears.values() if linear.spec is None]
+    weights = sum(row["weights"] for row in rows)
+    totals = {
+        "linears": dict(Counter(row["status"] for row in rows + untouched)),
+        "fallbacks": sum(row["fallback"] is not None for row in rows),
+        "bits_per_weight": sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights,
+        "loss": sum(row["error"] for row in rows) / max(sum(row["energy"] for row in rows), 1e-300),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_memory_bytes": peak_memory(),
+    }
+    return {
+        "run": run,
+        "totals": totals,
+        "warnings": plan.warnings,
+        "linears": rows + untouched,
+        "environment": environment(),
+        "recipe": config.to_dict(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they can matter for the result."""
+    from fewbit import __version__
+
+    return {
+        "fewbit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024

@@ -1,0 +1,107 @@
+"""From a stage with complete statistics to quantized weights: rows that share an input go through one loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.algorithms import quantize_weight
+from fewbit.algorithms.outcome import Outcome
+from fewbit.calibration.statistics import Statistics
+from fewbit.config.recipe import AlgorithmConfig
+from fewbit.config.spec import QuantizationSpec
+from fewbit.numerics.second_moment import quadratic_form
+from fewbit.tensor import QuantTensor
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """One quantized linear and its line in the report."""
+
+    weight: QuantTensor
+    tokens: int
+    error: float
+    """‖XΔᵀ‖², the squared output error; ‖Δ‖² where there are no statistics."""
+    energy: float
+    """‖XWᵀ‖² (or ‖W‖²), what the error is measured against."""
+    damping: float | None
+    fallback: str | None
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Relative squared error of the output."""
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear of a stage."""
+
+    name: str
+    weight: Tensor
+    """[out, in] float32."""
+    spec: QuantizationSpec
+    scale_dtype: torch.dtype
+
+
+def quantize_stage(
+    members: list[Member], statistics: Statistics | None, algorithm: AlgorithmConfig
+) -> dict[str, LinearResult]:
+    """Quantize the linears of a stage; those with the same spec go through the algorithm as one matrix."""
+    results: dict[str, LinearResult] = {}
+    moment = statistics.moment if statistics is not None else None
+    for batch in _alike(members):
+        started = time.perf_counter()
+        weight = batch[0].weight if len(batch) == 1 else torch.cat([member.weight for member in batch])
+        outcome = quantize_weight(weight, moment, batch[0].spec, batch[0].scale_dtype, algorithm)
+        error, energy = _errors(weight, outcome.weight, moment)
+        seconds = time.perf_counter() - started
+        start = 0
+        for member in batch:
+            rows = slice(start, start + member.weight.shape[0])
+            start = rows.stop
+            results[member.name] = LinearResult(
+                weight=_rows(outcome, rows, whole=len(batch) == 1),
+                tokens=statistics.tokens if statistics is not None else 0,
+                error=float(error[rows].sum()),
+                energy=float(energy[rows].sum()),
+                damping=outcome.damping,
+                fallback=outcome.fallback,
+                seconds=seconds * member.weight.shape[0] / weight.shape[0],
+            )
+    return results
+
+
+def _alike(members: list[Member]) -> Iterable[list[Member]]:
+    """Members in order, those joined whose rows are quantized alike. A scale per tensor keeps its tensor alone."""
+    batches: list[list[Member]] = []
+    for member in members:
+        for batch in batches:
+            first = batch[0]
+            if member.spec == first.spec and member.scale_dtype == first.scale_dtype and member.spec.tiling.rows == 1:
+                batch.append(member)
+                break
+        else:
+            batches.append([member])
+    return batches
+
+
+def _errors(weight: Tensor, quantized: QuantTensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Squared error and energy of each row: float64 [rows]."""
+    delta = quantized.dequantize().sub_(weight)
+    if moment is None:
+        return delta.square().sum(-1, dtype=torch.float64), weight.square().sum(-1, dtype=torch.float64)
+    return quadratic_form(delta, moment), quadratic_form(weight, moment)
+
+
+def _rows(outcome: Outcome, rows: slice, whole: bool) -> QuantTensor:
+    q = outcome.weight
+    if whole:
+        return q
+    zero = None if q.zero_point is None else q.zero_point[rows].contiguous()
+    return QuantTensor(q.codes[rows].contiguous(), q.scale[rows].contiguous(), zero, q.spec)

@@ -1,0 +1,180 @@
+"""Staged forward: true-sequential calibration at the price of one forward.
+
+Every batch's forward through the block runs in its own greenlet. A linear that will be quantized is wrapped: when it
+is called and its stage is not done yet, the forward is suspended with the linear's input in hand. When all batches are
+suspended or finished, the earliest stage among those waiting has seen all its tokens: it is quantized, and the batches
+that wait at it go on, now through quantized weights. The block's own Python runs unchanged.
+
+`staged` keeps every suspended forward in memory. `replay` keeps none: for each stage it runs every batch only as far
+as that stage and throws the forward away. Both see the same inputs, so both give the same bytes; replay repeats the
+front of the block (about two forwards in all for a Llama) to need the memory of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from fewbit.calibration.statistics import Statistics
+from fewbit.errors import ArchitectureError
+from fewbit.models.architecture import Groups
+
+Strategy = Literal["staged", "replay"]
+
+
+@dataclass
+class Stage:
+    """Linears that share an input, and what is known of that input so far."""
+
+    order: int
+    members: dict[str, nn.Linear]
+    statistics: Statistics | None = None
+    """None until a token arrives; complete when the stage is finished."""
+    done: bool = False
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.members))
+
+
+class StagedForward:
+    """Runs all batches through one block, stopping at each stage for `finish` to quantize it.
+
+    Args:
+        block: the block, with weights.
+        groups: names of linears inside the block that share an input, in execution order.
+        masks: per batch, bool [batch, tokens] that leaves padding out of the statistics, or None.
+        forward: runs one batch, given by its number, through the block and returns its output.
+        finish: called once per stage, in order; replaces the members' weights. `stage.statistics` is None for a stage
+            that no token reached.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Groups,
+        masks: Sequence[Tensor | None],
+        forward: Callable[[int], Tensor],
+        finish: Callable[[Stage], None],
+    ) -> None:
+        self.stages = [
+            Stage(order, {name: _linear(block, name) for name in group}) for order, group in enumerate(groups)
+        ]
+        self._masks = masks
+        self._forward = forward
+        self._finish_stage = finish
+
+    def run(self, emit: Callable[[int, Tensor], None], strategy: Strategy) -> None:
+        """Call emit(batch number, output) once per batch, the output computed with the quantized weights."""
+        with self._wrapped(), torch.no_grad():
+            if strategy == "staged":
+                self._staged(emit)
+            else:
+                self._replay(emit)
+
+    def _staged(self, emit: Callable[[int, Tensor], None]) -> None:
+        waiting = [_BatchRun(self._forward, index) for index in range(len(self._masks))]
+        self._advance(waiting, emit)
+        while waiting := [run for run in waiting if not run.dead]:
+            stage = min((run.at for run in waiting if run.at is not None), key=lambda stage: stage.order)
+            self._finish(stage)
+            self._advance([run for run in waiting if run.at is stage], emit)
+        self._finish_unreached()
+
+    def _advance(self, runs: list[_BatchRun], emit: Callable[[int, Tensor], None]) -> None:
+        for run in runs:
+            output = run.switch(run.index)  # the index is the forward's argument the first time, ignored later
+            if run.dead:
+                emit(run.index, output)
+
+    def _replay(self, emit: Callable[[int, Tensor], None]) -> None:
+        for stage in self.stages:
+            for index in range(len(self._masks)):
+                run = _BatchRun(self._forward, index)
+                run.switch(index)  # as far as the first stage that is not done, or to the end
+                if not run.dead:
+                    run.throw(GreenletExit)
+            self._finish(stage)
+        for index in range(len(self._masks)):
+            emit(index, self._forward(index))
+
+    def _finish_unreached(self) -> None:
+        for stage in self.stages:
+            if not stage.done:
+                self._finish(stage)
+
+    def _finish(self, stage: Stage) -> None:
+        if stage.statistics is not None:
+            stage.statistics.finish(stage.name)
+        self._finish_stage(stage)
+        stage.statistics = None
+        stage.done = True
+
+    @contextmanager
+    def _wrapped(self) -> Iterator[None]:
+        linears = [(stage, name, linear) for stage in self.stages for name, linear in stage.members.items()]
+        for stage, name, linear in linears:
+            linear.forward = self._suspending(stage, name, linear.forward)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for _, _, linear in linears:
+                del linear.forward  # the class's own forward is visible again
+
+    def _suspending(self, stage: Stage, name: str, original: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            run = getcurrent()
+            if isinstance(run, _BatchRun):
+                if not stage.done:
+                    self._count(stage, run.index, x)
+                    run.at = stage
+                    assert run.parent is not None
+                    run.parent.switch()
+                run.check_input(stage, name, x)
+            return original(x)
+
+        return forward
+
+    def _count(self, stage: Stage, index: int, x: Tensor) -> None:
+        if stage.statistics is None:
+            stage.statistics = Statistics.empty(x.shape[-1], x.device)
+        mask = self._masks[index]
+        if mask is not None and tuple(x.shape[:-1]) != tuple(mask.shape):
+            mask = None  # tokens were routed: what reaches the linear is no longer laid out like the batch
+        stage.statistics.add(x, mask)
+
+
+class _BatchRun(greenlet):
+    """The forward of one batch, suspended or running."""
+
+    def __init__(self, forward: Callable[[int], Tensor], index: int) -> None:
+        super().__init__(forward)
+        self.index = index
+        self.at: Stage | None = None
+        """Stage it is suspended at."""
+        self._inputs: dict[int, tuple[str, int]] = {}
+        """Per stage: the first member called and the address of its input."""
+
+    def check_input(self, stage: Stage, name: str, x: Tensor) -> None:
+        """ArchitectureError if a member of a stage is fed something else than the first one."""
+        first, address = self._inputs.setdefault(stage.order, (name, x.data_ptr()))
+        if address != x.data_ptr() and name != first:
+            raise ArchitectureError(f"{name!r} does not have the same input as {first!r}, so they cannot be one group")
+        if name == first:
+            self._inputs[stage.order] = (name, x.data_ptr())
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureError(f"{type(block).__name__} has no linear {name!r}") from None
+    if not isinstance(module, nn.Linear):
+        raise ArchitectureError(f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a linear")
+    return module

@@ -1,0 +1,147 @@
+"""The walk: every block is loaded once, quantized stage by stage, written once, journalled, and left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.calibration.tokens import CalibrationSet, padding_mask
+from fewbit.checkpoint.native import NativePart, block_file, write_part
+from fewbit.config.recipe import Config
+from fewbit.models.blockwise import BlockCall, BlockwiseModel
+from fewbit.pipeline.hidden_states import HiddenStates
+from fewbit.pipeline.plan import Plan
+from fewbit.pipeline.progress import ProgressView
+from fewbit.pipeline.report import linear_row
+from fewbit.pipeline.run_directory import RunDirectory
+from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
+from fewbit.pipeline.staged import Stage, StagedForward, Strategy
+
+logger = logging.getLogger("fewbit")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Everything the walk over the blocks needs."""
+
+    model: BlockwiseModel
+    plan: Plan
+    config: Config
+    directory: RunDirectory
+    progress: ProgressView
+    device: torch.device
+    activation_memory: int
+
+    def run(self, calibration: CalibrationSet | None) -> list[dict[str, Any]]:
+        """Quantize all blocks that the journal does not know yet; returns the report's rows of all of them."""
+        finished = self.directory.finished_blocks()
+        self.progress.start(len(self.model), len(finished))
+        if len(finished) == len(self.model):
+            return [row for index in range(len(self.model)) for row in finished[index]]
+        if calibration is None:
+            return self._without_data(finished)
+        states = HiddenStates(self.activation_memory, self.directory.work)
+        try:
+            return self._with_data(calibration, states, finished)
+        finally:
+            states.close()
+
+    def strategy(self, calibration: CalibrationSet) -> Strategy:
+        """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
+        widest = max(linear.shape[1] for linear in self.plan.linears.values() if linear.spec is not None)
+        per_token = 4 * (3 * self._channels() + widest)  # residual, hidden states in and out, the suspended input
+        return "staged" if calibration.tokens * per_token <= self.activation_memory else "replay"
+
+    def _with_data(
+        self, calibration: CalibrationSet, states: HiddenStates, finished: dict[int, list[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        calls: list[list[BlockCall]] = []
+        for index, inputs in enumerate(self.model.enter(list(calibration.batches), self.device)):
+            states.put(index, inputs.hidden)
+            calls.append(inputs.calls)
+        masks = [padding_mask(batch) for batch in calibration.batches]
+        strategy = self.strategy(calibration)
+        rows: list[dict[str, Any]] = []
+        for index in range(len(self.model)):
+            block_calls = [batch_calls[index] for batch_calls in calls]
+            if index in finished:
+                self._pass_through(index, states, block_calls)
+                rows += finished[index]
+                self.progress.block_done(index, None)
+                continue
+            with self.model.loaded(index, self.device) as block:
+                forward = self._forward(block, states, block_calls)
+                results: dict[str, LinearResult] = {}
+
+                def finish(stage: Stage, index: int = index, results: dict[str, LinearResult] = results) -> None:
+                    self._quantize(index, stage, results)
+
+                StagedForward(block, self.plan.block_groups[index], masks, forward, finish).run(states.put, strategy)
+            rows += self._write(index, results)
+        return rows
+
+    def _without_data(self, finished: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for index in range(len(self.model)):
+            if index in finished:
+                rows += finished[index]
+                self.progress.block_done(index, None)
+                continue
+            results: dict[str, LinearResult] = {}
+            with self.model.loaded(index, self.device) as block:
+                for order, group in enumerate(self.plan.block_groups[index]):
+                    members = {name: block.get_submodule(name) for name in group}
+                    self._quantize(index, Stage(order, members), results)  # type: ignore[arg-type]
+            rows += self._write(index, results)
+        return rows
+
+    def _quantize(self, index: int, stage: Stage, results: dict[str, LinearResult]) -> None:
+        prefix = self.model.block_name(index) + "."
+        self.progress.stage(index, " ".join(name.rpartition(".")[2] for name in stage.members))
+        info = self.model.source.info()
+        members = []
+        for name, linear in stage.members.items():
+            spec = self.plan.spec(prefix + name)
+            dtype = spec.stored_scale_dtype(info[f"{prefix}{name}.weight"].dtype)
+            members.append(Member(prefix + name, linear.weight.data, spec, dtype))
+        for name, result in quantize_stage(members, stage.statistics, self.config.algo_config).items():
+            results[name] = result
+            linear = stage.members[name.removeprefix(prefix)]
+            linear.weight = nn.Parameter(result.weight.dequantize(), requires_grad=False)
+            logger.info("%s loss %.4e tokens %d seconds %.2f", name, result.loss, result.tokens, result.seconds)
+            if result.fallback is not None:
+                logger.warning("%s fell back: %s", name, result.fallback)
+                self.progress.note(f"{name}: {result.fallback}")
+
+    def _write(self, index: int, results: dict[str, LinearResult]) -> list[dict[str, Any]]:
+        quantized = {f"{name}.weight": result.weight for name, result in results.items()}
+        rest = [name for name in self.model.block_tensors(index) if name not in quantized]
+        write_part(block_file(self.directory.path, index), quantized, self.model.source.read(rest))
+        rows = [linear_row(name, index, result) for name, result in results.items()]
+        self.directory.record(index, rows)
+        energy = sum(result.energy for result in results.values())
+        self.progress.block_done(index, sum(r.error for r in results.values()) / energy if energy else 0.0)
+        return rows
+
+    def _pass_through(self, index: int, states: HiddenStates, calls: list[BlockCall]) -> None:
+        """Hidden states through a block that an earlier run finished."""
+        part = NativePart(block_file(self.directory.path, index))
+        weights = {name: part.read(name, torch.float32) for name in self.model.block_tensors(index)}
+        with self.model.loaded(index, self.device, weights) as block, torch.no_grad():
+            forward = self._forward(block, states, calls)
+            for batch in range(len(calls)):
+                states.put(batch, forward(batch))
+
+    def _forward(self, block: nn.Module, states: HiddenStates, calls: list[BlockCall]) -> Callable[[int], Tensor]:
+        def forward(batch: int) -> Tensor:
+            return self.model.call_block(block, states.get(batch).to(self.device), calls[batch])
+
+        return forward
+
+    def _channels(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
