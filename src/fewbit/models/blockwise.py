@@ -23,6 +23,7 @@ from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSour
 from fewbit.errors import ArchitectureError, CheckpointError
 from fewbit.models import detect
 from fewbit.models.architecture import Architecture, Groups, listed
+from fewbit.models.memory import trim_heap
 
 BlockCall = dict[str, Any]
 """Keyword arguments of one block for one batch."""
@@ -118,6 +119,7 @@ class BlockwiseModel:
             yield block
         finally:
             _release(block)
+            trim_heap()
 
     def enter(self, batches: list[Mapping[str, Tensor]], device: torch.device | str = "cpu") -> Iterator[BlockInputs]:
         """What the blocks are called with for each batch ({"input_ids": [batch, tokens], maybe "attention_mask"}).
@@ -214,6 +216,8 @@ class BlockwiseModel:
         finally:
             for name in tensors:
                 _set(self.skeleton, name, torch.empty_like(tensors[name], device="meta"))
+            tensors.clear()
+            trim_heap()
 
     def _check_complete(self) -> None:
         stored = self.source.info()

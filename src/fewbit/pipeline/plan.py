@@ -38,6 +38,11 @@ class Plan:
     """Per block: names (inside the block) of linears to quantize that share an input, in execution order."""
     warnings: list[str]
 
+    @property
+    def unquantized(self) -> list[str]:
+        """Names of the linears that stay as they are."""
+        return [linear.name for linear in self.linears.values() if linear.spec is None]
+
     def spec(self, name: str) -> QuantizationSpec:
         spec = self.linears[name].spec
         assert spec is not None

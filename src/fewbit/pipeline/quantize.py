@@ -20,7 +20,7 @@ from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.pipeline.plan import make_plan
 from fewbit.pipeline.progress import progress_view
-from fewbit.pipeline.report import build_report
+from fewbit.pipeline.report import REPORT, build_report
 from fewbit.pipeline.run_directory import Identity, RunDirectory
 from fewbit.pipeline.walk import Walk
 
@@ -63,7 +63,7 @@ def quantize_model(
     directory = RunDirectory(output)
     view = progress_view(progress)
     try:
-        directory.open(identity, len(blockwise), resume)
+        directory.open(identity, len(blockwise), plan.unquantized, resume)
         prepared = time.perf_counter()
         for warning in plan.warnings:
             view.note(f"warning: {warning}")
@@ -81,7 +81,7 @@ def quantize_model(
             "calibration": _describe(data),
         }
         seconds = {"prepare": prepared - started, "blocks": walked - prepared, "total": time.perf_counter() - started}
-        write_json(directory.path / "report.json", build_report(config, plan, rows, run, seconds))
+        write_json(directory.path / REPORT, build_report(config, plan, rows, run, seconds))
     finally:
         view.stop()
         directory.close()

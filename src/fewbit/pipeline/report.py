@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import sys
@@ -13,8 +14,11 @@ import torch
 import transformers
 
 from fewbit.config.recipe import Config
+from fewbit.errors import CheckpointError
 from fewbit.pipeline.plan import LinearPlan, Plan
 from fewbit.pipeline.stage_quantizer import LinearResult
+
+REPORT = "report.json"
 
 
 def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
@@ -88,3 +92,12 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """report.json of a finished run."""
+    try:
+        report: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {REPORT}: it is no run, or it is not finished (use --resume)") from None
+    return report

@@ -51,7 +51,7 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._created = False
 
-    def open(self, identity: Identity, num_blocks: int, resume: bool) -> None:
+    def open(self, identity: Identity, num_blocks: int, unquantized: list[str], resume: bool) -> None:
         """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run."""
         has_run = (self.path / MANIFEST).exists()
         if not has_run and self.path.exists() and not self.path.is_dir():
@@ -77,6 +77,7 @@ class RunDirectory:
                 "model": identity.model,
                 "calibration": identity.calibration,
                 "recipe": identity.recipe,
+                "unquantized_linears": unquantized,
             },
         )
 

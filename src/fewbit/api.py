@@ -1,0 +1,115 @@
+"""The library in four lines: quantize, export, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fewbit import evaluation
+from fewbit.calibration.tokens import CalibrationData
+from fewbit.config.recipe import AlgorithmConfig, Config
+from fewbit.export import Verification, export, export_directory, verify
+from fewbit.pipeline.quantize import DEFAULT_ACTIVATION_MEMORY, quantize_model
+from fewbit.pipeline.report import read_report
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished quantization run in a directory."""
+
+    directory: Path
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """report.json: every linear, totals, environment, resolved recipe."""
+        return read_report(self.directory)
+
+    def export(self, format: str, output: str | Path | None = None) -> Path:
+        """Write the run in another engine's format; by default to RUN/exports/FORMAT."""
+        return export(self.directory, format, output or export_directory(self.directory, format))
+
+    def verify(self) -> list[Verification]:
+        """Decode every export with its engine's own library and compare it with the run exactly."""
+        return verify(self.directory)
+
+    def __fspath__(self) -> str:
+        return str(self.directory)
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    scheme: str | None = None,
+    *,
+    output: str | Path,
+    calibration: CalibrationData | None = None,
+    config: Config | Mapping[str, Any] | None = None,
+    group_size: int | None = None,
+    algorithm: str | AlgorithmConfig | None = None,
+    num_samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
+    resume: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Quantize a checkpoint directory, a hub id or a transformers model into the directory `output`.
+
+    Args:
+        model: see `fewbit.pipeline.quantize.quantize_model`, which also explains `calibration`, `tokenizer`,
+            `activation_memory` and `resume`.
+        scheme: a name of `fewbit schemes`, e.g. "W4A16".
+        config: a whole recipe instead of, or below, the short arguments: what both give, the short argument decides.
+
+    Raises FewbitError for input that cannot be used; its text says what to do.
+    """
+    recipe = merge_recipe(
+        config,
+        scheme=scheme,
+        group_size=group_size,
+        algorithm=algorithm,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    directory = quantize_model(
+        model,
+        recipe,
+        output,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        device=device,
+        activation_memory=activation_memory,
+        resume=resume,
+        progress=progress,
+    )
+    return Run(directory)
+
+
+def merge_recipe(recipe: Config | Mapping[str, Any] | None, **given: Any) -> Config:
+    """A recipe with the short arguments (those of the CLI) that are not None put in its place."""
+    data = dict(recipe.to_dict() if isinstance(recipe, Config) else recipe or {})
+    given = {name: value for name, value in given.items() if value is not None}
+    lengths = {name: given.pop(name) for name in ("num_samples", "sequence_length") if name in given}
+    if lengths:
+        data["calibration"] = dict(data.get("calibration") or {}) | lengths
+    for short, field in (("scheme", "global_quant_config"), ("algorithm", "algo_config")):
+        if short in given:
+            data.pop(field, None)
+    return Config.from_dict(data | given)
+
+
+def evaluate(model: str | Path | PreTrainedModel | Run, text: Any, **options: Any) -> evaluation.Evaluation:
+    """`fewbit.evaluation.evaluate`, which also takes a Run as model or as `against`."""
+    against = options.pop("against", None)
+    return evaluation.evaluate(_path_of(model), text, against=_path_of(against), **options)
+
+
+def _path_of(model: Any) -> Any:
+    return model.directory if isinstance(model, Run) else model

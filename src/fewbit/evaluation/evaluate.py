@@ -1,0 +1,170 @@
+"""Evaluation block by block over all windows, so that a model larger than memory can be evaluated.
+
+Perplexity as it is usually quoted: the whole text is tokenized once, cut into disjoint windows, each window is scored
+by itself, and the mean is over all predicted tokens (window length − 1 per window).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fewbit.calibration.tokens import read_texts, tokenize
+from fewbit.errors import CalibrationError, CheckpointError
+from fewbit.evaluation import metrics
+from fewbit.evaluation.sources import open_any
+from fewbit.models.blockwise import BlockwiseModel
+from fewbit.pipeline.hidden_states import HiddenStates
+from fewbit.pipeline.quantize import DEFAULT_ACTIVATION_MEMORY, choose_device, load_tokenizer, parse_size
+
+LOGIT_ROWS = 128  # tokens whose logits are in memory at a time: with a vocabulary of 256k, 128 MB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured."""
+
+    perplexity: float
+    windows: int
+    sequence_length: int
+    tokens: int
+    """Predicted tokens."""
+    reference_perplexity: float | None = None
+    kl_mean: float | None = None
+    """Mean KL(reference ‖ model) per token, in nats."""
+    kl_p99: float | None = None
+    """99th percentile of the KL per token."""
+    top1_agreement: float | None = None
+    """Share of tokens for which both models prefer the same next token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    text: str | Path | Tensor,
+    *,
+    sequence_length: int = 2048,
+    max_windows: int | None = None,
+    against: str | Path | PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
+) -> Evaluation:
+    """Perplexity of a checkpoint, run, export or module on a text file (or token ids [windows, tokens]).
+
+    With `against`, also the distance to that reference model. Raises FewbitError for unusable input.
+    """
+    blockwise = open_any(model)
+    reference = open_any(against) if against is not None else None
+    if reference is not None and reference.config.vocab_size != blockwise.config.vocab_size:
+        raise CheckpointError(
+            f"the models have vocabularies of {blockwise.config.vocab_size} and {reference.config.vocab_size} tokens; "
+            "only models with the same tokens can be compared"
+        )
+    if isinstance(text, Tensor):
+        ids = text.to(torch.int64)
+    else:
+        ids = _windows(text, tokenizer or load_tokenizer(blockwise.source.directory), sequence_length, max_windows)
+    target = choose_device(device)
+    budget = parse_size(activation_memory)
+    with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
+        hidden = _last_hidden_states(blockwise, ids, target, budget, Path(scratch) / "model")
+        if reference is None:
+            return _score(blockwise, hidden, ids, target)
+        reference_hidden = _last_hidden_states(reference, ids, target, budget, Path(scratch) / "reference")
+        return _compare(blockwise, hidden, reference, reference_hidden, ids, target)
+
+
+def _windows(text: str | Path, tokenizer: Any, length: int, max_windows: int | None) -> Tensor:
+    if tokenizer is None:
+        raise CheckpointError("the model's directory has no tokenizer; give token ids instead of a text")
+    texts, source = read_texts(text)
+    tokens = tokenize(texts, tokenizer)
+    count = tokens.numel() // length
+    if count == 0 or max_windows == 0:
+        raise CalibrationError(f"text {source} has {tokens.numel()} tokens, less than one window of {length}")
+    count = min(count, max_windows or count)
+    return tokens[: count * length].view(count, length)
+
+
+def _last_hidden_states(
+    model: BlockwiseModel, ids: Tensor, device: torch.device, budget: int, scratch: Path
+) -> HiddenStates:
+    """Output of the last block for every window, each block loaded once."""
+    states = HiddenStates(budget, scratch)
+    calls = []
+    for index, inputs in enumerate(model.enter([{"input_ids": window.unsqueeze(0)} for window in ids], device)):
+        states.put(index, inputs.hidden)
+        calls.append(inputs.calls)
+    for number in range(len(model)):
+        with model.loaded(number, device) as block, torch.no_grad():
+            for index in range(len(states)):
+                states.put(index, model.call_block(block, states.get(index).to(device), calls[index][number]))
+    return states
+
+
+def _pieces(states: HiddenStates, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(hidden [1, rows, channels], next tokens [rows]) a few rows at a time, over all windows."""
+    for index in range(len(states)):
+        hidden, targets = states.get(index)[:, :-1], ids[index, 1:]
+        yield from zip(hidden.split(LOGIT_ROWS, dim=1), targets.split(LOGIT_ROWS), strict=True)
+
+
+def _score(model: BlockwiseModel, states: HiddenStates, ids: Tensor, device: torch.device) -> Evaluation:
+    losses = []
+    with model.head_loaded(device) as head:
+        for hidden, targets in _pieces(states, ids):
+            losses.append(metrics.token_losses(head(hidden)[0], targets.to(device)).cpu())
+    return _evaluation(torch.cat(losses), ids)
+
+
+def _compare(
+    model: BlockwiseModel,
+    states: HiddenStates,
+    reference: BlockwiseModel,
+    reference_states: HiddenStates,
+    ids: Tensor,
+    device: torch.device,
+) -> Evaluation:
+    losses, reference_losses, divergence, agreement = [], [], [], []
+    with model.head_loaded(device) as head, reference.head_loaded(device) as reference_head:
+        pairs = zip(_pieces(states, ids), _pieces(reference_states, ids), strict=True)
+        for (hidden, targets), (reference_hidden, _) in pairs:
+            logits, expected = head(hidden)[0], reference_head(reference_hidden)[0]
+            losses.append(metrics.token_losses(logits, targets.to(device)).cpu())
+            reference_losses.append(metrics.token_losses(expected, targets.to(device)).cpu())
+            divergence.append(metrics.kl_divergence(expected, logits).cpu())
+            agreement.append(metrics.same_top1(expected, logits).cpu())
+    kl = torch.cat(divergence)
+    return _evaluation(
+        torch.cat(losses),
+        ids,
+        reference_perplexity=_perplexity(torch.cat(reference_losses)),
+        kl_mean=kl.mean(dtype=torch.float64).item(),
+        kl_p99=kl.quantile(0.99).item() if kl.numel() < 2**24 else kl.kthvalue(int(0.99 * kl.numel())).values.item(),
+        top1_agreement=torch.cat(agreement).double().mean().item(),
+    )
+
+
+def _evaluation(losses: Tensor, ids: Tensor, **comparison: float) -> Evaluation:
+    return Evaluation(
+        perplexity=_perplexity(losses),
+        windows=ids.shape[0],
+        sequence_length=ids.shape[1],
+        tokens=losses.numel(),
+        **comparison,
+    )
+
+
+def _perplexity(losses: Tensor) -> float:
+    return math.exp(losses.mean(dtype=torch.float64).item())
