@@ -61,6 +61,7 @@ def disk_errors_as_sentences(path: object) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error) and not isinstance(error, FewbitError):
             raise RunError(
-                f"The disk is full: {path} could not be written. Free some space and run the same command with --resume."
+                f"the disk is full: {path} could not be written; free some space and run the command again "
+                "(a quantization that had started continues with --resume)"
             ) from error
         raise

@@ -1,4 +1,7 @@
-"""QuantTensor: THE representation of a quantized weight. Every algorithm ends in one, every exporter starts from one."""
+"""QuantTensor: THE representation of a quantized weight.
+
+Every algorithm ends in one, every exporter starts from one.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +86,7 @@ class QuantTensor:
         return cls(codes, scale, zero, spec)
 
 
-def quantize(
-    weight: Tensor, spec: QuantizationSpec, scale: Tensor, zero_point: Tensor | None = None
-) -> QuantTensor:
+def quantize(weight: Tensor, spec: QuantizationSpec, scale: Tensor, zero_point: Tensor | None = None) -> QuantTensor:
     """Round a float weight [out, in] to the nearest codes of a given grid."""
     tiling = spec.tiling
     codes = scales.encode(tiling.split(weight), scale, zero_point, spec.format)

@@ -1,2 +1,5 @@
 from __future__ import annotations
-def gptq(*a): return None
+
+
+def gptq(*a):
+    return None

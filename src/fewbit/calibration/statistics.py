@@ -35,5 +35,7 @@ class Statistics:
         diagonal = self.moment.diagonal()  # a non-finite input makes its own square non-finite
         if not bool(torch.isfinite(diagonal).all()):
             channel = int((~torch.isfinite(diagonal)).nonzero()[0])
-            raise CalibrationError(f"the input of {name!r} holds NaN or infinity (channel {channel}); is the model damaged?")
+            raise CalibrationError(
+                f"the input of {name!r} holds NaN or infinity (channel {channel}); is the model damaged?"
+            )
         return self

@@ -67,11 +67,10 @@ def calibration_set(
     if isinstance(data, Tensor):
         return CalibrationSet(_batches(_checked_ids(data)), "token ids", data.shape[0])
     if not isinstance(data, str | Path) and data is not None:
-        items = list(data)
-        if items and all(isinstance(item, Mapping) for item in items):
-            batches = [{name: tensor.cpu() for name, tensor in item.items()} for item in items]  # type: ignore[union-attr]
-            return CalibrationSet(batches, "batches", sum(batch["input_ids"].shape[0] for batch in batches))
-        texts, source = [str(item) for item in items], "texts"
+        ready = [item for item in data if isinstance(item, Mapping)]
+        if ready:
+            return _ready_batches(ready)
+        texts, source = [str(text) for text in data], "texts"
     else:
         texts, source = read_texts(data)
     if tokenizer is None:
@@ -123,13 +122,22 @@ def choose_windows(tokens: Tensor, num_samples: int, length: int, seed: int, sou
     windows = tokens[: tokens.numel() // length * length].view(-1, length)
     if windows.shape[0] == 0:
         raise CalibrationError(
-            f"calibration text ({source}) has {tokens.numel()} tokens, less than one sequence of {length}; give more text "
-            "or a smaller --sequence-length"
+            f"calibration text ({source}) has {tokens.numel()} tokens, less than one sequence of {length}; "
+            "give more text or a smaller --sequence-length"
         )
     if windows.shape[0] <= num_samples:
         return windows
     chosen = torch.randperm(windows.shape[0], generator=torch.Generator().manual_seed(seed))[:num_samples]
     return windows[chosen.sort().values]
+
+
+def _ready_batches(items: Sequence[Mapping[str, Tensor]]) -> CalibrationSet:
+    for item in items:
+        if "input_ids" not in item or not set(item) <= {"input_ids", "attention_mask"}:
+            raise CalibrationError(f"a calibration batch has input_ids and maybe attention_mask, not {sorted(item)}")
+        _checked_ids(item["input_ids"])
+    batches = [{name: tensor.cpu() for name, tensor in item.items()} for item in items]
+    return CalibrationSet(batches, "batches", sum(batch["input_ids"].shape[0] for batch in batches))
 
 
 def _batches(ids: Tensor) -> list[dict[str, Tensor]]:

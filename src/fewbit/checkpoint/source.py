@@ -40,8 +40,9 @@ class TensorInfo:
 class TensorSource(Protocol):
     """What the walk, the evaluation and the exporters need of a model's weights."""
 
-    directory: Path | None
-    """Holds config.json and the tokenizer; None for a module in memory."""
+    @property
+    def directory(self) -> Path | None:
+        """Holds config.json and the tokenizer; None for a module in memory."""
 
     def info(self) -> dict[str, TensorInfo]:
         """Every tensor's shape and dtype by name."""

@@ -44,7 +44,9 @@ def resolve(config: Config, modules: Mapping[str, str]) -> dict[str, Match]:
     types = set(modules.values())
     for layer_type in config.layer_type_quant_config:
         if layer_type not in types:
-            raise ConfigError(f"layer_type_quant_config names {layer_type!r}, which no module is{nearest(layer_type, types)}")
+            raise ConfigError(
+                f"layer_type_quant_config names {layer_type!r}, which no module is{nearest(layer_type, types)}"
+            )
     return {name: _resolve_one(config, name, layer_type) for name, layer_type in modules.items()}
 
 

@@ -38,7 +38,9 @@ class QuantizationSpec:
         if self.dtype not in FORMATS:
             raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, INTEGER_FORMATS)}")
         if self.dtype not in INTEGER_FORMATS:
-            raise ConfigError(f"dtype {self.dtype!r} is not a weight format of this version: {', '.join(INTEGER_FORMATS)}")
+            raise ConfigError(
+                f"dtype {self.dtype!r} is not a weight format of this version: {', '.join(INTEGER_FORMATS)}"
+            )
         if self.qscheme == "per_group" and self.group_size is None:
             raise ConfigError("qscheme per_group needs group_size")
         if self.qscheme != "per_group" and self.group_size is not None:

@@ -1,7 +1,7 @@
 """compressed-tensors, format pack-quantized: weight-only integers of 2 to 8 bits for vLLM and transformers.
 
 Layout of one weight [out, in] of b bits (compressed-tensors 0.19/0.20):
-    weight_packed      int32 [out, ceil(in·b/32)]       unsigned codes (code + 2^(b−1)), little-endian bit stream per row
+    weight_packed      int32 [out, ceil(in·b/32)]       code + 2^(b−1) in a little-endian bit stream per row
     weight_scale       [out, in/group] or [out, 1]      dtype of the model
     weight_zero_point  int32 [ceil(out·b/32), in/group] affine only: unsigned, packed along `out`
     weight_shape       int64 [2]
@@ -45,7 +45,9 @@ def write(checkpoint: NativeCheckpoint, directory: Path) -> None:
         write_safetensors(directory / shard, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
     copy_side_files(checkpoint.directory, directory)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(checkpoint)
@@ -97,7 +99,10 @@ def quantization_config(checkpoint: NativeCheckpoint) -> dict[str, Any]:
         modules[_weights(spec)].append(name.removesuffix(".weight"))
     by_size = sorted(modules.items(), key=lambda item: len(item[1]))
     groups = {
-        f"group_{number}": {"targets": ["Linear"] if names is by_size[-1][1] else names, "weights": json.loads(weights)}
+        f"group_{number}": {
+            "targets": ["Linear"] if names is by_size[-1][1] else names,
+            "weights": json.loads(weights),
+        }
         for number, (weights, names) in enumerate(by_size)
     }
     return {

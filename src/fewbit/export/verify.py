@@ -46,7 +46,9 @@ def verify(directory: str | Path, run: str | Path | None = None) -> list[Verific
     if (directory / MANIFEST).exists():
         exports = sorted(path.parent for path in (directory / "exports").glob(f"*/{ORIGIN}"))
         if not exports:
-            raise CheckpointError(f"{directory} has no exports yet; make one with: fewbit export {directory} --format …")
+            raise CheckpointError(
+                f"{directory} has no exports yet; make one with: fewbit export {directory} --format …"
+            )
         return [_verify_export(export, directory) for export in exports]
     return [_verify_export(directory, Path(run) if run is not None else None)]
 
@@ -97,9 +99,15 @@ def _verify_compressed_tensors(directory: Path, checkpoint: NativeCheckpoint) ->
         if name not in names:
             raise VerificationError(f"{directory}: tensor {name!r} is missing")
         _compare(name, stored.read([name])[name], checkpoint.read([name])[name])
-    extra = names - set(dense) - {
-        f"{name.removesuffix('.weight')}.{part}" for name in checkpoint.quantized for part in compressed_tensors.PARTS
-    }
+    extra = (
+        names
+        - set(dense)
+        - {
+            f"{name.removesuffix('.weight')}.{part}"
+            for name in checkpoint.quantized
+            for part in compressed_tensors.PARTS
+        }
+    )
     if extra:
         raise VerificationError(f"{directory} holds tensors that the run does not: {sorted(extra)[0]!r}")
     decoder = f"compressed-tensors {library.__version__}"
@@ -124,7 +132,8 @@ def _scheme_of(schemes: list[Any], module: str) -> Any:
 
 def _signed(weight: QuantTensor, unsigned: Tensor) -> Tensor:
     """The library's codes are signed for every spec."""
-    return unsigned.to(torch.int16) - 2 ** (weight.spec.bits - 1)
+    offset: int = 2 ** (weight.spec.bits - 1)
+    return unsigned.to(torch.int16) - offset
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:

@@ -42,7 +42,9 @@ class BlockInputs:
 class BlockwiseModel:
     """A model whose blocks are loaded one at a time. Weights and computation are float32."""
 
-    def __init__(self, skeleton: PreTrainedModel, source: TensorSource, architecture: Architecture | None = None) -> None:
+    def __init__(
+        self, skeleton: PreTrainedModel, source: TensorSource, architecture: Architecture | None = None
+    ) -> None:
         self.skeleton = skeleton
         self.source = source
         self.config = skeleton.config
@@ -57,7 +59,8 @@ class BlockwiseModel:
     def from_directory(cls, directory: str | Path, source: TensorSource | None = None) -> BlockwiseModel:
         """A checkpoint directory with config.json; `source` gives the weights if they are no plain safetensors."""
         directory = Path(directory)
-        source = source or SafetensorsSource(directory)  # first: its errors are about what the user gave
+        if source is None:
+            source = SafetensorsSource(directory)  # first: its errors are about what the user gave
         if not (directory / "config.json").exists():
             raise CheckpointError(f"{directory} has no config.json; is it a Hugging Face checkpoint?")
         try:
@@ -142,14 +145,15 @@ class BlockwiseModel:
         The model's own code runs with blocks that answer with the given tensor: norm, head and soft caps are its own.
         """
 
-        def logits(hidden: Tensor) -> Tensor:
+        def head(hidden: Tensor) -> Tensor:
             given = hidden.to(device)
             with self._blocks_replaced(lambda _index, _hidden, _call: given):
                 out = self.skeleton(inputs_embeds=given, use_cache=False).logits
-            return out.float()  # type: ignore[no-any-return]
+            logits: Tensor = out.float()
+            return logits
 
         with self._outside_loaded(device, skip_head=False):
-            yield logits
+            yield head
 
     def call_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         """One block's output hidden states [batch, tokens, channels]."""
@@ -183,14 +187,14 @@ class BlockwiseModel:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 if args:
                     raise ArchitectureError(
-                        f"blocks of {self.architecture.name} take positional arguments, which cannot be recorded by name"
+                        f"blocks of {self.architecture.name} get positional arguments, which have no name to record"
                     )
                 return stand_in(index, hidden_states, kwargs)
 
             return forward
 
         for index, block in enumerate(self.blocks):
-            block.forward = forward_of(index)  # type: ignore[method-assign]
+            block.__dict__["forward"] = forward_of(index)
         try:
             with torch.no_grad():
                 yield
@@ -224,7 +228,9 @@ class BlockwiseModel:
         for index in range(len(self)):
             for name in self.block_tensors(index):
                 if name not in stored:
-                    raise CheckpointError(f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs")
+                    raise CheckpointError(
+                        f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs"
+                    )
         if f"{self.architecture.embeddings}.weight" not in stored:
             raise CheckpointError(f"the checkpoint holds no tensor '{self.architecture.embeddings}.weight'")
 
@@ -256,7 +262,9 @@ def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> 
                 return model_class._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except ValueError as error:
-        raise ArchitectureError(f"transformers has no causal language model for {config.model_type!r}: {error}") from None
+        raise ArchitectureError(
+            f"transformers has no causal language model for {config.model_type!r}: {error}"
+        ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
 

@@ -34,7 +34,8 @@ def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
     if not lists or embeddings is None or head is None:
         missing = "list of like blocks with linears" if not lists else "token embeddings and output head"
         raise ArchitectureError(
-            f"model type {model_type!r} is not listed and no {missing} could be found; {WHAT_TO_WRITE.format(name=model_type)}"
+            f"model type {model_type!r} is not listed and no {missing} could be found; "
+            + WHAT_TO_WRITE.format(name=model_type)
         )
     return Architecture(
         name=model_type,
@@ -93,7 +94,9 @@ def get_module_list(skeleton: nn.Module, name: str) -> nn.ModuleList:
     try:
         blocks = skeleton.get_submodule(name)
     except AttributeError:
-        raise ArchitectureError(f"{type(skeleton).__name__} has no module {name!r}, where its blocks should be") from None
+        raise ArchitectureError(
+            f"{type(skeleton).__name__} has no module {name!r}, where its blocks should be"
+        ) from None
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise ArchitectureError(f"{name!r} of {type(skeleton).__name__} is no list of blocks")
     return blocks

@@ -41,7 +41,9 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """Inverse of `pack`: int32 words [..., ceil(n·bits/32)] → uint8 codes [..., n]."""
     _check_bits(bits)
     if words.shape[-1] != packed_length(length, bits):
-        raise ValueError(f"{length} codes of {bits} bits need {packed_length(length, bits)} words, not {words.shape[-1]}")
+        raise ValueError(
+            f"{length} codes of {bits} bits need {packed_length(length, bits)} words, not {words.shape[-1]}"
+        )
     groups = torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)).unflatten(-1, (-1, bits))  # [..., n/32, b]
     codes = torch.empty(*groups.shape[:-1], LANES, dtype=torch.uint8, device=words.device)
     mask = 2**bits - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewbit.numerics.formats import NumberFormat
 
 # Shrink factors of the search, relative to the scale at which the largest magnitude just reaches the end of the grid.
-# Below 1 the largest values are clipped; slightly above 1 the grid is stretched, which pays off when few values matter.
+# Below 1 the largest values are clipped; slightly above 1 the grid is stretched, which pays off when few matter.
 SHRINK_FACTORS = tuple(1.1 - 0.025 * step for step in range(25))  # 1.1 … 0.5
 
 
@@ -32,7 +32,7 @@ def amax(tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> Tensor:
 
 
 def signed_max(tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> Tensor:
-    """Symmetric: the element of largest magnitude maps to −2^(b−1) exactly, so the scale is negative if it is positive.
+    """Symmetric: the element of largest magnitude maps to −2^(b−1), so the scale is negative if it is positive.
 
     The other side of the grid then ends at 2^(b−1) − 1 steps: the full range is used without clipping the largest.
     """
@@ -53,9 +53,7 @@ def zero_point(low: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
     return fmt.encode(fmt.smallest - low.float() / scale.float())
 
 
-def search_symmetric(
-    tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype, importance: Tensor | None = None
-) -> Tensor:
+def search_symmetric(tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
     """The signed scale with the least Σ importance·(x̂ − x)² among both signs and all SHRINK_FACTORS.
 
     Args:

@@ -54,10 +54,7 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     modules = model.linears()
     found = resolve(config, {name: type(module).__name__ for name, module in modules.items()})
     grouped = {
-        f"{model.block_name(index)}.{name}"
-        for index in range(len(model))
-        for group in model.groups
-        for name in group
+        f"{model.block_name(index)}.{name}" for index in range(len(model)) for group in model.groups for name in group
     }
     linears = {}
     for name, match in found.items():
@@ -66,7 +63,9 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
         rule = match.rule
         if name not in grouped and spec is not None:
             if match.rule not in ("global",) and not match.rule.startswith("type"):
-                raise ConfigError(f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})")
+                raise ConfigError(
+                    f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})"
+                )
             spec, rule = None, "outside the blocks' groups"
         if spec is not None:
             _check_divides(name, shape, spec)
@@ -83,7 +82,8 @@ def _check_divides(name: str, shape: tuple[int, int], spec: QuantizationSpec) ->
         fitting = [g for g in (256, 128, 64, 32, 16) if shape[1] % g == 0]
         advice = f"use --group-size {fitting[0]}" if fitting else "use --group-size -1 (one scale per channel)"
         raise ConfigError(
-            f"group size {size} does not divide the {shape[1]} inputs of {name!r}; {advice}, or give that layer its own spec"
+            f"group size {size} does not divide the {shape[1]} inputs of {name!r}; {advice}, "
+            "or give that layer its own spec"
         )
 
 
@@ -104,5 +104,6 @@ def _warnings(model: BlockwiseModel, linears: dict[str, LinearPlan], block_group
     if not mixed:
         return []
     return [
-        f"{len(mixed)} groups of linears that engines fuse have unlike specs (first: {mixed[0]}); vLLM will refuse them"
+        f"{len(mixed)} groups of linears that engines fuse have unlike specs (first: {mixed[0]}); "
+        "vLLM will refuse them"
     ]

@@ -23,6 +23,7 @@ from fewbit.pipeline.progress import progress_view
 from fewbit.pipeline.report import REPORT, build_report
 from fewbit.pipeline.run_directory import Identity, RunDirectory
 from fewbit.pipeline.walk import Walk
+from fewbit.version import __version__
 
 DEFAULT_ACTIVATION_MEMORY = "4GiB"
 NO_CALIBRATION = "none"
@@ -101,15 +102,21 @@ def resolve_directory(model: str | Path) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise CheckpointError(f"{model} does not exist; give a checkpoint's directory or a model id of the hub (owner/name)")
+        raise CheckpointError(
+            f"{model} does not exist; give a checkpoint's directory or a model id of the hub (owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{model} is no directory here and could not be fetched from the hub: {reason}") from None
+        raise CheckpointError(
+            f"{model} is no directory here and could not be fetched from the hub: {reason}"
+        ) from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -158,8 +165,6 @@ def _calibration(
 
 
 def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None) -> Identity:
-    from fewbit import __version__
-
     architecture = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     fingerprint = hashlib.sha256((model.source.fingerprint() + architecture).encode()).hexdigest()
     return Identity(

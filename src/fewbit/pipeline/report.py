@@ -17,6 +17,7 @@ from fewbit.config.recipe import Config
 from fewbit.errors import CheckpointError
 from fewbit.pipeline.plan import LinearPlan, Plan
 from fewbit.pipeline.stage_quantizer import LinearResult
+from fewbit.version import __version__
 
 REPORT = "report.json"
 
@@ -41,7 +42,12 @@ def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
 
 def untouched_row(linear: LinearPlan) -> dict[str, Any]:
     """The report's line of a linear that stays as it is."""
-    return {"name": linear.name, "status": linear.status, "reason": linear.rule, "weights": linear.shape[0] * linear.shape[1]}
+    return {
+        "name": linear.name,
+        "status": linear.status,
+        "reason": linear.rule,
+        "weights": linear.shape[0] * linear.shape[1],
+    }
 
 
 def build_report(
@@ -70,8 +76,6 @@ def build_report(
 
 def environment() -> dict[str, Any]:
     """Versions and machine, as far as they can matter for the result."""
-    from fewbit import __version__
-
     return {
         "fewbit": __version__,
         "python": platform.python_version(),
@@ -99,5 +103,7 @@ def read_report(directory: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no {REPORT}: it is no run, or it is not finished (use --resume)") from None
+        raise CheckpointError(
+            f"{directory} has no {REPORT}: it is no run, or it is not finished (use --resume)"
+        ) from None
     return report

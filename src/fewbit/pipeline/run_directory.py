@@ -39,7 +39,9 @@ class Identity:
         before = manifest.get("recipe") or {}
         for key in sorted(set(before) | set(self.recipe)):
             if before.get(key) != self.recipe.get(key):
-                found.append(f"recipe field {key!r}: {_short(before.get(key))} before, {_short(self.recipe.get(key))} now")
+                found.append(
+                    f"recipe field {key!r}: {_short(before.get(key))} before, {_short(self.recipe.get(key))} now"
+                )
         return found
 
 
@@ -64,9 +66,14 @@ class RunDirectory:
             self._acquire()
         if has_run:
             if not resume:
-                raise RunError(f"{self.path} already holds a run; use --resume to continue it or choose another directory")
+                raise RunError(
+                    f"{self.path} already holds a run; use --resume to continue it or choose another directory"
+                )
             if differences := identity.differences(self._manifest()):
-                raise RunError(f"{self.path} cannot be resumed: {'; '.join(differences)}; use the original settings or a new directory")
+                raise RunError(
+                    f"{self.path} cannot be resumed: {'; '.join(differences)}; "
+                    "use the original settings or a new directory"
+                )
             return
         write_json(
             self.path / MANIFEST,
@@ -132,7 +139,9 @@ class RunDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies, however
         except OSError:
             lock.close()
-            raise RunError(f"{self.path} is in use by another run; wait for it or choose another output directory") from None
+            raise RunError(
+                f"{self.path} is in use by another run; wait for it or choose another output directory"
+            ) from None
         self._lock = lock
 
     def _foreign_files(self) -> list[Path]:

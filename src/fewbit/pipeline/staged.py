@@ -120,7 +120,7 @@ class StagedForward:
     def _wrapped(self) -> Iterator[None]:
         linears = [(stage, name, linear) for stage in self.stages for name, linear in stage.members.items()]
         for stage, name, linear in linears:
-            linear.forward = self._suspending(stage, name, linear.forward)  # type: ignore[method-assign]
+            linear.__dict__["forward"] = self._suspending(stage, name, linear.forward)
         try:
             yield
         finally:
@@ -150,7 +150,7 @@ class StagedForward:
         stage.statistics.add(x, mask)
 
 
-class _BatchRun(greenlet):
+class _BatchRun(greenlet):  # type: ignore[misc]
     """The forward of one batch, suspended or running."""
 
     def __init__(self, forward: Callable[[int], Tensor], index: int) -> None:

@@ -1,0 +1,20 @@
+"""fewbit export RUN --format F --output DIR"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    format: Annotated[str, typer.Option(help="Target format, e.g. compressed-tensors.")],
+    output: Annotated[Path | None, typer.Option(help="Directory to write (default RUN/exports/FORMAT).")] = None,
+) -> None:
+    """Write a finished run in the format of an engine."""
+    from fewbit.export import export as write_export
+    from fewbit.export import export_directory
+
+    typer.echo(write_export(run, format, output or export_directory(run, format)))

@@ -1,0 +1,61 @@
+"""fewbit inspect MODEL"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, or a model id of the hub.")],
+    scheme: Annotated[str | None, typer.Option(help="Show what this scheme would make of the model.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Group size for --scheme.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Show what this recipe would make of the model.")] = None,
+) -> None:
+    """Show architecture, groups of linears and sizes, before any work."""
+    from collections import Counter
+
+    from fewbit.api import merge_recipe
+    from fewbit.config.recipe import Config
+    from fewbit.errors import ConfigError
+    from fewbit.pipeline.inspection import inspect as look
+
+    if scheme is None and recipe is None and group_size is not None:
+        raise ConfigError("--group-size says something only together with --scheme or --recipe")
+    config = None
+    if scheme is not None or recipe is not None:
+        base = Config.from_yaml(recipe) if recipe is not None else None
+        config = merge_recipe(base, scheme=scheme, group_size=group_size)
+    found = look(model, config)
+    traits = f" ({', '.join(found.architecture.traits)})" if found.architecture.traits else ""
+    typer.echo(f"architecture   {found.architecture.name}{traits}")
+    typer.echo(f"blocks         {found.blocks} in {found.architecture.blocks}")
+    for number, group in enumerate(found.groups, start=1):
+        members = ", ".join(f"{n} [{o} × {i}]" for n, (o, i) in zip(group.members, group.shapes, strict=True))
+        typer.echo(f"  stage {number}      {members}")
+    share = found.parameters_in_linears / found.parameters
+    typer.echo(f"parameters     {found.parameters:,} ({share:.0%} in the linears above)")
+    typer.echo(
+        f"stored         {_size(found.bytes_stored)}; largest block {_size(found.bytes_largest_block)} as float32"
+    )
+    if found.plan is None or found.bytes_quantized is None:
+        return
+    counts = Counter(
+        (linear.status, linear.spec.dtype if linear.spec else linear.rule) for linear in found.plan.linears.values()
+    )
+    for (status, what), count in sorted(counts.items()):
+        typer.echo(f"{status:14} {count} linears: {what}")
+    ratio = found.bytes_stored / found.bytes_quantized
+    typer.echo(f"would store    {_size(found.bytes_quantized)} ({ratio:.2f}× smaller)")
+    for warning in found.plan.warnings:
+        typer.echo(f"warning        {warning}")
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"

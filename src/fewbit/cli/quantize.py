@@ -1,0 +1,121 @@
+"""fewbit quantize MODEL --output RUN"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, or a model id of the hub.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory of the run: quantized checkpoint, journal, report, exports.")
+    ],
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given here go before its fields.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Named scheme, e.g. W4A16; see 'fewbit schemes'.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale (default 128); -1: one scale per output channel.")
+    ] = None,
+    algorithm: Annotated[str | None, typer.Option(help="gptq (default) or rtn.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text file, or hub:DATASET; 'none' for rtn without data. Default: the text fewbit ships."),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Calibration sequences (default 128).")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence (default 2048).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the calibration sequences (default 0).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    activation_memory: Annotated[
+        str, typer.Option(help="Memory for hidden states between blocks; what does not fit goes to disk.")
+    ] = "4GiB",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    export: Annotated[
+        list[str] | None, typer.Option(help="Also export to this format, into RUN/exports/FORMAT; may be repeated.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="File for a log with every layer's error.")] = None,
+) -> None:
+    """Quantize a model out of core: calibrate, quantize block by block, report, export."""
+    from fewbit.api import merge_recipe
+    from fewbit.api import quantize as run_quantization
+    from fewbit.config.recipe import Config
+    from fewbit.errors import ConfigError
+    from fewbit.export import export_directory, exporter
+    from fewbit.pipeline.progress import setup_logging
+
+    if recipe is None and scheme is None:
+        raise ConfigError(
+            "say what to make of the model: --scheme W4A16 ('fewbit schemes' lists them) or --recipe FILE"
+        )
+    for name in export or []:
+        exporter(name)  # a misspelt format should not be found out after hours of work
+    if log is not None:
+        setup_logging(log)
+    config = merge_recipe(
+        Config.from_yaml(recipe) if recipe is not None else None,
+        scheme=scheme,
+        group_size=group_size,
+        algorithm=algorithm,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    run = run_quantization(
+        model,
+        output=output,
+        calibration=calibration,
+        config=config,
+        device=device,
+        activation_memory=activation_memory,
+        resume=resume,
+    )
+    _print_summary(run.report)
+    for name in export or []:
+        target = export_directory(output, name)
+        if resume and target.exists():
+            typer.echo(f"export     {target} (already there)")
+        else:
+            typer.echo(f"export     {run.export(name)}")
+    typer.echo(f"report     {output / 'report.json'}")
+
+
+def _print_summary(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    totals = report["totals"]
+    table = Table(title=f"{report['run']['model']} · {report['recipe']['algo_config']['name']}", title_justify="left")
+    for column in ("linear", "count", "loss mean", "loss worst", "worst in block", "bits/weight", "seconds"):
+        table.add_column(column, justify="left" if column == "linear" else "right")
+    quantized = [row for row in report["linears"] if row["status"] == "quantized"]
+    kinds = dict.fromkeys(row["name"].rpartition(".")[2] for row in quantized)
+    for kind in kinds:
+        rows = [row for row in quantized if row["name"].rpartition(".")[2] == kind]
+        worst = max(rows, key=lambda row: row["loss"])
+        weights = sum(row["weights"] for row in rows)
+        table.add_row(
+            kind,
+            str(len(rows)),
+            f"{sum(row['loss'] for row in rows) / len(rows):.2e}",
+            f"{worst['loss']:.2e}",
+            str(worst["block"]),
+            f"{sum(row['bits_per_weight'] * row['weights'] for row in rows) / weights:.3f}",
+            f"{sum(row['seconds'] for row in rows):.1f}",
+        )
+    console = Console(soft_wrap=False, width=None if Console().is_terminal else 110)
+    console.print(table)
+    for row in report["linears"]:
+        if row["status"] != "quantized":
+            typer.echo(f"{row['status']:10} {row['name']} ({row['reason']})")
+    for row in quantized:
+        if row["fallback"]:
+            typer.echo(f"fallback   {row['name']} ({row['fallback']})")
+    for warning in report["warnings"]:
+        typer.echo(f"warning    {warning}")
+    counts = ", ".join(f"{count} {status}" for status, count in totals["linears"].items())
+    seconds, peak = totals["seconds"]["total"], totals["peak_memory_bytes"] / 2**30
+    typer.echo(
+        f"total      {counts} · {totals['bits_per_weight']:.3f} bits per weight · loss {totals['loss']:.2e} · "
+        f"{seconds:.0f} s · peak {peak:.2f} GiB"
+    )
