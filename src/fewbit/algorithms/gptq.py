@@ -1,5 +1,369 @@
+"""GPTQ: columns are quantized one after another, and the error of each is moved into those still to come.
+
+Frantar et al. 2022, arXiv:2210.17323. With H = XᵀX of the input and U the upper Cholesky factor of its damped inverse
+(H⁻¹ = UᵀU), column j of W [out, in] goes to the nearest grid point v_j, and every later column k takes over
+−(w_j − v_j)·U_jk / U_jj. What this costs is known on the way: the squared output error of a row is exactly
+
+    loss = Σ_j ((w_j − v_j) / U_jj)²         with w_j as it is when its turn comes.
+
+Three things are done with that, beyond the paper (benchmarks/quality.py measures what each brings):
+
+1. Scales are chosen by the loss. When the loop reaches a group, candidate scales (both signs, several shrink factors
+   of the weights as they are by then) are ranked by Σ ((w_j − v_j) / U_jj)² without compensation inside the group;
+   the best few are run through the group's columns for real, and each row keeps the one with the least loss. Groups
+   must be neighbours for that, so columns are sorted group-wise: groups by their mean diag(H), columns inside them
+   by diag(H).
+2. Scales are fitted to the codes. For fixed codes a row's loss is quadratic in its scales, so the best ones solve a
+   small linear system (least squares in the norm of H).
+3. Codes are found again on the fitted grid, now that it is fixed with the columns in any order (by falling diag(H);
+   groups stay where they are, so no g_idx), and each row keeps the better result. Then the scales are fitted again.
+
+Scales are always scored as they are stored. All of it works on columns as rows (Wᵀ, contiguous) and on many output
+channels at once; leaves of a few columns are updated one by one, everything beyond them by matrix products.
+"""
+
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-def gptq(*a):
+import torch
+from torch import Tensor
+
+from fewbit.algorithms.outcome import Outcome
+from fewbit.config.recipe import GPTQConfig
+from fewbit.config.spec import QuantizationSpec
+from fewbit.numerics import scales
+from fewbit.numerics.formats import NumberFormat
+from fewbit.tensor import QuantTensor
+
+LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
+SHRINK = tuple(1.0 - 0.025 * step for step in range(20))  # of the scale that just covers the group
+RUN_CANDIDATES = 3  # scales per group that are run through its columns
+CHUNK_ELEMENTS = 2**23  # in · rows that are worked on at a time: bounds the memory beyond the inputs
+DAMPING_STEPS = (1.0, 10.0, 100.0)
+# Order in which scales are chosen, by the order in which codes are found: choosing needs whole groups.
+_CHOOSING_ORDER = {"activation": "group-aware", "group-aware": "group-aware", "none": "none"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Grids of groups: a level is a code minus its zero point, a value is level · scale."""
+
+    scale: Tensor
+    """[groups or candidates, rows] float32, holding values of the stored dtype."""
+    low: Tensor | float
+    """Level of the smallest code: one number for symmetric formats, shaped like `scale` for affine ones."""
+    span: float
+    """Levels above `low`: 2^bits − 1."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Grid:
+        """The same rearrangement of every tensor."""
+        return Grid(change(self.scale), change(self.low) if isinstance(self.low, Tensor) else self.low, self.span)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The damped inverse of H for columns in some order: column k of the loop is column order[k] of the weight."""
+
+    order: Tensor
+    update: Tensor
+    """Rows of U divided by their diagonal: what the error of a column does to later ones."""
+    precision: Tensor
+    """1/U_jj²: what a squared error of column j costs once later columns have made up for it."""
+    damping: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Levels [rows, in], their grids [groups, rows], and the loss of each row [rows] under the damped H."""
+
+    levels: Tensor
+    grid: Grid
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Some rows of a weight, H, and the grid's constants."""
+
+    weight: Tensor
+    """[rows, in]."""
+    moment: Tensor
+    """H [in, in]."""
+    group: int
+    """Columns per scale."""
+    fmt: NumberFormat
+    scale_dtype: torch.dtype
+
+
+def gptq(
+    weight: Tensor, moment: Tensor, spec: QuantizationSpec, scale_dtype: torch.dtype, config: GPTQConfig
+) -> Outcome | None:
+    """Quantize `weight` [out, in] float32 given H [in, in] float32; None if H cannot be factored at all.
+
+    Rows are independent, so linears that share an input may be quantized as one matrix.
+    """
+    columns = weight.shape[1]
+    group = spec.group_size or columns
+    search = spec.scale_rule == "search"
+    by_group = search and spec.qscheme == "per_group"
+    fixed = None if by_group else _grid_of_original(weight, moment, spec, scale_dtype)
+    choosing = _factored(moment, group, _CHOOSING_ORDER[config.order] if by_group else config.order, config.damping)
+    solving = choosing
+    if by_group and config.refits and _CHOOSING_ORDER[config.order] != config.order:
+        solving = _factored(moment, group, config.order, config.damping)
+    if choosing is None or solving is None:
+        return None
+    parts = []
+    for start in range(0, weight.shape[0], max(64, CHUNK_ELEMENTS // columns)):
+        rows = slice(start, start + max(64, CHUNK_ELEMENTS // columns))
+        problem = _Problem(weight[rows], moment, group, spec.format, scale_dtype)
+        if fixed is None:
+            solution = solve_greedily(problem, choosing, spec.symmetric)
+        else:
+            solution = solve(problem, choosing, fixed.map(lambda x: x[:, rows]), config.block_size)  # noqa: B023
+        if search and spec.qscheme != "per_tensor":
+            solution = refit(problem, solving, solution, config)
+        parts.append(solution)
+    return Outcome(_to_quant_tensor(parts, spec, scale_dtype), damping=max(choosing.damping, solving.damping))
+
+
+def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
+    """Order in which columns are quantized [in], given diag(H): the costliest to get wrong first."""
+    if order == "none":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if order == "activation":
+        return diagonal.argsort(descending=True, stable=True)
+    by_group = diagonal.view(-1, group)
+    groups = by_group.mean(1).argsort(descending=True, stable=True)
+    inside = by_group[groups].argsort(dim=1, descending=True, stable=True)
+    return (groups.unsqueeze(1) * group + inside).flatten()
+
+
+def _factored(moment: Tensor, group: int, order_name: str, damping: float) -> Factor | None:
+    order = column_order(moment.diagonal(), group, order_name)
+    found = inverse_factor(moment, order, damping)
+    if found is None:
+        return None
+    upper, used = found
+    diagonal = upper.diagonal().clone()
+    return Factor(order, upper.div_(diagonal.unsqueeze(1)), diagonal.square_().reciprocal_(), used)
+
+
+def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
+    """Upper triangular U with (H + damping · mean(diag H) · I)⁻¹ = UᵀU for H in `order`, and the damping it took.
+
+    With J the reversal of rows and columns, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J): one Cholesky factor and one
+    triangular inverse. Damping grows tenfold while that fails; then float64 is tried; then None is returned.
+    """
+    mean = float(moment.diagonal().mean(dtype=torch.float64))
+    if not mean > 0:
+        return None
+    reverse = order.flip(0)
+    for dtype in (torch.float32, torch.float64):
+        for step in DAMPING_STEPS:
+            reversed_moment = moment[reverse][:, reverse].to(dtype)
+            reversed_moment.diagonal().add_(damping * step * mean)
+            lower, info = torch.linalg.cholesky_ex(reversed_moment)
+            del reversed_moment
+            if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+                identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
+                inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity)
+                return inverse.flip(0, 1).float(), damping * step
     return None
+
+
+def solve(problem: _Problem, factor: Factor, grid: Grid, block_size: int) -> Solution:
+    """Codes on given grids [groups, rows], columns in any order."""
+    w = problem.weight.T[factor.order].contiguous()  # [in, rows]
+    levels = torch.empty_like(w)
+    groups = factor.order // problem.group
+    for start in range(0, w.shape[0], block_size):
+        block = slice(start, start + block_size)
+        here = grid.map(lambda x: x[groups[block]])  # noqa: B023
+        _run_columns(w[block], levels[block], factor.update[block, block], here)
+        w[block.stop :].addmm_(factor.update[block, block.stop :].T, w[block], alpha=-1)
+    loss = torch.mv(w.square_().T, factor.precision)
+    return Solution(_in_original_order(levels, factor.order), grid, loss)
+
+
+def solve_greedily(problem: _Problem, factor: Factor, symmetric: bool) -> Solution:
+    """Codes and grids, each group's scale chosen by the loss when the loop reaches it. Groups must be contiguous."""
+    w = problem.weight.T[factor.order].contiguous()  # [in, rows]
+    levels = torch.empty_like(w)
+    size, (columns, rows) = problem.group, w.shape
+    total = torch.zeros(rows, device=w.device)
+    chosen: dict[int, Grid] = {}
+    for start in range(0, columns, size):
+        block = slice(start, start + size)
+        precision = factor.precision[block]
+        grids = _candidates(w[block], problem.fmt, problem.scale_dtype, symmetric)
+        grids = _most_promising(w[block], grids, precision)
+        count = grids.scale.shape[0]
+        # all candidates side by side: [g, candidates · rows]
+        work = w[block].unsqueeze(1).expand(-1, count, -1).reshape(size, -1)
+        trial = torch.empty_like(work)
+        _run_columns(work, trial, factor.update[block, block], grids.map(lambda x: x.reshape(1, -1).expand(size, -1)))
+        loss, best = torch.mv(work.square().T, precision).view(count, rows).min(0, keepdim=True)  # [1, rows]
+        total += loss[0]
+        index = best.expand(size, 1, rows)
+        levels[block] = trial.view(size, count, rows).gather(1, index)[:, 0]
+        error = work.view(size, count, rows).gather(1, index)[:, 0]
+        chosen[int(factor.order[start]) // size] = grids.map(lambda x: x.gather(0, best))  # noqa: B023
+        w[block.stop :].addmm_(factor.update[block, block.stop :].T, error, alpha=-1)
+    in_order = [chosen[number] for number in range(columns // size)]
+    lows = [grid.low for grid in in_order if isinstance(grid.low, Tensor)]
+    low = torch.cat(lows) if lows else in_order[0].low
+    grid = Grid(torch.cat([grid.scale for grid in in_order]), low, in_order[0].span)
+    return Solution(_in_original_order(levels, factor.order), grid, total)
+
+
+def refit(problem: _Problem, factor: Factor, solution: Solution, config: GPTQConfig) -> Solution:
+    """Fit the scales to the codes and find the codes again, `config.refits` times; each row keeps what is better.
+
+    In the end the scales are fitted to the codes that were kept.
+    """
+    projected = problem.weight @ problem.moment  # W·H, needed by every fit
+    for _ in range(config.refits):
+        grid = replace(solution.grid, scale=fitted_scale(problem, projected, solution))
+        found = solve(problem, factor, grid, config.block_size)
+        better = found.loss < solution.loss
+        solution = Solution(
+            torch.where(better.unsqueeze(1), found.levels, solution.levels),
+            replace(grid, scale=torch.where(better, grid.scale, solution.grid.scale)),
+            torch.where(better, found.loss, solution.loss),
+        )
+    grid = replace(solution.grid, scale=fitted_scale(problem, projected, solution))
+    return replace(solution, grid=grid)
+
+
+def fitted_scale(problem: _Problem, projected: Tensor, solution: Solution) -> Tensor:
+    """Scales [groups, rows] with the least loss for fixed levels t, as they are stored.
+
+    The loss of a row is sᵀAs − 2bᵀs + const with A_gh = t_g H_gh t_h and b_g = (W·H)_g · t_g (`projected` is W·H
+    [rows, in]). Rows whose loss does not fall, once rounded, keep their scales; so do groups of zero levels only.
+    """
+    levels, scale = solution.levels, solution.grid.scale
+    rows, columns = levels.shape
+    size, groups = problem.group, columns // problem.group
+    quadratic = torch.zeros(groups, groups, rows, device=levels.device)
+    for number in range(groups):
+        start = number * size
+        image = levels[:, start : start + size] @ problem.moment[start : start + size, start:]
+        row = image.mul_(levels[:, start:]).view(rows, groups - number, size).sum(-1).T
+        quadratic[number, number:] = row
+        quadratic[number + 1 :, number] = row[1:]
+    quadratic = quadratic.permute(2, 0, 1)  # [rows, groups, groups]
+    linear = (projected * levels).view(rows, groups, size).sum(-1)  # [rows, groups]
+    diagonal = quadratic.diagonal(dim1=1, dim2=2)
+    empty = diagonal <= 0
+    ridge = 1e-6 * diagonal.mean(1, keepdim=True) + empty + torch.finfo(torch.float32).tiny
+    lower, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(ridge))
+    fitted = torch.cholesky_solve(linear.unsqueeze(-1), lower).squeeze(-1)
+    fitted = torch.where(empty | ~torch.isfinite(fitted), scale.T, fitted)
+    fitted = scales.store(fitted, problem.scale_dtype).float()
+
+    def loss(s: Tensor) -> Tensor:
+        return ((quadratic @ s.unsqueeze(-1)).squeeze(-1) - 2 * linear).mul_(s).sum(-1)
+
+    better = (loss(fitted) < loss(scale.T)) & (info == 0)
+    return torch.where(better, fitted.T, scale)
+
+
+def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
+    """The recursion inside a block of columns. `w` [g, rows] becomes the errors w_j − v_j; `levels` is filled.
+
+    `update` [g, g]; `grid` has one entry per column [g, rows].
+    """
+    columns = w.shape[0]
+    inverse = grid.scale.reciprocal()
+    for leaf in range(0, columns, LEAF):
+        stop = min(leaf + LEAF, columns)
+        for j in range(leaf, stop):
+            level = torch.mul(w[j], inverse[j], out=levels[j]).round_()
+            _clamp(level, grid.low[j] if isinstance(grid.low, Tensor) else grid.low, grid.span)
+            w[j].addcmul_(level, grid.scale[j], value=-1)
+            if j + 1 < stop:
+                w[j + 1 : stop].addr_(update[j, j + 1 : stop], w[j], alpha=-1)
+        if stop < columns:
+            w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
+
+
+def _clamp(level: Tensor, low: Tensor | float, span: float) -> None:
+    if isinstance(low, Tensor):
+        torch.clamp(level, low, low + span, out=level)
+    else:
+        level.clamp_(low, low + span)
+
+
+def _candidates(w: Tensor, fmt: NumberFormat, dtype: torch.dtype, symmetric: bool) -> Grid:
+    """Grids [candidates, rows] worth trying for a group with current weights `w` [g, rows]."""
+    low, high = w.aminmax(dim=0)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    span = fmt.largest - fmt.smallest
+    shrink = torch.tensor(SHRINK, device=w.device).unsqueeze(1)
+    if symmetric:
+        upright = torch.maximum(high / fmt.largest, low / fmt.smallest)
+        flipped = -torch.maximum(high / -fmt.smallest, low / -fmt.largest)
+        scale = torch.cat([shrink * upright, shrink * flipped])
+        return Grid(scales.store(scale, dtype).float(), fmt.smallest, span)
+    ends = torch.cartesian_prod(shrink[::3, 0], shrink[::3, 0])  # both ends of the range shrink on their own
+    low, high = ends[:, :1] * low, ends[:, 1:] * high
+    scale = scales.store((high - low) / span, dtype).float()
+    return Grid(scale, (low / scale).round_().clamp_(-span, 0), span)
+
+
+def _most_promising(w: Tensor, grids: Grid, precision: Tensor) -> Grid:
+    """The RUN_CANDIDATES grids of each row with the least weighted rounding error, without compensation."""
+    errors = torch.empty_like(grids.scale)
+    value = torch.empty_like(w)  # [g, rows], small enough for the cache, which is why candidates go one by one
+    for number in range(grids.scale.shape[0]):
+        one = grids.map(lambda x: x[number])  # noqa: B023
+        _clamp(torch.mul(w, one.scale.reciprocal(), out=value).round_(), one.low, one.span)
+        value.mul_(one.scale).sub_(w).square_()
+        torch.mv(value.T, precision, out=errors[number])
+    best = errors.topk(RUN_CANDIDATES, dim=0, largest=False).indices
+    return grids.map(lambda x: x.gather(0, best))
+
+
+def _grid_of_original(weight: Tensor, moment: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> Grid:
+    """Grids [groups, rows] fixed before the loop from the original weight, by the spec's rule."""
+    tiles = spec.tiling.split(weight)
+    importance = spec.tiling.split(moment.diagonal().expand_as(weight)) if spec.scale_rule == "search" else None
+    scale, zero = scales.find_scale(
+        tiles, spec.format, dtype, rule=spec.scale_rule, symmetric=spec.symmetric, importance=importance
+    )
+    span = spec.format.largest - spec.format.smallest
+    groups = weight.shape[1] // (spec.group_size or weight.shape[1])
+    shape = (weight.shape[0], groups)
+    low = spec.format.smallest if zero is None else (spec.format.smallest - zero.float()).expand(shape).T
+    return Grid(scale.float().expand(shape).T, low, span)
+
+
+def _in_original_order(levels: Tensor, order: Tensor) -> Tensor:
+    """[in, rows] in loop order → [rows, in]."""
+    restored = torch.empty_like(levels)
+    restored[order] = levels
+    return restored.T.contiguous()
+
+
+def _to_quant_tensor(parts: list[Solution], spec: QuantizationSpec, dtype: torch.dtype) -> QuantTensor:
+    smallest = spec.format.smallest
+    codes, stored, zeros = [], [], []
+    for part in parts:
+        levels, grid = part.levels, part.grid
+        zero: Tensor | float = 0.0
+        if isinstance(grid.low, Tensor):
+            zero = (smallest - grid.low).T  # [rows, groups]
+            zeros.append(zero.to(spec.format.code_dtype))
+            zero = zero.repeat_interleave(levels.shape[1] // zero.shape[1], 1)
+        codes.append((levels + zero).to(spec.format.code_dtype))
+        stored.append(grid.scale.T.to(dtype))
+    scale = torch.cat(stored)
+    zero_point = torch.cat(zeros) if zeros else None
+    if spec.qscheme == "per_tensor":  # every row carried the same one
+        scale, zero_point = scale[:1], None if zero_point is None else zero_point[:1]
+    return QuantTensor(
+        torch.cat(codes), scale.contiguous(), None if zero_point is None else zero_point.contiguous(), spec
+    )

@@ -31,12 +31,12 @@ class GPTQConfig:
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to H's diagonal, as a share of its mean; raised tenfold while H cannot be factored."""
     order: Literal["activation", "none", "group-aware"] = "activation"
-    """Order of the columns. activation: by falling diag(H), groups stay where they are (no g_idx).
-    group-aware: groups by their largest diag(H), columns by diag(H) inside a group. none: left to right."""
+    """Order in which columns get their codes. activation: by falling diag(H); groups stay where they are (no g_idx).
+    group-aware: groups by their mean diag(H), columns by diag(H) inside a group. none: left to right."""
     block_size: Annotated[int, Field(gt=0)] = 128
-    """Columns per lazy update: speed only, the result does not depend on it."""
+    """Columns per lazy update: speed only, the result does not depend on it but for rounding."""
     refits: Annotated[int, Field(ge=0, le=10)] = 1
-    """How often the scales are fitted anew to the codes (least squares in the norm of H) and the codes found again."""
+    """How often the codes are found again after the scales were fitted to them (scale_rule "search" only)."""
 
 
 AlgorithmConfig = RTNConfig | GPTQConfig

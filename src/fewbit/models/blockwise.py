@@ -149,15 +149,14 @@ class BlockwiseModel:
             given = hidden.to(device)
             with self._blocks_replaced(lambda _index, _hidden, _call: given):
                 out = self.skeleton(inputs_embeds=given, use_cache=False).logits
-            logits: Tensor = out.float()
-            return logits
+            return out.float()  # type: ignore[no-any-return]
 
         with self._outside_loaded(device, skip_head=False):
             yield head
 
     def call_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         """One block's output hidden states [batch, tokens, channels]."""
-        output = block(hidden, **to_device(call, hidden.device))
+        output: Tensor | tuple[Tensor, ...] = block(hidden, **to_device(call, hidden.device))
         return output[0] if isinstance(output, tuple) else output
 
     def _record(self, parent: nn.Module, batch: Mapping[str, Tensor]) -> BlockInputs:
