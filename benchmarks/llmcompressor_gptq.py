@@ -24,7 +24,6 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
-
 from windows import calibration_windows, tokenize
 
 MODIFIERS = {"gptq": GPTQModifier, "rtn": QuantizationModifier}

@@ -8,26 +8,28 @@ from torch import Tensor
 from fewbit.algorithms.gptq import gptq
 from fewbit.algorithms.outcome import Outcome
 from fewbit.algorithms.rtn import rtn
+from fewbit.calibration.statistics import Statistics
 from fewbit.config.recipe import AlgorithmConfig, GPTQConfig
 from fewbit.config.spec import QuantizationSpec
 
 
 def quantize_weight(
     weight: Tensor,
-    moment: Tensor | None,
+    statistics: Statistics | None,
     spec: QuantizationSpec,
     scale_dtype: torch.dtype,
     algorithm: AlgorithmConfig,
 ) -> Outcome:
-    """Quantize `weight` [out, in] float32 given H = XᵀX [in, in] of its input (None if no token was seen).
+    """Quantize `weight` [out, in] float32 given the statistics of its input (None if no token was seen).
 
     Only GPTQ needs H: without it, it falls back to round-to-nearest, and the outcome says so.
     """
+    moment = statistics.moment if statistics is not None else None
     if not isinstance(algorithm, GPTQConfig):
         return rtn(weight, moment, spec, scale_dtype)
-    if moment is None:
+    if statistics is None:
         return Outcome(rtn(weight, None, spec, scale_dtype).weight, fallback="round to nearest: no token reached it")
-    outcome = gptq(weight, moment, spec, scale_dtype, algorithm)
+    outcome = gptq(weight, statistics.moment, spec, scale_dtype, algorithm, statistics.drift)
     if outcome is None:
         reason = "round to nearest: H could not be factored, not even damped and in float64"
         return Outcome(rtn(weight, moment, spec, scale_dtype).weight, fallback=reason)

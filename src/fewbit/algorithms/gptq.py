@@ -6,7 +6,7 @@ Frantar et al. 2022, arXiv:2210.17323. With H = XᵀX of the input and U the upp
 
     loss = Σ_j ((w_j − v_j) / U_jj)²         with w_j as it is when its turn comes.
 
-Three things are done with that, beyond the paper (benchmarks/quality.py measures what each brings):
+Three things are done with that, and a fourth with the drift of the inputs (`drifted`), beyond the paper (benchmarks/quality.py measures what each brings):
 
 1. Scales are chosen by the loss. When the loop reaches a group, candidate scales (both signs, several shrink factors
    of the weights as they are by then) are ranked by Σ ((w_j − v_j) / U_jj)² without compensation inside the group;
@@ -98,11 +98,16 @@ class _Problem:
 
 
 def gptq(
-    weight: Tensor, moment: Tensor, spec: QuantizationSpec, scale_dtype: torch.dtype, config: GPTQConfig
+    weight: Tensor,
+    moment: Tensor,
+    spec: QuantizationSpec,
+    scale_dtype: torch.dtype,
+    config: GPTQConfig,
+    drift: Tensor | None = None,
 ) -> Outcome | None:
     """Quantize `weight` [out, in] float32 given H [in, in] float32; None if H cannot be factored at all.
 
-    Rows are independent, so linears that share an input may be quantized as one matrix.
+    `drift` [in, in] float32 is (X̃ − X)ᵀX with X̃ the input in the full-precision model; see `drifted`. Rows are independent, so linears that share an input may be quantized as one matrix.
     """
     columns = weight.shape[1]
     group = spec.group_size or columns
@@ -115,6 +120,8 @@ def gptq(
         solving = _factored(moment, group, config.order, config.damping)
     if choosing is None or solving is None:
         return None
+    if drift is not None and config.drift > 0:
+        weight = drifted(weight, drift, choosing, config.drift)
     parts = []
     for start in range(0, weight.shape[0], max(64, CHUNK_ELEMENTS // columns)):
         rows = slice(start, start + max(64, CHUNK_ELEMENTS // columns))
@@ -127,6 +134,21 @@ def gptq(
             solution = refit(problem, solving, solution, config)
         parts.append(solution)
     return Outcome(_to_quant_tensor(parts, spec, scale_dtype), damping=max(choosing.damping, solving.damping))
+
+
+def drifted(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tensor:
+    """The weight that makes up for the drift of its input: W + share · W D H⁻¹, [out, in].
+
+    The input X of a linear comes from layers that are quantized already and differs from X̃, what it would be in the
+    full-precision model. ‖X̃Wᵀ − XŴᵀ‖² is least for Ŵ = W X̃ᵀX (XᵀX)⁻¹ = W + W D H⁻¹ with D = (X̃ − X)ᵀX. A part of
+    that is overfitted to the calibration data, hence `share`. (GPTAQ, Li et al. 2025, arXiv:2504.02692, has the same
+    aim and does it column by column.)
+    """
+    upper = factor.update * factor.precision.rsqrt().unsqueeze(1)  # U again: H⁻¹ = UᵀU in loop order
+    correction = (((weight @ drift)[:, factor.order]) @ upper.T) @ upper
+    result = weight.clone()
+    result[:, factor.order] += share * correction
+    return result
 
 
 def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:

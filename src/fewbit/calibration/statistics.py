@@ -13,25 +13,39 @@ from fewbit.numerics import second_moment
 
 @dataclass
 class Statistics:
-    """Token count and second moment of one input. Complete after `finish`."""
+    """Token count, second moment and drift of one input. Complete after `finish`."""
 
     moment: Tensor
     """H = XᵀX, [channels, channels] float32; only its upper tiles are filled before `finish`."""
     tokens: int = 0
+    drift: Tensor | None = None
+    """(X̃ − X)ᵀX, [channels, channels] float32, where X̃ is the same input in the full-precision model. It may be
+    measured on some of the tokens only; `finish` scales it to all. None if it is not measured at all."""
+    drift_tokens: int = 0
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str = "cpu") -> Statistics:
         return cls(torch.zeros(channels, channels, device=device))
 
-    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Count the tokens of `x` [..., channels]; `mask` [...] bool leaves padding out."""
-        rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
-        second_moment.accumulate(self.moment, rows.float())
+    def add(self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None) -> None:
+        """Count the tokens of `x` [..., channels]; `mask` [...] bool leaves padding out.
+
+        `reference`, of the same shape, is the input of the same tokens in the full-precision model.
+        """
+        rows = _rows(x, mask)
+        second_moment.accumulate(self.moment, rows)
         self.tokens += rows.shape[0]
+        if reference is not None:
+            if self.drift is None:
+                self.drift = torch.zeros_like(self.moment)
+            self.drift.addmm_((_rows(reference, mask) - rows).T, rows)
+            self.drift_tokens += rows.shape[0]
 
     def finish(self, name: str) -> Statistics:
         """Mirror H; CalibrationError if `name`'s inputs held NaN or infinity."""
         second_moment.symmetrize(self.moment)
+        if self.drift is not None:
+            self.drift *= self.tokens / self.drift_tokens
         diagonal = self.moment.diagonal()  # a non-finite input makes its own square non-finite
         if not bool(torch.isfinite(diagonal).all()):
             channel = int((~torch.isfinite(diagonal)).nonzero()[0])
@@ -39,3 +53,8 @@ class Statistics:
                 f"the input of {name!r} holds NaN or infinity (channel {channel}); is the model damaged?"
             )
         return self
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens that count, [tokens, channels] float32."""
+    return (x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float()

@@ -58,7 +58,7 @@ def quantize_stage(
     for batch in _alike(members):
         started = time.perf_counter()
         weight = batch[0].weight if len(batch) == 1 else torch.cat([member.weight for member in batch])
-        outcome = quantize_weight(weight, moment, batch[0].spec, batch[0].scale_dtype, algorithm)
+        outcome = quantize_weight(weight, statistics, batch[0].spec, batch[0].scale_dtype, algorithm)
         error, energy = _errors(weight, outcome.weight, moment)
         seconds = time.perf_counter() - started
         start = 0

@@ -12,7 +12,7 @@ front of the block (about two forwards in all for a Llama) to need the memory of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +43,54 @@ class Stage:
         return next(iter(self.members))
 
 
+class Reference:
+    """Forwards of some batches through the block in full precision, each held at the stage its batch has reached.
+
+    Args:
+        block: a copy of the block that keeps its weights.
+        groups: as for StagedForward.
+        batches: numbers of the batches that are run.
+        forward: runs one of them through `block`.
+        emit: takes (batch number, output) of each.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Groups,
+        batches: Collection[int],
+        forward: Callable[[int], Tensor],
+        emit: Callable[[int, Tensor], None],
+    ) -> None:
+        self._batches = batches
+        self._forward = forward
+        self._emit = emit
+        self._runs: dict[int, _ReferenceRun] = {}
+        for order, group in enumerate(groups):
+            for name in group:
+                linear = _linear(block, name)
+                linear.__dict__["forward"] = _reporting(order, linear.forward)
+
+    def input_of(self, stage: Stage, index: int) -> Tensor | None:
+        """The input of `stage` for one batch; None for a batch that is not run or does not come to the stage."""
+        if index not in self._batches:
+            return None
+        run = self._runs.setdefault(index, _ReferenceRun(self._forward, self._emit, index))
+        return run.advance(stage.order)
+
+    def restart(self) -> None:
+        """Throw every forward away: batches start again from the front of the block."""
+        for run in self._runs.values():
+            run.stop()
+        self._runs.clear()
+
+    def finish(self) -> None:
+        """Run every batch to the end of the block."""
+        for index in self._batches:
+            self._runs.setdefault(index, _ReferenceRun(self._forward, self._emit, index)).advance(None)
+        self._runs.clear()
+
+
 class StagedForward:
     """Runs all batches through one block, stopping at each stage for `finish` to quantize it.
 
@@ -53,6 +101,7 @@ class StagedForward:
         forward: runs one batch, given by its number, through the block and returns its output.
         finish: called once per stage, in order; replaces the members' weights. `stage.statistics` is None for a stage
             that no token reached.
+        reference: the same block in full precision, for the drift of the inputs.
     """
 
     def __init__(
@@ -62,6 +111,7 @@ class StagedForward:
         masks: Sequence[Tensor | None],
         forward: Callable[[int], Tensor],
         finish: Callable[[Stage], None],
+        reference: Reference | None = None,
     ) -> None:
         self.stages = [
             Stage(order, {name: _linear(block, name) for name in group}) for order, group in enumerate(groups)
@@ -69,6 +119,7 @@ class StagedForward:
         self._masks = masks
         self._forward = forward
         self._finish_stage = finish
+        self._reference = reference
 
     def run(self, emit: Callable[[int, Tensor], None], strategy: Strategy) -> None:
         """Call emit(batch number, output) once per batch, the output computed with the quantized weights."""
@@ -85,13 +136,19 @@ class StagedForward:
             stage = min((run.at for run in waiting if run.at is not None), key=lambda stage: stage.order)
             self._finish(stage)
             self._advance([run for run in waiting if run.at is stage], emit)
-        self._finish_unreached()
+        for stage in self.stages:
+            if not stage.done:
+                self._finish(stage)  # no token reached it
+        if self._reference is not None:
+            self._reference.finish()
 
     def _advance(self, runs: list[_BatchRun], emit: Callable[[int, Tensor], None]) -> None:
         for run in runs:
             output = run.switch(run.index)  # the index is the forward's argument the first time, ignored later
             if run.dead:
                 emit(run.index, output)
+            else:
+                self._count(run)
 
     def _replay(self, emit: Callable[[int, Tensor], None]) -> None:
         for stage in self.stages:
@@ -99,15 +156,15 @@ class StagedForward:
                 run = _BatchRun(self._forward, index)
                 run.switch(index)  # as far as the first stage that is not done, or to the end
                 if not run.dead:
+                    self._count(run)
                     run.throw(GreenletExit)
+                if self._reference is not None:
+                    self._reference.restart()
             self._finish(stage)
         for index in range(len(self._masks)):
             emit(index, self._forward(index))
-
-    def _finish_unreached(self) -> None:
-        for stage in self.stages:
-            if not stage.done:
-                self._finish(stage)
+        if self._reference is not None:
+            self._reference.finish()
 
     def _finish(self, stage: Stage) -> None:
         if stage.statistics is not None:
@@ -132,22 +189,28 @@ class StagedForward:
             run = getcurrent()
             if isinstance(run, _BatchRun):
                 if not stage.done:
-                    self._count(stage, run.index, x)
-                    run.at = stage
-                    assert run.parent is not None
+                    run.at, run.input = stage, x
                     run.parent.switch()
                 run.check_input(stage, name, x)
             return original(x)
 
         return forward
 
-    def _count(self, stage: Stage, index: int, x: Tensor) -> None:
+    def _count(self, run: _BatchRun) -> None:
+        """Add the input that a suspended forward has in hand to its stage's statistics."""
+        stage, x, index = run.at, run.input, run.index
+        run.input = None
+        assert stage is not None
+        assert x is not None
         if stage.statistics is None:
             stage.statistics = Statistics.empty(x.shape[-1], x.device)
         mask = self._masks[index]
         if mask is not None and tuple(x.shape[:-1]) != tuple(mask.shape):
             mask = None  # tokens were routed: what reaches the linear is no longer laid out like the batch
-        stage.statistics.add(x, mask)
+        reference = self._reference.input_of(stage, index) if self._reference is not None else None
+        if reference is not None and reference.shape != x.shape:
+            reference = None  # other tokens were routed here than in full precision
+        stage.statistics.add(x, mask, reference)
 
 
 class _BatchRun(greenlet):  # type: ignore[misc]
@@ -158,6 +221,8 @@ class _BatchRun(greenlet):  # type: ignore[misc]
         self.index = index
         self.at: Stage | None = None
         """Stage it is suspended at."""
+        self.input: Tensor | None = None
+        """What the stage was called with, until it is counted."""
         self._inputs: dict[int, tuple[str, int]] = {}
         """Per stage: the first member called and the address of its input."""
 
@@ -168,6 +233,49 @@ class _BatchRun(greenlet):  # type: ignore[misc]
             raise ArchitectureError(f"{name!r} does not have the same input as {first!r}, so they cannot be one group")
         if name == first:
             self._inputs[stage.order] = (name, x.data_ptr())
+
+
+class _ReferenceRun:
+    """The full-precision forward of one batch, going from stage to stage on demand."""
+
+    def __init__(self, forward: Callable[[int], Tensor], emit: Callable[[int, Tensor], None], index: int) -> None:
+        self._run = greenlet(forward)
+        self._emit = emit
+        self._index = index
+        self._at: tuple[int, Tensor] | None = None
+        self._passed: set[int] = set()
+
+    def advance(self, order: int | None) -> Tensor | None:
+        """Go on to stage `order` and return its input; None if the forward ends before (or is past) it."""
+        while not self._run.dead:
+            if self._at is not None and self._at[0] == order:
+                return self._at[1]
+            if order in self._passed:
+                return None
+            answer = self._run.switch(self._index)
+            if self._run.dead:
+                self._at = None
+                self._emit(self._index, answer)
+            elif answer[0] not in self._passed:
+                self._at = answer
+                self._passed.add(answer[0])
+        return None
+
+    def stop(self) -> None:
+        if not self._run.dead:
+            self._run.throw(GreenletExit)
+
+
+def _reporting(order: int, original: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A forward that hands its stage and input to whoever advances the run, then goes on."""
+
+    def forward(x: Tensor) -> Tensor:
+        driver = getcurrent().parent
+        if driver is not None:
+            driver.switch((order, x))
+        return original(x)
+
+    return forward
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fewbit.calibration.tokens import CalibrationSet, padding_mask
 from fewbit.checkpoint.native import NativePart, block_file, write_part
-from fewbit.config.recipe import Config
+from fewbit.config.recipe import Config, GPTQConfig
 from fewbit.models.blockwise import BlockCall, BlockwiseModel
 from fewbit.pipeline.hidden_states import HiddenStates
 from fewbit.pipeline.plan import Plan
@@ -20,7 +21,7 @@ from fewbit.pipeline.progress import ProgressView
 from fewbit.pipeline.report import linear_row
 from fewbit.pipeline.run_directory import RunDirectory
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
-from fewbit.pipeline.staged import Stage, StagedForward, Strategy
+from fewbit.pipeline.staged import Reference, Stage, StagedForward, Strategy
 
 logger = logging.getLogger("fewbit")
 
@@ -45,24 +46,43 @@ class Walk:
             return [row for index in range(len(self.model)) for row in finished[index]]
         if calibration is None:
             return self._without_data(finished)
-        states = HiddenStates(self.activation_memory, self.directory.work)
+        states = HiddenStates(self.activation_memory // 2, self.directory.work / "quantized")
+        reference = HiddenStates(self.activation_memory // 2, self.directory.work / "reference")
         try:
-            return self._with_data(calibration, states, finished)
+            return self._with_data(calibration, states, reference, finished)
         finally:
             states.close()
+            reference.close()
 
     def strategy(self, calibration: CalibrationSet) -> Strategy:
         """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
         widest = max(linear.shape[1] for linear in self.plan.linears.values() if linear.spec is not None)
         per_token = 4 * (3 * self._channels() + widest)  # residual, hidden states in and out, the suspended input
+        if self.drift_batches(len(calibration.batches)):
+            per_token *= 2  # the forward in full precision waits beside the other
         return "staged" if calibration.tokens * per_token <= self.activation_memory else "replay"
 
+    def drift_batches(self, batches: int) -> list[int]:
+        """Numbers of the batches on which the inputs' drift is measured: evenly spaced, at least one."""
+        algorithm = self.config.algo_config
+        if not isinstance(algorithm, GPTQConfig) or algorithm.drift == 0:
+            return []
+        count = max(1, round(algorithm.drift_data * batches))
+        return sorted({number * batches // count for number in range(count)})
+
     def _with_data(
-        self, calibration: CalibrationSet, states: HiddenStates, finished: dict[int, list[dict[str, Any]]]
+        self,
+        calibration: CalibrationSet,
+        states: HiddenStates,
+        reference_states: HiddenStates,
+        finished: dict[int, list[dict[str, Any]]],
     ) -> list[dict[str, Any]]:
         calls: list[list[BlockCall]] = []
+        drift_batches = self.drift_batches(len(calibration.batches))
         for index, inputs in enumerate(self.model.enter(list(calibration.batches), self.device)):
             states.put(index, inputs.hidden)
+            if index in drift_batches:
+                reference_states.put(index, inputs.hidden)
             calls.append(inputs.calls)
         masks = [padding_mask(batch) for batch in calibration.batches]
         strategy = self.strategy(calibration)
@@ -71,6 +91,11 @@ class Walk:
             block_calls = [batch_calls[index] for batch_calls in calls]
             if index in finished:
                 self._pass_through(index, states, block_calls)
+                if drift_batches:
+                    with self.model.loaded(index, self.device) as block, torch.no_grad():
+                        forward = self._forward(block, reference_states, block_calls)
+                        for batch in drift_batches:
+                            reference_states.put(batch, forward(batch))
                 rows += finished[index]
                 self.progress.block_done(index, None)
                 continue
@@ -81,7 +106,14 @@ class Walk:
                 def finish(stage: Stage, index: int = index, results: dict[str, LinearResult] = results) -> None:
                     self._quantize(index, stage, results)
 
-                StagedForward(block, self.plan.block_groups[index], masks, forward, finish).run(states.put, strategy)
+                groups = self.plan.block_groups[index]
+                reference = None
+                if drift_batches:
+                    # shares its tensors with the block until those are replaced by quantized ones
+                    original = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+                    reference_forward = self._forward(original, reference_states, block_calls)
+                    reference = Reference(original, groups, drift_batches, reference_forward, reference_states.put)
+                StagedForward(block, groups, masks, forward, finish, reference).run(states.put, strategy)
             rows += self._write(index, results)
         return rows
 

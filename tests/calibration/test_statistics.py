@@ -1,0 +1,103 @@
+"""H = XᵀX and the token count, accumulated batch by batch."""
+
+import pytest
+import torch
+
+from fewbit.calibration.statistics import Statistics
+from fewbit.errors import CalibrationError
+from fewbit.numerics.second_moment import TILE
+
+
+def inputs(batch, tokens, channels, seed=0):
+    return torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def collect(channels, *batches):
+    statistics = Statistics.empty(channels)
+    for x, mask in batches:
+        statistics.add(x, mask)
+    return statistics.finish("linear")
+
+
+def brute_force(*rows):
+    """Σ x xᵀ over single tokens, in float64."""
+    x = torch.cat([part.reshape(-1, part.shape[-1]) for part in rows]).double()
+    return sum(torch.outer(row, row) for row in x)
+
+
+@pytest.mark.parametrize("channels", [8, 64, TILE - 1, TILE, TILE + 1, 2 * TILE + 37])
+def test_moment_is_the_sum_of_outer_products(channels):
+    x = inputs(2, 9, channels)
+    statistics = collect(channels, (x, None))
+    torch.testing.assert_close(statistics.moment.double(), brute_force(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(statistics.moment, statistics.moment.T)
+    assert statistics.moment.dtype == torch.float32
+    assert statistics.tokens == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inputs_of_any_float_dtype_are_summed_in_float32(dtype):
+    x = inputs(2, 9, 16).to(dtype)
+    moment = collect(16, (x, None)).moment
+    assert moment.dtype == torch.float32
+    torch.testing.assert_close(moment.double(), brute_force(x), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_left_out():
+    x = inputs(3, 7, 16)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[1, :4] = False
+    mask[2, 5:] = False
+    statistics = collect(16, (x, mask))
+    assert statistics.tokens == 21 - 4 - 2
+    torch.testing.assert_close(statistics.moment.double(), brute_force(x[0], x[1, 4:], x[2, :5]), rtol=1e-5, atol=1e-5)
+
+
+def test_values_at_padding_do_not_matter_not_even_nan():
+    x = inputs(2, 7, 16)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, :4] = False
+    damaged = x.clone()
+    damaged[1, :4] = torch.nan
+    assert torch.equal(collect(16, (damaged, mask)).moment, collect(16, (x, mask)).moment)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_the_batches_matters_only_to_rounding(seed):
+    batches = [(inputs(1, 5 + number, 24, seed=number), None) for number in range(6)]
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed)).tolist()
+    forward, shuffled = collect(24, *batches), collect(24, *(batches[number] for number in order))
+    torch.testing.assert_close(forward.moment, shuffled.moment, rtol=1e-5, atol=1e-5)
+    assert forward.tokens == shuffled.tokens
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 12])
+def test_partition_into_batches_matters_only_to_rounding(parts):
+    x = inputs(12, 5, 24)
+    whole = collect(24, (x, None))
+    split = collect(24, *((part, None) for part in x.chunk(parts)))
+    torch.testing.assert_close(whole.moment, split.moment, rtol=1e-5, atol=1e-5)
+    assert whole.tokens == split.tokens
+
+
+def test_the_same_batches_give_the_same_bits():
+    batches = [(inputs(2, 9, 40, seed=number), None) for number in range(4)]
+    assert torch.equal(collect(40, *batches).moment, collect(40, *batches).moment)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("channel", [0, 5, TILE + 3])
+def test_a_non_finite_input_is_an_error_that_names_linear_and_channel(value, channel):
+    x = inputs(2, 9, TILE + 16)
+    x[1, 3, channel] = value
+    statistics = Statistics.empty(TILE + 16)
+    statistics.add(x)
+    with pytest.raises(CalibrationError, match=rf"'mlp\.down_proj' holds NaN or infinity \(channel {channel}\)"):
+        statistics.finish("mlp.down_proj")
+
+
+def test_the_input_is_not_changed():
+    x = inputs(2, 9, 16)
+    before = x.clone()
+    collect(16, (x, None))
+    assert torch.equal(x, before)

@@ -1,0 +1,154 @@
+"""Perplexity and the distance to a reference model, against loops of a few lines with transformers."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fewbit
+from fewbit.calibration.tokens import tokenize
+from fewbit.errors import CalibrationError, CheckpointError
+from fewbit.evaluation import metrics
+
+LENGTH = 150  # more than the rows of logits that are computed at a time, and no multiple of them
+EVALUATION = {"sequence_length": LENGTH, "max_windows": 3, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def windows(evaluation_file, tokenizer):
+    tokens = tokenize([evaluation_file.read_text(encoding="utf-8")], tokenizer)
+    return tokens[: 3 * LENGTH].view(3, LENGTH)
+
+
+def log_probabilities(model, windows):
+    """[windows, tokens − 1, vocabulary] float64."""
+    with torch.no_grad():
+        return torch.cat([model(input_ids=window[None]).logits[:, :-1] for window in windows]).double().log_softmax(-1)
+
+
+def perplexity(model, windows):
+    scores = log_probabilities(model, windows).gather(-1, windows[:, 1:, None])
+    return math.exp(-scores.mean().item())
+
+
+def load(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def test_perplexity_of_a_checkpoint_is_that_of_a_plain_loop(checkpoint, evaluation_file, windows, family):
+    found = fewbit.evaluate(checkpoint(family), evaluation_file, **EVALUATION)
+    assert found.perplexity == pytest.approx(perplexity(load(checkpoint(family)), windows), rel=1e-5)
+    assert (found.windows, found.sequence_length, found.tokens) == (3, LENGTH, 3 * (LENGTH - 1))
+    assert found.kl_mean is None
+
+
+def test_a_bf16_checkpoint_is_evaluated_in_float32(checkpoint, evaluation_file, windows):
+    directory = checkpoint("llama", torch.bfloat16)
+    found = fewbit.evaluate(directory, evaluation_file, **EVALUATION)
+    assert found.perplexity == pytest.approx(perplexity(load(directory), windows), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_run_export_and_dequantized_checkpoint_agree(
+    finished_run, dequantized, tokenizer, evaluation_file, windows, family, dtype, tmp_path
+):
+    run = finished_run(family, dtype)
+    exported = fewbit.Run(run).export("compressed-tensors", tmp_path / "export")
+    model = dequantized(run)
+    model.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    found = [
+        fewbit.evaluate(target, evaluation_file, **EVALUATION).perplexity
+        for target in (fewbit.Run(run), run, exported, tmp_path / "plain")
+    ]
+    assert found == [found[0]] * 4
+    assert found[0] == pytest.approx(perplexity(model, windows), rel=1e-5)
+
+
+def test_quantization_to_two_bits_costs_perplexity_against_itself(finished_run, checkpoint, evaluation_file):
+    found = fewbit.evaluate(
+        finished_run("llama", scheme="W2A16"), evaluation_file, against=checkpoint("llama"), **EVALUATION
+    )
+    plain = fewbit.evaluate(checkpoint("llama"), evaluation_file, **EVALUATION)
+    assert found.reference_perplexity == plain.perplexity
+    assert found.perplexity != plain.perplexity
+
+
+def test_a_model_against_itself_has_no_distance(checkpoint, evaluation_file):
+    found = fewbit.evaluate(checkpoint("llama"), evaluation_file, against=checkpoint("llama"), **EVALUATION)
+    assert (found.kl_mean, found.kl_p99, found.top1_agreement) == (0, 0, 1)
+    assert found.reference_perplexity == found.perplexity
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W2A16"])
+def test_kl_and_top1_are_those_of_a_plain_loop(
+    finished_run, checkpoint, dequantized, evaluation_file, windows, scheme
+):
+    run = finished_run("llama", scheme=scheme)
+    found = fewbit.evaluate(run, evaluation_file, against=checkpoint("llama"), **EVALUATION)
+    ours, reference = (
+        log_probabilities(dequantized(run), windows),
+        log_probabilities(load(checkpoint("llama")), windows),
+    )
+    kl = (reference.exp() * (reference - ours)).sum(-1).flatten()
+    assert found.kl_mean == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert found.kl_p99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-3)
+    assert found.top1_agreement == pytest.approx((ours.argmax(-1) == reference.argmax(-1)).double().mean().item())
+    assert 0 < found.kl_mean < found.kl_p99
+
+
+def test_kl_of_different_distributions_is_the_sum_over_the_vocabulary():
+    reference = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    model = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert metrics.kl_divergence(reference, model).tolist() == pytest.approx([expected, 0], abs=1e-7)
+
+
+def test_a_module_and_token_ids_need_no_files(random_model, checkpoint, evaluation_file, windows):
+    found = fewbit.evaluate(random_model("llama"), windows, device="cpu")
+    assert found.perplexity == fewbit.evaluate(checkpoint("llama"), evaluation_file, **EVALUATION).perplexity
+
+
+@pytest.mark.parametrize("memory", [0, "100KB"])
+def test_hidden_states_on_disk_give_the_same_numbers(finished_run, checkpoint, evaluation_file, memory):
+    arguments = EVALUATION | {"against": checkpoint("llama")}
+    plain = fewbit.evaluate(finished_run("llama"), evaluation_file, **arguments)
+    assert fewbit.evaluate(finished_run("llama"), evaluation_file, activation_memory=memory, **arguments) == plain
+
+
+def test_all_whole_windows_are_used_unless_limited(checkpoint, evaluation_file, tokenizer):
+    tokens = tokenize([evaluation_file.read_text(encoding="utf-8")], tokenizer).numel()
+    found = fewbit.evaluate(checkpoint("llama"), evaluation_file, sequence_length=250, device="cpu")
+    assert found.windows == tokens // 250
+
+
+def test_models_with_other_vocabularies_cannot_be_compared(random_model, windows):
+    with pytest.raises(CheckpointError, match="vocabularies of 304 and 200"):
+        fewbit.evaluate(random_model("llama"), windows, against=random_model("llama", vocab_size=200))
+
+
+def test_text_shorter_than_a_window_is_refused_with_both_numbers(checkpoint, tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("ba be bi")
+    count = tokenize(["ba be bi"], tokenizer).numel()
+    with pytest.raises(CalibrationError, match=rf"short\.txt has {count} tokens, less than one window of 64"):
+        fewbit.evaluate(checkpoint("llama"), tmp_path / "short.txt", sequence_length=64)
+
+
+def test_text_for_a_module_without_tokenizer_is_refused(random_model, evaluation_file):
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        fewbit.evaluate(random_model("llama"), evaluation_file)
+
+
+def test_a_directory_that_is_nothing_is_refused(evaluation_file, tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config\.json; is it a checkpoint, a run or an export\?"):
+        fewbit.evaluate(tmp_path, evaluation_file)
+
+
+def test_a_checkpoint_quantized_by_another_method_is_refused_by_its_name(llama, evaluation_file):
+    import json
+
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(CheckpointError, match="quantized with 'awq'"):
+        fewbit.evaluate(llama, evaluation_file)

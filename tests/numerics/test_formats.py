@@ -1,0 +1,180 @@
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fewbit.numerics.formats import FORMATS
+
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+SMALL_FLOATS = {"e2m1": (2, 1), "e2m3": (2, 3), "e3m2": (3, 2)}  # exponent bits, mantissa bits
+INTEGERS = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in range(2, 9)}
+
+
+def every_bf16() -> torch.Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def positive_values(name: str) -> list[float]:
+    """Values of the codes with sign 0, from the definition of a small float and exact arithmetic."""
+    exponent_bits, mantissa_bits = SMALL_FLOATS[name]
+    bias = 2 ** (exponent_bits - 1) - 1
+    values = []
+    for exponent in range(2**exponent_bits):
+        for mantissa in range(2**mantissa_bits):
+            implicit = 1 if exponent else 0
+            significand = implicit + Fraction(mantissa, 2**mantissa_bits)
+            values.append(float(significand * Fraction(2) ** (max(exponent, 1) - bias)))
+    return values
+
+
+def test_the_formats_are_those_that_the_design_names():
+    assert set(FORMATS) == set(INTEGERS) | set(FP8) | set(SMALL_FLOATS) | {"e8m0"}
+
+
+@pytest.mark.parametrize("name", FP8)
+class TestFP8:
+    def test_every_bf16_value_in_range_has_the_code_of_torchs_cast(self, name):
+        fmt = FORMATS[name]
+        x = every_bf16()
+        x = x[x.abs() <= fmt.largest]
+        assert x.numel() > 2 * 16_000
+        assert torch.equal(fmt.encode(x), x.to(FP8[name]).view(torch.uint8))
+
+    def test_float32_values_beside_every_tie_have_the_code_of_torchs_cast(self, name):
+        fmt = FORMATS[name]
+        finite = torch.arange(256, dtype=torch.uint8).view(FP8[name]).float()
+        finite = finite[finite.isfinite()].unique()
+        ties = (finite[1:] + finite[:-1]) / 2
+        x = torch.cat([ties, ties.nextafter(ties + 1), ties.nextafter(ties - 1)])
+        assert torch.equal(fmt.encode(x), x.to(FP8[name]).view(torch.uint8))
+
+    def test_every_bf16_value_beyond_saturates_infinity_too(self, name):
+        fmt = FORMATS[name]
+        x = every_bf16()
+        x = x[x.abs() > fmt.largest]
+        assert x.isinf().sum() == 2
+        ends = torch.tensor([fmt.largest, -fmt.largest]).to(FP8[name]).view(torch.uint8)
+        assert torch.equal(fmt.encode(x), torch.where(x > 0, ends[0], ends[1]))
+
+    def test_every_code_decodes_as_torch_reads_it(self, name):
+        codes = torch.arange(256, dtype=torch.uint8)
+        torch.testing.assert_close(
+            FORMATS[name].decode(codes), codes.view(FP8[name]).float(), rtol=0, atol=0, equal_nan=True
+        )
+
+
+class TestE8M0:
+    def test_every_normal_bf16_scale_has_the_code_of_torchs_cast(self):
+        x = every_bf16()
+        x = x[(x >= torch.finfo(torch.bfloat16).tiny) & (x < 1.5 * 2.0**127)]
+        assert x.numel() > 32_000
+        assert torch.equal(FORMATS["e8m0"].encode(x), x.to(torch.float8_e8m0fnu).view(torch.uint8))
+
+    def test_subnormal_scales_go_to_the_nearest_power(self):
+        # torch's cast sends what lies between 2^-127 and 1.5·2^-127 up to 2^-126, which is further away
+        x = every_bf16()
+        x = x[(x > 0) & (x < torch.finfo(torch.bfloat16).tiny)]
+        assert torch.equal(FORMATS["e8m0"].encode(x), (x.double() >= 1.5 * 2.0**-127).to(torch.uint8))
+
+    def test_the_largest_scales_saturate_where_torchs_cast_makes_nan(self):
+        x = every_bf16()
+        x = x[x >= 1.5 * 2.0**127]
+        assert x.isinf().any()
+        assert (FORMATS["e8m0"].encode(x) == 254).all()
+
+    def test_zero_and_negative_numbers_become_the_smallest_scale(self):
+        assert (FORMATS["e8m0"].encode(torch.tensor([0.0, -0.0, -1.0, -torch.inf])) == 0).all()
+
+    def test_every_code_decodes_as_torch_reads_it(self):
+        codes = torch.arange(256, dtype=torch.uint8)
+        torch.testing.assert_close(
+            FORMATS["e8m0"].decode(codes), codes.view(torch.float8_e8m0fnu).float(), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("name", SMALL_FLOATS)
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+class TestFP4AndFP6:
+    def codes(self, name: str, sign: int, codes: torch.Tensor) -> torch.Tensor:
+        return codes + (sign < 0) * (1 << (FORMATS[name].bits - 1))
+
+    def test_every_code_decodes_to_the_value_of_its_fields(self, name, sign):
+        values = positive_values(name)
+        codes = self.codes(name, sign, torch.arange(len(values)))
+        assert torch.equal(FORMATS[name].decode(codes), sign * torch.tensor(values))
+
+    def test_every_tie_goes_to_the_even_code(self, name, sign):
+        values = positive_values(name)
+        lower = torch.arange(len(values) - 1)
+        ties = torch.tensor([(a + b) / 2 for a, b in pairwise(values)])
+        even = torch.where(lower % 2 == 0, lower, lower + 1)
+        assert torch.equal(FORMATS[name].encode(sign * ties).long(), self.codes(name, sign, even))
+
+    def test_values_beside_a_tie_go_to_the_nearest_code(self, name, sign):
+        values = positive_values(name)
+        lower = torch.arange(len(values) - 1)
+        ties = torch.tensor([(a + b) / 2 for a, b in pairwise(values)])
+        below, above = ties.nextafter(torch.tensor(0.0)), ties.nextafter(torch.tensor(torch.inf))
+        assert torch.equal(FORMATS[name].encode(sign * below).long(), self.codes(name, sign, lower))
+        assert torch.equal(FORMATS[name].encode(sign * above).long(), self.codes(name, sign, lower + 1))
+
+    def test_what_lies_beyond_saturates(self, name, sign):
+        largest = max(positive_values(name))
+        assert FORMATS[name].largest == largest
+        x = sign * torch.tensor([largest * 1.0001, largest * 1.5, 1e30, torch.inf])
+        assert torch.equal(FORMATS[name].round(x), torch.full((4,), sign * largest))
+
+
+@pytest.mark.parametrize(
+    ("tie", "value"), [(0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0)]
+)
+def test_e2m1_ties_are_those_of_the_ocp_table(tie, value):
+    x = torch.tensor([tie, -tie])
+    assert torch.equal(FORMATS["e2m1"].round(x), torch.tensor([value, -value]))
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+class TestIntegers:
+    def test_ties_round_to_the_even_integer_and_both_ends_saturate(self, name):
+        bits = INTEGERS[name]
+        low, high = (0, 2**bits - 1) if name[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        x = torch.arange(-300, 300, 0.25)
+        expected = [min(max(round(value), low), high) for value in x.tolist()]  # Python rounds half to even
+        assert FORMATS[name].encode(x).tolist() == expected
+        assert FORMATS[name].round(x).tolist() == expected
+
+    def test_infinity_saturates(self, name):
+        fmt = FORMATS[name]
+        assert fmt.encode(torch.tensor([torch.inf, -torch.inf])).tolist() == [fmt.largest, fmt.smallest]
+
+    def test_codes_are_eight_bits_wide_with_the_formats_sign(self, name):
+        assert FORMATS[name].encode(torch.zeros(1)).dtype == (torch.uint8 if name[0] == "u" else torch.int8)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_encoding_a_decoded_code_gives_it_back(name):
+    fmt = FORMATS[name]
+    start = int(fmt.smallest) if fmt.is_integer else 0
+    codes = torch.arange(start, start + 2**fmt.bits).to(fmt.code_dtype)
+    values = fmt.decode(codes, torch.float64)
+    finite = values.isfinite()
+    assert int(finite.sum()) >= 2**fmt.bits - 8  # e5m2 spends 8 codes on infinities and NaN, the others fewer
+    assert torch.equal(fmt.encode(values)[finite], codes[finite])
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.nan_code is None])
+def test_nan_raises_where_the_format_has_none(name):
+    with pytest.raises(ValueError, match=f"NaN.*{name}"):
+        FORMATS[name].encode(torch.tensor([1.0, torch.nan]))
+
+
+@pytest.mark.parametrize(("name", "code"), [("e4m3", 0x7F), ("e5m2", 0x7F), ("e8m0", 0xFF)])
+def test_nan_has_its_code_where_the_format_has_one(name, code):
+    codes = FORMATS[name].encode(torch.tensor([1.0, torch.nan, -torch.nan]))
+    assert codes.tolist()[1:] == [code, code]
+    assert FORMATS[name].decode(codes).isnan().tolist() == [False, True, True]
+
+
+def test_only_formats_without_nan_are_integers_fp4_and_fp6():
+    assert {name for name, fmt in FORMATS.items() if fmt.nan_code is None} == set(INTEGERS) | set(SMALL_FLOATS)
