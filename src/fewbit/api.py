@@ -99,9 +99,12 @@ def merge_recipe(recipe: Config | Mapping[str, Any] | None, **given: Any) -> Con
     lengths = {name: given.pop(name) for name in ("num_samples", "sequence_length") if name in given}
     if lengths:
         data["calibration"] = dict(data.get("calibration") or {}) | lengths
-    for short, field in (("scheme", "global_quant_config"), ("algorithm", "algo_config")):
-        if short in given:
-            data.pop(field, None)
+    if "scheme" in given:
+        data.pop("global_quant_config", None)
+    if "algorithm" in given:
+        before = data.pop("algo_config", None) or data.get("algorithm")
+        if isinstance(before, Mapping) and before.get("name") == given["algorithm"]:
+            given["algorithm"] = before  # naming the algorithm that the recipe has keeps its options
     return Config.from_dict(data | given)
 
 

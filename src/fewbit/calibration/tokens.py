@@ -79,7 +79,7 @@ def calibration_set(
     chosen = choose_windows(tokens, num_samples, sequence_length, seed, source)
     batches = _batches(chosen)
     rest = tokens[chosen.numel() :]
-    if chosen.shape[0] < num_samples and rest.numel() > 1:  # every window is taken, so what is left over counts too
+    if chosen.shape[0] < num_samples and rest.numel():  # every window is taken, so what is left over counts too
         batches += _batches(rest.unsqueeze(0))
     return CalibrationSet(batches, source, num_samples)
 

@@ -48,11 +48,27 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     """Write tensors atomically; same tensors and metadata, same bytes."""
     with replacing(path) as beside:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
+        _sort_metadata(beside)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the header's metadata in order: safetensors writes them in an order that changes from run to run."""
+    with file.open("rb+") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:
+            raise RuntimeError(f"{file}: the header changed its length when its metadata were sorted")
+        opened.seek(8)
+        opened.write(text)
 
 
 @contextmanager
 def replacing_directory(directory: Path) -> Iterator[Path]:
     """A directory to fill beside `directory`; it takes its place only if the body succeeds. Refuses to overwrite."""
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory} is a file, not a directory; choose another place")
     if directory.exists() and any(directory.iterdir()):
         raise RunError(f"{directory} exists and is not empty; choose another directory or remove it")
     beside = directory.with_name(directory.name + ".partial")

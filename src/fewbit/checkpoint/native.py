@@ -45,7 +45,7 @@ def write_part(file: Path, quantized: Mapping[str, QuantTensor], dense: Mapping[
         specs[name] = {"spec": asdict(weight.spec), "shape": list(weight.shape)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in weight.to_tensors().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(file, tensors, {"format": "pt", "fewbit": json.dumps(specs, sort_keys=True)})
+    write_safetensors(file, tensors, {"fewbit": json.dumps(specs, sort_keys=True)})
 
 
 class NativePart:
@@ -130,13 +130,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """fewbit.json of a run."""
     file = directory / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a fewbit run: it has no {MANIFEST}") from None
     except ValueError:
         raise CheckpointError(f"{file} is damaged: it is not JSON") from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{file} is damaged: it is no table of fields")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{directory} was written in format {manifest.get('format_version')!r}; this fewbit reads {FORMAT_VERSION}"
         )
+    if not isinstance(manifest.get("num_blocks"), int):
+        raise CheckpointError(f"{file} is damaged: it does not say how many blocks there are")
     return manifest

@@ -139,6 +139,8 @@ def _scan(directory: Path) -> tuple[dict[str, Path], dict[str, TensorInfo]]:
     if index.exists():
         try:
             weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            if not all(isinstance(name, str) for name in weight_map.values()):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{index} is damaged: it should be JSON with a weight_map") from None
         files = sorted({directory / name for name in weight_map.values()})

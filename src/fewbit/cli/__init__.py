@@ -52,7 +52,9 @@ def main() -> None:
         _fail(" ".join(str(error).split()))
     except OSError as error:
         if not is_disk_full(error):
-            raise
+            if error.filename is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}")
         _fail(f"the disk is full: {error.filename or 'a file'} could not be written; free some space and try again")
     except KeyboardInterrupt:
         typer.echo("fewbit: interrupted; the same command with --resume continues the run", err=True)

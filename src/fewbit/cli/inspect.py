@@ -26,7 +26,7 @@ def inspect(
         raise ConfigError("--group-size says something only together with --scheme or --recipe")
     config = None
     if scheme is not None or recipe is not None:
-        base = Config.from_yaml(recipe) if recipe is not None else None
+        base = Config.read_yaml(recipe) if recipe is not None else None
         config = merge_recipe(base, scheme=scheme, group_size=group_size)
     found = look(model, config)
     traits = f" ({', '.join(found.architecture.traits)})" if found.architecture.traits else ""

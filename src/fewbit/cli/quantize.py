@@ -53,7 +53,7 @@ def quantize(
     if log is not None:
         setup_logging(log)
     config = merge_recipe(
-        Config.from_yaml(recipe) if recipe is not None else None,
+        Config.read_yaml(recipe) if recipe is not None else None,
         scheme=scheme,
         group_size=group_size,
         algorithm=algorithm,

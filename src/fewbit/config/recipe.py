@@ -87,8 +87,10 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)] + list(cls.SHORTHANDS)
         for name in values:
             if name not in known:
-                raise ConfigError(f"a recipe has no field {name!r}{nearest(name, known)}")
+                raise ConfigError(f"a recipe has no field {name!r}{nearest(str(name), known)}")
         group_size = values.pop("group_size", None)
+        if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
+            raise ConfigError(f"group_size must be a whole number, not {group_size!r}")
         if "scheme" in values:
             if "global_quant_config" in values:
                 raise ConfigError("a recipe gives either scheme or global_quant_config, not both")
@@ -110,6 +112,8 @@ class Config:
                 }
         if "exclude" in values:
             exclude = values["exclude"]
+            if not isinstance(exclude, str | list | tuple):
+                raise ConfigError(f"exclude must be a pattern or a list of patterns, not {exclude!r}")
             values["exclude"] = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         if "algo_config" in values:
             values["algo_config"] = algorithm_config(values["algo_config"])
@@ -120,13 +124,20 @@ class Config:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Config:
         """Read a recipe file."""
+        return cls.from_dict(cls.read_yaml(path))
+
+    @staticmethod
+    def read_yaml(path: str | Path) -> dict[str, Any]:
+        """A recipe file as plain data, shorthands and all."""
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"recipe {path} is not UTF-8 text") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-        return cls.from_dict(_mapping(data, f"recipe {path}"))
+        return _mapping(data, f"recipe {path}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `Config.from_dict(config.to_dict()) == config`."""
@@ -145,7 +156,7 @@ def algorithm_config(value: Any) -> AlgorithmConfig:
         return value
     options = {"name": value} if isinstance(value, str) else _mapping(value, "algorithm")
     name = options.get("name")
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
     return ALGORITHMS[name](**options)
 
@@ -165,4 +176,7 @@ def _quantization_config(value: Any, group_size: int | None) -> QuantizationConf
 def _mapping(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{what} must be a table of fields, not {value!r}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{what} has no field {key!r}: names are text")
     return dict(value)

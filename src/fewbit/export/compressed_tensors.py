@@ -59,6 +59,11 @@ def check(checkpoint: NativeCheckpoint) -> None:
     for name, (spec, _) in checkpoint.quantized.items():
         if not spec.format.is_integer:
             raise ConfigError(f"{NAME}: {name!r} is {spec.dtype}; this exporter writes integer weights of 2 to 8 bits")
+        if spec.scale_dtype != "checkpoint":
+            raise ConfigError(
+                f"{NAME}: {name!r} has scales in {spec.scale_dtype}; readers load scales in the model's dtype, so use "
+                "scale_dtype: checkpoint"
+            )
         if spec.qscheme == "per_tensor":
             raise ConfigError(
                 f"{NAME}: {name!r} has one scale for the whole tensor; {FORMAT} holds scales per channel or per group"

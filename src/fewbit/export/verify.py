@@ -81,7 +81,7 @@ def _verify_compressed_tensors(directory: Path, checkpoint: NativeCheckpoint) ->
     for name in checkpoint.quantized:
         module = name.removesuffix(".weight")
         expected = checkpoint.read_quantized(name)
-        tensors = _module_tensors(stored, names, module)
+        tensors = _module_tensors(stored, names, module, affine=not expected.spec.symmetric)
         scheme = _scheme_of(schemes, module)
         bits = scheme.weights.num_bits
         codes = unpack_from_int32(tensors["weight_packed"], bits, torch.Size(tensors["weight_shape"].tolist()))
@@ -92,7 +92,10 @@ def _verify_compressed_tensors(directory: Path, checkpoint: NativeCheckpoint) ->
             found = unpack_from_int32(tensors["weight_zero_point"], bits, torch.Size(zero.shape), packed_dim=0)
             _compare(f"{module} zero point", found.to(torch.int16), _signed(expected, zero))
         decompressor = BaseCompressor.get_value_from_registry(raw["format"])
-        weight = decompressor.decompress(tensors, scheme)["weight"]
+        try:
+            weight = decompressor.decompress(tensors, scheme)["weight"]
+        except Exception as error:  # whatever the library raises, it cannot read this weight by that config
+            raise VerificationError(f"{module}: {library.__name__} cannot decode it: {error}") from None
         _compare(f"{module} weight", weight, expected.dequantize(expected.scale.dtype))
     dense = [name for part in checkpoint.parts for name in part.dense]
     for name in dense:
@@ -114,11 +117,14 @@ def _verify_compressed_tensors(directory: Path, checkpoint: NativeCheckpoint) ->
     return Verification(directory, compressed_tensors.NAME, len(checkpoint.quantized), len(dense), decoder)
 
 
-def _module_tensors(stored: SafetensorsSource, names: set[str], module: str) -> dict[str, Tensor]:
+def _module_tensors(stored: SafetensorsSource, names: set[str], module: str, affine: bool) -> dict[str, Tensor]:
     parts = [part for part in compressed_tensors.PARTS if f"{module}.{part}" in names]
+    needed = [part for part in compressed_tensors.PARTS if affine or part != "weight_zero_point"]
+    if parts != needed:
+        lost, extra = sorted(set(needed) - set(parts)), sorted(set(parts) - set(needed))
+        what = f"{lost[0]} is missing" if lost else f"{extra[0]} should not be there"
+        raise VerificationError(f"{stored.directory}: {module}.{what}")
     tensors = stored.read([f"{module}.{part}" for part in parts])
-    if "weight_packed" not in parts:
-        raise VerificationError(f"{stored.directory}: the packed weight of {module!r} is missing")
     return {part: tensors[f"{module}.{part}"] for part in parts}
 
 

@@ -59,6 +59,7 @@ class BlockwiseModel:
     def from_directory(cls, directory: str | Path, source: TensorSource | None = None) -> BlockwiseModel:
         """A checkpoint directory with config.json; `source` gives the weights if they are no plain safetensors."""
         directory = Path(directory)
+        plain = source is None
         if source is None:
             source = SafetensorsSource(directory)  # first: its errors are about what the user gave
         if not (directory / "config.json").exists():
@@ -67,6 +68,11 @@ class BlockwiseModel:
             config = AutoConfig.from_pretrained(directory)
         except (ValueError, KeyError, OSError) as error:
             raise ArchitectureError(f"{directory / 'config.json'} is not readable by transformers: {error}") from None
+        if plain and (quantization := getattr(config, "quantization_config", None)) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+            raise CheckpointError(
+                f"{directory} is already quantized ({method}), which fewbit cannot undo; give the original checkpoint"
+            )
         return cls(_skeleton(config), source)
 
     @classmethod
@@ -223,15 +229,12 @@ class BlockwiseModel:
             trim_heap()
 
     def _check_complete(self) -> None:
+        """CheckpointError unless every tensor of the model is stored; a tied head needs none."""
         stored = self.source.info()
-        for index in range(len(self)):
-            for name in self.block_tensors(index):
-                if name not in stored:
-                    raise CheckpointError(
-                        f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs"
-                    )
-        if f"{self.architecture.embeddings}.weight" not in stored:
-            raise CheckpointError(f"the checkpoint holds no tensor '{self.architecture.embeddings}.weight'")
+        tied = {f"{self.architecture.head}.weight"} if getattr(self.config, "tie_word_embeddings", False) else set()
+        for name in self.skeleton.state_dict():
+            if name not in stored and name not in tied:
+                raise CheckpointError(f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs")
 
 
 class _LastBlockReachedError(Exception):
@@ -257,9 +260,11 @@ def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> 
     transformers_logging.set_verbosity_error()
     try:
         with init_empty_weights(include_buffers=False):
-            if model_class is not None:
-                return model_class._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
+            try:
+                return make(config, dtype=torch.float32, attn_implementation="sdpa")
+            except ValueError:  # some families have no such attention (or none at all)
+                return make(config, dtype=torch.float32, attn_implementation="eager")
     except ValueError as error:
         raise ArchitectureError(
             f"transformers has no causal language model for {config.model_type!r}: {error}"

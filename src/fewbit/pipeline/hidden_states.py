@@ -39,7 +39,7 @@ class HiddenStates:
         self.bytes_on_disk += 0 if known else size
         with disk_errors_as_sentences(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            hidden.numpy().tofile(self._file(index))
+            self._file(index).write_bytes(hidden.numpy().data)  # tofile's error would not say why
 
     def get(self, index: int) -> Tensor:
         """States of one batch [batch, tokens, channels]."""

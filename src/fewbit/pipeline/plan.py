@@ -67,24 +67,27 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
                     f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})"
                 )
             spec, rule = None, "outside the blocks' groups"
-        if spec is not None:
-            _check_divides(name, shape, spec)
         linears[name] = LinearPlan(name, shape, spec, rule)
+    _check_divides(linears)
     if not any(linear.spec for linear in linears.values()):
         raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no weight spec")
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
-    return Plan(linears, groups, _warnings(model, linears, groups))
+    warnings = _unlike_specs(model, linears, groups) + _other_weights(model, linears)
+    return Plan(linears, groups, warnings)
 
 
-def _check_divides(name: str, shape: tuple[int, int], spec: QuantizationSpec) -> None:
-    size = spec.group_size
-    if size is not None and shape[1] % size:
-        fitting = [g for g in (256, 128, 64, 32, 16) if shape[1] % g == 0]
-        advice = f"use --group-size {fitting[0]}" if fitting else "use --group-size -1 (one scale per channel)"
-        raise ConfigError(
-            f"group size {size} does not divide the {shape[1]} inputs of {name!r}; {advice}, "
-            "or give that layer its own spec"
-        )
+def _check_divides(linears: dict[str, LinearPlan]) -> None:
+    """ConfigError for the first group size that does not divide, with one that fits all grouped linears."""
+    grouped = [(linear, linear.spec.group_size) for linear in linears.values() if linear.spec is not None]
+    inputs = [linear.shape[1] for linear, size in grouped if size is not None]
+    for linear, size in grouped:
+        if size is not None and linear.shape[1] % size:
+            fitting = [g for g in (256, 128, 64, 32, 16) if all(columns % g == 0 for columns in inputs)]
+            advice = f"use --group-size {fitting[0]}" if fitting else "use --group-size -1 (one scale per channel)"
+            raise ConfigError(
+                f"group size {size} does not divide the {linear.shape[1]} inputs of {linear.name!r}; {advice}, "
+                "or give that layer its own spec"
+            )
 
 
 def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPlan]) -> Groups:
@@ -93,7 +96,21 @@ def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPla
     return tuple(group for group in groups if group)
 
 
-def _warnings(model: BlockwiseModel, linears: dict[str, LinearPlan], block_groups: list[Groups]) -> list[str]:
+def _other_weights(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:
+    """Matrices inside the blocks that are no linears, such as experts in one tensor: they stay as they are."""
+    info = model.source.info()
+    others = [
+        name
+        for index in range(len(model))
+        for name in model.block_tensors(index)
+        if len(info[name].shape) > 1 and name.removesuffix(".weight") not in linears
+    ]
+    if not others:
+        return []
+    return [f"{len(others)} matrices in the blocks are no linears and stay as they are (first: {others[0]})"]
+
+
+def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan], block_groups: list[Groups]) -> list[str]:
     """Engines fuse linears that share an input into one matrix, which works only if they are quantized alike."""
     mixed = []
     for index in range(len(block_groups)):

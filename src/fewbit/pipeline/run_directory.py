@@ -55,16 +55,15 @@ class RunDirectory:
 
     def open(self, identity: Identity, num_blocks: int, unquantized: list[str], resume: bool) -> None:
         """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run."""
-        has_run = (self.path / MANIFEST).exists()
-        if not has_run and self.path.exists() and not self.path.is_dir():
+        if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; --output needs a directory")
-        if not has_run and self.path.exists() and any(self._foreign_files()):
+        if self.path.exists() and not (self.path / MANIFEST).exists() and any(self._foreign_files()):
             raise RunError(f"{self.path} is not empty and holds no fewbit run; choose another output directory")
         with disk_errors_as_sentences(self.path):
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-        if has_run:
+        if (self.path / MANIFEST).exists():
             if not resume:
                 raise RunError(
                     f"{self.path} already holds a run; use --resume to continue it or choose another directory"

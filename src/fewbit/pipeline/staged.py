@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fewbit.calibration.statistics import Statistics
 from fewbit.errors import ArchitectureError
@@ -75,7 +76,7 @@ class Reference:
         """The input of `stage` for one batch; None for a batch that is not run or does not come to the stage."""
         if index not in self._batches:
             return None
-        run = self._runs.setdefault(index, _ReferenceRun(self._forward, self._emit, index))
+        run = self._runs.setdefault(index, _ReferenceRun(self._forward, index))
         return run.advance(stage.order)
 
     def restart(self) -> None:
@@ -85,10 +86,10 @@ class Reference:
         self._runs.clear()
 
     def finish(self) -> None:
-        """Run every batch to the end of the block."""
+        """Run every batch to the end of the block. Only now: until then a restart needs the old hidden states."""
         for index in self._batches:
-            self._runs.setdefault(index, _ReferenceRun(self._forward, self._emit, index)).advance(None)
-        self._runs.clear()
+            run = self._runs.pop(index, None) or _ReferenceRun(self._forward, index)
+            self._emit(index, run.output())
 
 
 class StagedForward:
@@ -131,14 +132,20 @@ class StagedForward:
 
     def _staged(self, emit: Callable[[int, Tensor], None]) -> None:
         waiting = [_BatchRun(self._forward, index) for index in range(len(self._masks))]
-        self._advance(waiting, emit)
-        while waiting := [run for run in waiting if not run.dead]:
-            stage = min((run.at for run in waiting if run.at is not None), key=lambda stage: stage.order)
-            self._finish(stage)
-            self._advance([run for run in waiting if run.at is stage], emit)
-        for stage in self.stages:
-            if not stage.done:
-                self._finish(stage)  # no token reached it
+        try:
+            self._advance(waiting, emit)
+            while waiting := [run for run in waiting if not run.dead]:
+                stage = min((run.at for run in waiting if run.at is not None), key=lambda stage: stage.order)
+                ready = [run for run in waiting if run.at is stage]
+                for run in ready:  # in the order of the batches, whenever they arrived: replay adds up alike
+                    self._count(run)
+                self._finish(stage)
+                self._advance(ready, emit)
+        finally:
+            for run in waiting:
+                if not run.dead:  # a suspended forward refers to its own greenlet, so nothing else would end it
+                    run.throw(GreenletExit)
+        self._finish_unreached()
         if self._reference is not None:
             self._reference.finish()
 
@@ -147,24 +154,36 @@ class StagedForward:
             output = run.switch(run.index)  # the index is the forward's argument the first time, ignored later
             if run.dead:
                 emit(run.index, output)
-            else:
-                self._count(run)
 
     def _replay(self, emit: Callable[[int, Tensor], None]) -> None:
-        for stage in self.stages:
-            for index in range(len(self._masks)):
+        pending = list(range(len(self._masks)))
+        while pending:
+            reached: list[Stage] = []
+            for index in list(pending):
                 run = _BatchRun(self._forward, index)
-                run.switch(index)  # as far as the first stage that is not done, or to the end
-                if not run.dead:
-                    self._count(run)
-                    run.throw(GreenletExit)
+                output = run.switch(index)  # as far as the first stage that is not done, or to the end
+                if run.dead:
+                    pending.remove(index)
+                    emit(index, output)
+                    continue
+                assert run.at is not None
+                reached.append(run.at)
+                self._count(run)
+                run.throw(GreenletExit)
                 if self._reference is not None:
                     self._reference.restart()
-            self._finish(stage)
-        for index in range(len(self._masks)):
-            emit(index, self._forward(index))
+            if reached:
+                self._finish(min(reached, key=lambda stage: stage.order))
+            for stage in reached:
+                stage.statistics = None  # those further on are counted anew when it is their turn
+        self._finish_unreached()
         if self._reference is not None:
             self._reference.finish()
+
+    def _finish_unreached(self) -> None:
+        for stage in self.stages:
+            if not stage.done:
+                self._finish(stage)
 
     def _finish(self, stage: Stage) -> None:
         if stage.statistics is not None:
@@ -205,7 +224,9 @@ class StagedForward:
         if stage.statistics is None:
             stage.statistics = Statistics.empty(x.shape[-1], x.device)
         mask = self._masks[index]
-        if mask is not None and tuple(x.shape[:-1]) != tuple(mask.shape):
+        if mask is not None and x.shape[:-1].numel() == mask.numel():
+            mask = mask.reshape(x.shape[:-1])  # some blocks put the batch's tokens in one row
+        else:
             mask = None  # tokens were routed: what reaches the linear is no longer laid out like the batch
         reference = self._reference.input_of(stage, index) if self._reference is not None else None
         if reference is not None and reference.shape != x.shape:
@@ -223,25 +244,27 @@ class _BatchRun(greenlet):  # type: ignore[misc]
         """Stage it is suspended at."""
         self.input: Tensor | None = None
         """What the stage was called with, until it is counted."""
-        self._inputs: dict[int, tuple[str, int]] = {}
-        """Per stage: the first member called and the address of its input."""
+        self._inputs: dict[int, tuple[str, int, StorageWeakRef]] = {}
+        """Per stage: the first member called, the address of its input, and whether that memory still lives."""
 
     def check_input(self, stage: Stage, name: str, x: Tensor) -> None:
         """ArchitectureError if a member of a stage is fed something else than the first one."""
-        first, address = self._inputs.setdefault(stage.order, (name, x.data_ptr()))
-        if address != x.data_ptr() and name != first:
+        seen = self._inputs.get(stage.order)
+        if seen is None or seen[0] == name:
+            self._inputs[stage.order] = (name, x.data_ptr(), StorageWeakRef(x.untyped_storage()))
+            return
+        first, address, storage = seen
+        if address != x.data_ptr() or storage.expired():  # freed memory may be given out again at the same address
             raise ArchitectureError(f"{name!r} does not have the same input as {first!r}, so they cannot be one group")
-        if name == first:
-            self._inputs[stage.order] = (name, x.data_ptr())
 
 
 class _ReferenceRun:
     """The full-precision forward of one batch, going from stage to stage on demand."""
 
-    def __init__(self, forward: Callable[[int], Tensor], emit: Callable[[int, Tensor], None], index: int) -> None:
+    def __init__(self, forward: Callable[[int], Tensor], index: int) -> None:
         self._run = greenlet(forward)
-        self._emit = emit
         self._index = index
+        self._output: Tensor | None = None
         self._at: tuple[int, Tensor] | None = None
         self._passed: set[int] = set()
 
@@ -254,12 +277,17 @@ class _ReferenceRun:
                 return None
             answer = self._run.switch(self._index)
             if self._run.dead:
-                self._at = None
-                self._emit(self._index, answer)
+                self._at, self._output = None, answer
             elif answer[0] not in self._passed:
                 self._at = answer
                 self._passed.add(answer[0])
         return None
+
+    def output(self) -> Tensor:
+        """Run to the end of the block."""
+        self.advance(None)
+        assert self._output is not None
+        return self._output
 
     def stop(self) -> None:
         if not self._run.dead:
