@@ -1,0 +1,138 @@
+"""GPTQ: better than rounding where it should be, the same whatever the blocking, honest about failure."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewbit.algorithms.gptq import _factored as factored
+from fewbit.algorithms.gptq import column_order, drifted, gptq, inverse_factor
+from fewbit.algorithms.rtn import rtn
+from fewbit.config.recipe import GPTQConfig
+from fewbit.config.spec import QuantizationSpec
+from fewbit.numerics.second_moment import quadratic_form
+
+SYMMETRIC = QuantizationSpec(dtype="int4", group_size=32)
+AFFINE = QuantizationSpec(dtype="uint4", group_size=32, symmetric=False)
+PLAIN = replace(SYMMETRIC, scale_rule="minmax")
+PER_CHANNEL = QuantizationSpec(dtype="int4", qscheme="per_channel")
+PER_TENSOR = QuantizationSpec(dtype="int4", qscheme="per_tensor")
+
+
+def correlated(rows=96, columns=128, tokens=2048, seed=0):
+    """A weight and H of inputs whose channels are correlated and of unlike size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    size = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    x = (
+        torch.randn(tokens, columns, generator=generator) @ mixing + torch.randn(tokens, 1, generator=generator)
+    ) * size
+    return torch.randn(rows, columns, generator=generator), x.T @ x
+
+
+def loss(weight, moment, outcome):
+    return float(quadratic_form(outcome.weight.dequantize() - weight, moment).sum())
+
+
+@pytest.mark.parametrize("spec", [SYMMETRIC, AFFINE, PLAIN, PER_CHANNEL, PER_TENSOR])
+@pytest.mark.parametrize("order", ["activation", "group-aware", "none"])
+def test_gptq_loses_far_less_than_rounding_on_correlated_inputs(spec, order):
+    weight, moment = correlated()
+    found = gptq(weight, moment, spec, torch.bfloat16, GPTQConfig(order=order))
+    assert loss(weight, moment, found) < 0.6 * loss(weight, moment, rtn(weight, moment, spec, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["int2", "int3", "int8"])
+def test_every_width_gains(dtype):
+    weight, moment = correlated()
+    spec = replace(SYMMETRIC, dtype=dtype)
+    found = gptq(weight, moment, spec, torch.bfloat16, GPTQConfig())
+    assert loss(weight, moment, found) < 0.8 * loss(weight, moment, rtn(weight, moment, spec, torch.bfloat16))
+
+
+def test_scales_chosen_by_the_loss_beat_scales_fixed_before():
+    weight, moment = correlated()
+    searched = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig())
+    fixed = gptq(weight, moment, PLAIN, torch.bfloat16, GPTQConfig())
+    assert loss(weight, moment, searched) < 0.85 * loss(weight, moment, fixed)
+
+
+@pytest.mark.parametrize("refits", [1, 3])
+def test_refits_never_lose(refits):
+    weight, moment = correlated()
+    without = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig(refits=0, order="group-aware"))
+    refitted = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig(refits=refits, order="group-aware"))
+    assert loss(weight, moment, refitted) <= loss(weight, moment, without) * 1.001
+
+
+@pytest.mark.parametrize("spec", [SYMMETRIC, AFFINE, PLAIN, PER_CHANNEL])
+@pytest.mark.parametrize("order", ["activation", "none"])
+def test_the_result_does_not_depend_on_the_block_size(spec, order):
+    weight, moment = correlated()
+    losses = []
+    codes = []
+    for block_size in (32, 128, 1000):
+        found = gptq(weight, moment, spec, torch.float32, GPTQConfig(order=order, block_size=block_size))
+        losses.append(loss(weight, moment, found))
+        codes.append(found.weight.codes)
+    assert max(losses) <= min(losses) * 1.002  # a tie that rounds the other way changes a code, not the loss
+    assert all((other != codes[0]).float().mean() < 0.01 for other in codes[1:])
+
+
+def test_rows_are_independent():
+    weight, moment = correlated()
+    whole = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig()).weight
+    half = gptq(weight[:40], moment, SYMMETRIC, torch.bfloat16, GPTQConfig()).weight
+    assert (whole.codes[:40] != half.codes).float().mean() < 0.01
+
+
+def test_columns_that_never_fire_do_no_harm():
+    weight, moment = correlated()
+    moment[:, 5] = moment[5] = 0
+    found = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig())
+    assert torch.isfinite(found.weight.dequantize()).all()
+    assert loss(weight, moment, found) < 0.6 * loss(weight, moment, rtn(weight, moment, SYMMETRIC, torch.bfloat16))
+
+
+def test_zero_moment_cannot_be_factored():
+    weight, moment = correlated()
+    assert gptq(weight, torch.zeros_like(moment), SYMMETRIC, torch.bfloat16, GPTQConfig()) is None
+
+
+def test_damping_rises_until_the_factorization_succeeds():
+    _, moment = correlated()
+    moment -= 0.05 * moment.diagonal().mean() * torch.eye(moment.shape[0])  # indefinite: 0.01 is not enough
+    _, damping = inverse_factor(moment, torch.arange(moment.shape[0]), 0.01)
+    assert damping == pytest.approx(0.1)
+
+
+def test_a_hopeless_moment_is_refused():
+    assert inverse_factor(torch.diag(torch.tensor([1.0, 1.0, -50.0, 100.0])), torch.arange(4), 0.001) is None
+
+
+@pytest.mark.parametrize("order", ["activation", "group-aware", "none"])
+def test_the_factor_is_that_of_the_damped_inverse(order):
+    _, moment = correlated(columns=64)
+    permutation = column_order(moment.diagonal(), 16, order)
+    upper, damping = inverse_factor(moment, permutation, 0.01)
+    damped = moment.double() + damping * moment.diagonal().mean(dtype=torch.float64) * torch.eye(64).double()
+    inverse = torch.linalg.inv(damped)[permutation][:, permutation]
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T.double() @ upper.double(), inverse, rtol=1e-3, atol=1e-4 * float(inverse.max()))
+
+
+def test_group_aware_order_keeps_groups_together():
+    order = column_order(torch.rand(96), 16, "group-aware")
+    assert sorted(order.tolist()) == list(range(96))
+    assert all(len(set((order[start : start + 16] // 16).tolist())) == 1 for start in range(0, 96, 16))
+
+
+def test_a_drifted_weight_gives_the_output_of_the_original_inputs():
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(4096, 32, generator=generator)
+    seen = original @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator))  # a drift that can be undone
+    weight = torch.randn(8, 32, generator=generator)
+    factor = factored(seen.T @ seen, 32, "activation", 1e-6)
+    corrected = drifted(weight, (original - seen).T @ seen, factor, 1.0)
+    torch.testing.assert_close(seen @ corrected.T, original @ weight.T, rtol=1e-3, atol=1e-2)
+    assert torch.equal(drifted(weight, torch.zeros(32, 32), factor, 1.0), weight)
