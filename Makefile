@@ -37,7 +37,7 @@ demo: install
 	$(BIN)/fewbit quantize $(DEMO)/model --output $(DEMO)/run --scheme W4A16 --group-size 64 \
 		--num-samples 32 --sequence-length 512 --export compressed-tensors
 	$(BIN)/fewbit verify $(DEMO)/run
-	$(BIN)/fewbit evaluate $(DEMO)/run --text examples/evaluation.txt --sequence-length 512 --against $(DEMO)/model
+	$(BIN)/fewbit evaluate $(DEMO)/run --text examples/evaluation.txt --sequence-length 512 --max-windows 8 --against $(DEMO)/model
 	@echo "report: $(DEMO)/run/report.json"
 
 clean:

@@ -1,9 +1,9 @@
 """kill -9 at random moments: every resumed run must have the same bytes as an undisturbed one.
 
-    python benchmarks/kill_and_resume.py MODEL_DIR --calibration FILE --kills 20 --json benchmarks/results/kill_and_resume.json
+    python benchmarks/kill_and_resume.py MODEL_DIR --calibration FILE --json benchmarks/results/kill_and_resume.json
 
-Moments are drawn evenly over the duration of the undisturbed run (seeded). Compared are all safetensors files of run and
-export, and config.json; the report and the journal hold seconds and are left out.
+Moments are drawn evenly over the duration of the undisturbed run (seeded). Compared are all safetensors files of run
+and export, and config.json; the report and the journal hold seconds and are left out.
 """
 
 import argparse

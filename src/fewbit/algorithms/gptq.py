@@ -6,7 +6,8 @@ Frantar et al. 2022, arXiv:2210.17323. With H = XᵀX of the input and U the upp
 
     loss = Σ_j ((w_j − v_j) / U_jj)²         with w_j as it is when its turn comes.
 
-Three things are done with that, and a fourth with the drift of the inputs (`drifted`), beyond the paper (benchmarks/quality.py measures what each brings):
+Beyond the paper, three things are done with that (benchmarks/README.md has what each brings), and a fourth with the
+drift of the inputs (see `drifted`):
 
 1. Scales are chosen by the loss. When the loop reaches a group, candidate scales (both signs, several shrink factors
    of the weights as they are by then) are ranked by Σ ((w_j − v_j) / U_jj)² without compensation inside the group;
@@ -107,7 +108,8 @@ def gptq(
 ) -> Outcome | None:
     """Quantize `weight` [out, in] float32 given H [in, in] float32; None if H cannot be factored at all.
 
-    `drift` [in, in] float32 is (X̃ − X)ᵀX with X̃ the input in the full-precision model; see `drifted`. Rows are independent, so linears that share an input may be quantized as one matrix.
+    `drift` [in, in] float32 is (X̃ − X)ᵀX with X̃ the input in the full-precision model; see `drifted`.
+    Rows are independent, so linears that share an input may be quantized as one matrix.
     """
     columns = weight.shape[1]
     group = spec.group_size or columns

