@@ -34,7 +34,7 @@ from torch import Tensor
 from fewbit.algorithms.outcome import Outcome
 from fewbit.config.recipe import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
-from fewbit.numerics import scales
+from fewbit.numerics import matmul, scales
 from fewbit.numerics.formats import NumberFormat
 from fewbit.tensor import QuantTensor
 
@@ -248,7 +248,7 @@ def refit(problem: _Problem, factor: Factor, solution: Solution, config: GPTQCon
 
     In the end the scales are fitted to the codes that were kept.
     """
-    projected = problem.weight @ problem.moment  # W·H, needed by every fit
+    projected = matmul.linear(problem.weight, problem.moment)  # W·H, needed by every fit
     for _ in range(config.refits):
         grid = replace(solution.grid, scale=fitted_scale(problem, projected, solution))
         found = solve(problem, factor, grid, config.block_size)

@@ -38,7 +38,7 @@ class Statistics:
         if reference is not None:
             if self.drift is None:
                 self.drift = torch.zeros_like(self.moment)
-            self.drift.addmm_((_rows(reference, mask) - rows).T, rows)
+            second_moment.accumulate_product(self.drift, _rows(reference, mask) - rows, rows)
             self.drift_tokens += rows.shape[0]
 
     def finish(self, name: str) -> Statistics:

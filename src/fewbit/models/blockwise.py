@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CheckpointError
-from fewbit.models import detect
+from fewbit.models import detect, linear
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_heap
 
@@ -52,6 +52,7 @@ class BlockwiseModel:
         model_type = str(self.config.model_type)
         self.architecture = architecture or listed(model_type) or detect.architecture(skeleton, model_type)
         self.blocks: nn.ModuleList = detect.get_module_list(skeleton, self.architecture.blocks)
+        linear.adopt(skeleton)
         self._groups: Groups | None = self.architecture.groups or None
         self._check_complete()
 

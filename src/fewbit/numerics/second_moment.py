@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbit.numerics import matmul
+
 # Columns of one tile of H. XᵀX is symmetric, so only tiles on and above the diagonal are computed: with t tiles a
 # share of (t+1)/2t of the full product. Narrower tiles save more but multiply less efficiently.
-TILE = 384
+TILE = 256
 
 
 def accumulate(moment: Tensor, x: Tensor) -> None:
@@ -16,9 +18,14 @@ def accumulate(moment: Tensor, x: Tensor) -> None:
     `moment` [channels, channels] float32, `x` [tokens, channels] float32 on the same device.
     """
     channels = x.shape[1]
+    columns = x.T.contiguous()  # [channels, tokens]
     for start in range(0, channels, TILE):
-        stop = min(start + TILE, channels)
-        moment[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        moment[start : start + TILE, start:] += matmul.linear(columns[start : start + TILE], columns[start:])
+
+
+def accumulate_product(product: Tensor, x: Tensor, y: Tensor) -> None:
+    """product += xᵀy in place; [channels of x, channels of y] float32, x and y [tokens, channels]."""
+    product += matmul.linear(x.T.contiguous(), y.T.contiguous())
 
 
 def symmetrize(moment: Tensor) -> Tensor:
@@ -35,5 +42,5 @@ def symmetrize(moment: Tensor) -> Tensor:
 def quadratic_form(delta: Tensor, moment: Tensor) -> Tensor:
     """δ H δᵀ of each row: the squared output error of `delta` [rows, channels]. Returns float64 [rows]."""
     rows_at_once = max(1, 2**25 // delta.shape[1])  # 128 MB of float32 at a time
-    parts = [(part @ moment).mul_(part).sum(-1, dtype=torch.float64) for part in delta.split(rows_at_once)]
+    parts = [matmul.linear(part, moment).mul_(part).sum(-1, dtype=torch.float64) for part in delta.split(rows_at_once)]
     return torch.cat(parts)
