@@ -9,7 +9,7 @@ from fewbit.algorithms.gptq import gptq
 from fewbit.algorithms.outcome import Outcome
 from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.statistics import Statistics
-from fewbit.config.recipe import AlgorithmConfig, GPTQConfig
+from fewbit.config.recipe import AlgorithmConfig, RTNConfig
 from fewbit.config.spec import QuantizationSpec
 
 
@@ -25,7 +25,7 @@ def quantize_weight(
     Only GPTQ needs H: without it, it falls back to round-to-nearest, and the outcome says so.
     """
     moment = statistics.moment if statistics is not None else None
-    if not isinstance(algorithm, GPTQConfig):
+    if isinstance(algorithm, RTNConfig):
         return rtn(weight, moment, spec, scale_dtype)
     if statistics is None:
         return Outcome(rtn(weight, None, spec, scale_dtype).weight, fallback="round to nearest: no token reached it")

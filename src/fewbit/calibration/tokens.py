@@ -65,7 +65,7 @@ def calibration_set(
     `None` is the WikiText-2 excerpt that ships with fewbit. Raises CalibrationError if there is not even one sequence.
     """
     if isinstance(data, Tensor):
-        return CalibrationSet(_batches(_checked_ids(data)), "token ids", data.shape[0])
+        return CalibrationSet(_batches(checked_ids(data)), "token ids", data.shape[0])
     if not isinstance(data, str | Path) and data is not None:
         ready = [item for item in data if isinstance(item, Mapping)]
         if ready:
@@ -135,8 +135,12 @@ def _ready_batches(items: Sequence[Mapping[str, Tensor]]) -> CalibrationSet:
     for item in items:
         if "input_ids" not in item or not set(item) <= {"input_ids", "attention_mask"}:
             raise CalibrationError(f"a calibration batch has input_ids and maybe attention_mask, not {sorted(item)}")
-        _checked_ids(item["input_ids"])
-    batches = [{name: tensor.cpu() for name, tensor in item.items()} for item in items]
+        if "attention_mask" in item and item["attention_mask"].shape != item["input_ids"].shape:
+            raise CalibrationError("the attention mask of a calibration batch has another shape than its input_ids")
+    batches = [{"input_ids": checked_ids(item["input_ids"])} for item in items]
+    for batch, item in zip(batches, items, strict=True):
+        if "attention_mask" in item:
+            batch["attention_mask"] = item["attention_mask"].cpu()
     return CalibrationSet(batches, "batches", sum(batch["input_ids"].shape[0] for batch in batches))
 
 
@@ -144,7 +148,8 @@ def _batches(ids: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part} for part in ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))]
 
 
-def _checked_ids(ids: Tensor) -> Tensor:
+def checked_ids(ids: Tensor) -> Tensor:
+    """Token ids [sequences, tokens] as int64 on the CPU; CalibrationError if they are something else."""
     if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
         raise CalibrationError(f"token ids must be integers [sequences, tokens], not {ids.dtype} {tuple(ids.shape)}")
     return ids.to("cpu", torch.int64)

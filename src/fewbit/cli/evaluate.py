@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from fewbit.errors import ConfigError
-
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint, model id, run, or compressed-tensors export.")],
@@ -26,10 +24,6 @@ def evaluate(
     """Perplexity, and the distance to a reference model, block by block for models larger than memory."""
     from fewbit.evaluation import evaluate as run_evaluation
 
-    if sequence_length < 2:
-        raise ConfigError(f"--sequence-length must be at least 2, not {sequence_length}")
-    if max_windows is not None and max_windows < 1:
-        raise ConfigError(f"--max-windows must be at least 1, not {max_windows}")
     result = run_evaluation(
         model,
         text,

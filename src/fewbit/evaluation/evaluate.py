@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fewbit.calibration.tokens import read_texts, tokenize
-from fewbit.errors import CalibrationError, CheckpointError
+from fewbit.calibration.tokens import checked_ids, read_texts, tokenize
+from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 from fewbit.evaluation import metrics
 from fewbit.evaluation.sources import open_any
 from fewbit.models.blockwise import BlockwiseModel
@@ -64,6 +64,10 @@ def evaluate(
 
     With `against`, also the distance to that reference model. Raises FewbitError for unusable input.
     """
+    if sequence_length < 2:
+        raise ConfigError(f"the sequence length must be at least 2, not {sequence_length}")
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"the number of windows must be at least 1, not {max_windows}")
     blockwise = open_any(model)
     reference = open_any(against) if against is not None else None
     if reference is not None and reference.config.vocab_size != blockwise.config.vocab_size:
@@ -72,11 +76,11 @@ def evaluate(
             "only models with the same tokens can be compared"
         )
     if isinstance(text, Tensor):
-        ids = text.to(torch.int64)
+        ids = checked_ids(text)
     else:
         ids = _windows(text, tokenizer or load_tokenizer(blockwise.source.directory), sequence_length, max_windows)
     target = choose_device(device)
-    budget = parse_size(activation_memory)
+    budget = parse_size(activation_memory) // (1 if reference is None else 2)
     with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
         hidden = _last_hidden_states(blockwise, ids, target, budget, Path(scratch) / "model")
         if reference is None:

@@ -7,6 +7,7 @@ embeddings, …) is recorded while its own Python runs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,9 @@ class BlockwiseModel:
             raise ArchitectureError(
                 f"{type(model).__name__} is no transformers model; give a PreTrainedModel or a checkpoint's directory"
             )
-        return cls(_skeleton(model.config, type(model)), ModuleSource(model))
+        made = cls(_skeleton(model.config, type(model)), ModuleSource(model))
+        made.config = copy.deepcopy(model.config)  # what is saved beside the weights says what the user's model said
+        return made
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -114,17 +117,17 @@ class BlockwiseModel:
 
     @contextmanager
     def loaded(
-        self, index: int, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None
+        self, index: int, device: torch.device | str = "cpu", read: Callable[[], dict[str, Tensor]] | None = None
     ) -> Iterator[nn.Module]:
         """Block `index` with its float32 weights on `device`, released afterwards.
 
-        `weights` ({full name: tensor}) are used instead of the source's.
+        `read` gives other weights ({full name: float32 tensor}) than the source's.
         """
         prefix = self.block_name(index) + "."
-        tensors = weights or self.source.read(self.block_tensors(index), torch.float32)
+        tensors = read() if read is not None else self.source.read(self.block_tensors(index), torch.float32)
         block = self.blocks[index]
         _fill(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, device)
-        del tensors, weights
+        del tensors
         try:
             yield block
         finally:
@@ -255,6 +258,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The model's modules with parameters on the meta device and buffers (rotary frequencies …) computed for real."""
+    config = copy.deepcopy(config)  # building the modules writes dtype and attention into it
     if getattr(config, "quantization_config", None) is not None:
         config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     verbosity = transformers_logging.get_verbosity()
@@ -277,6 +281,10 @@ def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:
     for name, tensor in tensors.items():
         _set(module, name, tensor.to(device))
+    for child in module.modules():  # buffers that are computed, not stored
+        for name, buffer in child._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                child._buffers[name] = buffer.to(device)
 
 
 def _release(module: nn.Module) -> None:

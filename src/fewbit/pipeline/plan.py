@@ -105,9 +105,18 @@ def _other_weights(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> lis
         for name in model.block_tensors(index)
         if len(info[name].shape) > 1 and name.removesuffix(".weight") not in linears
     ]
-    if not others:
-        return []
-    return [f"{len(others)} matrices in the blocks are no linears and stay as they are (first: {others[0]})"]
+    unknown = sorted(set(info) - set(model.skeleton.state_dict()))
+    warnings = []
+    if unknown:
+        warnings.append(
+            f"{len(unknown)} stored tensors are not part of {model.architecture.name} and are left out "
+            f"(first: {unknown[0]})"
+        )
+    if others:
+        warnings.append(
+            f"{len(others)} matrices in the blocks are no linears and stay as they are (first: {others[0]})"
+        )
+    return warnings
 
 
 def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan], block_groups: list[Groups]) -> list[str]:

@@ -87,16 +87,21 @@ class PlainProgress(SilentProgress):
         self._console = console
         self._started = time.monotonic()
         self._blocks = 0
-        self._skipped = 0
+        self._kept = 0
 
     def start(self, blocks: int, done: int) -> None:
-        self._blocks, self._skipped, self._started = blocks, done, time.monotonic()
+        self._blocks, self._kept, self._started = blocks, 0, time.monotonic()
 
     def block_done(self, block: int, loss: float | None) -> None:
+        if loss is None:  # an earlier run's block goes by quickly, so it says nothing about the time left
+            self._kept, self._started = block + 1, time.monotonic()
+            self.note(f"block {block + 1}/{self._blocks} · kept from before")
+            return
         elapsed = time.monotonic() - self._started
-        left = elapsed / (block + 1) * (self._blocks - block - 1)
-        error = "kept from before" if loss is None else f"error {loss:.3e}"
-        self.note(f"block {block + 1}/{self._blocks} · {error} · {elapsed:.0f} s, {left:.0f} s left{_memory()}")
+        left = elapsed / (block + 1 - self._kept) * (self._blocks - block - 1)
+        self.note(
+            f"block {block + 1}/{self._blocks} · error {loss:.3e} · {elapsed:.0f} s, {left:.0f} s left{_memory()}"
+        )
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)

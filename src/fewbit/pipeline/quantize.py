@@ -18,6 +18,7 @@ from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.config.recipe import Config, GPTQConfig
 from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.memory import trim_heap
 from fewbit.pipeline.plan import make_plan
 from fewbit.pipeline.progress import progress_view
 from fewbit.pipeline.report import REPORT, build_report
@@ -61,6 +62,8 @@ def quantize_model(
     plan = make_plan(blockwise, config)
     data = _calibration(blockwise, config, calibration, tokenizer)
     identity = _identity(blockwise, config, data)
+    if not resume:
+        _check_weights(blockwise)
     directory = RunDirectory(output)
     view = progress_view(progress)
     try:
@@ -164,8 +167,18 @@ def _calibration(
     return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed)
 
 
+def _check_weights(model: BlockwiseModel) -> None:
+    """Read every tensor once, so that NaN or infinity is found before anything is written, not in hour six."""
+    names = {name for index in range(len(model)) for name in model.block_tensors(index)} | set(model.outside_tensors())
+    for name in sorted(names):
+        model.source.read([name])
+    trim_heap()
+
+
 def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None) -> Identity:
-    architecture = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    described = model.config.to_dict()
+    described.pop("transformers_version", None)
+    architecture = json.dumps(described, sort_keys=True, default=str)
     fingerprint = hashlib.sha256((model.source.fingerprint() + architecture).encode()).hexdigest()
     return Identity(
         recipe=json.loads(json.dumps(config.to_dict())),

@@ -125,10 +125,14 @@ class StagedForward:
     def run(self, emit: Callable[[int, Tensor], None], strategy: Strategy) -> None:
         """Call emit(batch number, output) once per batch, the output computed with the quantized weights."""
         with self._wrapped(), torch.no_grad():
-            if strategy == "staged":
-                self._staged(emit)
-            else:
-                self._replay(emit)
+            try:
+                if strategy == "staged":
+                    self._staged(emit)
+                else:
+                    self._replay(emit)
+            finally:
+                if self._reference is not None:
+                    self._reference.restart()  # ends what an exception left suspended
 
     def _staged(self, emit: Callable[[int, Tensor], None]) -> None:
         waiting = [_BatchRun(self._forward, index) for index in range(len(self._masks))]

@@ -16,6 +16,7 @@ from fewbit.calibration.tokens import CalibrationSet, padding_mask
 from fewbit.checkpoint.native import NativePart, block_file, write_part
 from fewbit.config.recipe import Config, GPTQConfig
 from fewbit.models.blockwise import BlockCall, BlockwiseModel
+from fewbit.models.memory import trim_heap
 from fewbit.pipeline.hidden_states import HiddenStates
 from fewbit.pipeline.plan import Plan
 from fewbit.pipeline.progress import ProgressView
@@ -44,11 +45,13 @@ class Walk:
         finished = self.directory.finished_blocks()
         self.progress.start(len(self.model), len(finished))
         if len(finished) == len(self.model):
+            shutil.rmtree(self.directory.work, ignore_errors=True)
             return [row for index in range(len(self.model)) for row in finished[index]]
         if calibration is None:
             return self._without_data(finished)
-        states = HiddenStates(self.activation_memory // 2, self.directory.work / "quantized")
-        reference = HiddenStates(self.activation_memory // 2, self.directory.work / "reference")
+        share = self.activation_memory // (2 if self.drift_batches(len(calibration.batches)) else 1)
+        states = HiddenStates(share, self.directory.work / "quantized")
+        reference = HiddenStates(share, self.directory.work / "reference")
         try:
             return self._with_data(calibration, states, reference, finished)
         finally:
@@ -101,23 +104,37 @@ class Walk:
                 rows += finished[index]
                 self.progress.block_done(index, None)
                 continue
-            with self.model.loaded(index, self.device) as block:
-                forward = self._forward(block, states, block_calls)
-                results: dict[str, LinearResult] = {}
-
-                def finish(stage: Stage, index: int = index, results: dict[str, LinearResult] = results) -> None:
-                    self._quantize(index, stage, results)
-
-                groups = self.plan.block_groups[index]
-                reference = None
-                if drift_batches:
-                    # shares its tensors with the block until those are replaced by quantized ones
-                    original = copy.deepcopy(block, {id(p): p for p in block.parameters()})
-                    reference_forward = self._forward(original, reference_states, block_calls)
-                    reference = Reference(original, groups, drift_batches, reference_forward, reference_states.put)
-                StagedForward(block, groups, masks, forward, finish, reference).run(states.put, strategy)
-            rows += self._write(index, results)
+            rows += self._quantize_block(index, states, reference_states, drift_batches, block_calls, masks, strategy)
+            trim_heap()
         return rows
+
+    def _quantize_block(
+        self,
+        index: int,
+        states: HiddenStates,
+        reference_states: HiddenStates,
+        drift_batches: list[int],
+        calls: list[BlockCall],
+        masks: list[Tensor | None],
+        strategy: Strategy,
+    ) -> list[dict[str, Any]]:
+        """One block from loading to writing; what it holds in memory goes with it."""
+        results: dict[str, LinearResult] = {}
+        groups = self.plan.block_groups[index]
+        with self.model.loaded(index, self.device) as block:
+            reference = None
+            if drift_batches:
+                # shares its tensors with the block until those are replaced by quantized ones
+                original = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+                reference_forward = self._forward(original, reference_states, calls)
+                reference = Reference(original, groups, drift_batches, reference_forward, reference_states.put)
+
+            def finish(stage: Stage) -> None:
+                self._quantize(index, stage, results)
+
+            forward = self._forward(block, states, calls)
+            StagedForward(block, groups, masks, forward, finish, reference).run(states.put, strategy)
+        return self._write(index, results)
 
     def _without_data(self, finished: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -165,8 +182,11 @@ class Walk:
     def _pass_through(self, index: int, states: HiddenStates, calls: list[BlockCall]) -> None:
         """Hidden states through a block that an earlier run finished."""
         part = NativePart(block_file(self.directory.path, index))
-        weights = {name: part.read(name, torch.float32) for name in self.model.block_tensors(index)}
-        with self.model.loaded(index, self.device, weights) as block, torch.no_grad():
+
+        def read() -> dict[str, Tensor]:
+            return {name: part.read(name, torch.float32) for name in self.model.block_tensors(index)}
+
+        with self.model.loaded(index, self.device, read) as block, torch.no_grad():
             forward = self._forward(block, states, calls)
             for batch in range(len(calls)):
                 states.put(batch, forward(batch))
