@@ -192,7 +192,7 @@ def test_the_fingerprint_is_that_of_the_content():
         lambda batches: batches[0]["attention_mask"].fill_(1),
         lambda batches: batches[0].pop("attention_mask"),
         lambda batches: batches.reverse(),
-        lambda batches: batches[0].update(input_ids=batches[0]["input_ids"].view(3, 4)),
+        lambda batches: batches[0].update({name: ids.view(3, 4) for name, ids in batches[0].items()}),
     ],
     ids=["a token", "the mask", "no mask", "the order", "the shape"],
 )
