@@ -6,7 +6,7 @@ Frantar et al. 2022, arXiv:2210.17323. With H = XᵀX of the input and U the upp
 
     loss = Σ_j ((w_j − v_j) / U_jj)²         with w_j as it is when its turn comes.
 
-Beyond the paper, three things are done with that (benchmarks/README.md has what each brings), and a fourth with the
+Beyond the paper, three things are done with that (benchmarks/layer_loss.py measures each), and a fourth with the
 drift of the inputs (see `drifted`):
 
 1. Scales are chosen by the loss. When the loop reaches a group, candidate scales (both signs, several shrink factors
@@ -125,8 +125,9 @@ def gptq(
     if drift is not None and config.drift > 0:
         weight = drifted(weight, drift, choosing, config.drift)
     parts = []
-    for start in range(0, weight.shape[0], max(64, CHUNK_ELEMENTS // columns)):
-        rows = slice(start, start + max(64, CHUNK_ELEMENTS // columns))
+    rows_at_once = max(64, CHUNK_ELEMENTS // columns)
+    for start in range(0, weight.shape[0], rows_at_once):
+        rows = slice(start, start + rows_at_once)
         problem = _Problem(weight[rows], moment, group, spec.format, scale_dtype)
         if fixed is None:
             solution = solve_greedily(problem, choosing, spec.symmetric)

@@ -37,7 +37,6 @@ def quantize(
     log: Annotated[Path | None, typer.Option(help="File for a log with every layer's error.")] = None,
 ) -> None:
     """Quantize a model out of core: calibrate, quantize block by block, report, export."""
-    from fewbit.api import merge_recipe
     from fewbit.api import quantize as run_quantization
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
@@ -52,20 +51,17 @@ def quantize(
         exporter(name)  # a misspelt format should not be found out after hours of work
     if log is not None:
         setup_logging(log)
-    config = merge_recipe(
-        Config.read_yaml(recipe) if recipe is not None else None,
-        scheme=scheme,
+    run = run_quantization(
+        model,
+        scheme,
+        output=output,
+        calibration=calibration,
+        config=Config.read_yaml(recipe) if recipe is not None else None,
         group_size=group_size,
         algorithm=algorithm,
         num_samples=num_samples,
         sequence_length=sequence_length,
         seed=seed,
-    )
-    run = run_quantization(
-        model,
-        output=output,
-        calibration=calibration,
-        config=config,
         device=device,
         activation_memory=activation_memory,
         resume=resume,
