@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from fewbit import evaluation
 from fewbit.calibration.tokens import CalibrationData
 from fewbit.config.recipe import AlgorithmConfig, Config
-from fewbit.export import Verification, export, export_directory, verify
+from fewbit.config.spec import QuantizationSpec
+from fewbit.export import Verification, export_directory, exporter, verify
+from fewbit.export import export as export_run
 from fewbit.pipeline.quantize import DEFAULT_ACTIVATION_MEMORY, quantize_model
 from fewbit.pipeline.report import read_report
 
@@ -31,7 +33,7 @@ class Run:
 
     def export(self, format: str, output: str | Path | None = None) -> Path:
         """Write the run in another engine's format; by default to RUN/exports/FORMAT."""
-        return export(self.directory, format, output or export_directory(self.directory, format))
+        return export_run(self.directory, format, output or export_directory(self.directory, format))
 
     def verify(self) -> list[Verification]:
         """Decode every export with its engine's own library and compare it with the run exactly."""
@@ -57,6 +59,7 @@ def quantize(
     device: str = "auto",
     activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
     resume: bool = False,
+    export: Sequence[str] = (),
     progress: bool = True,
 ) -> Run:
     """Quantize a checkpoint directory, a hub id or a transformers model into the directory `output`.
@@ -65,6 +68,7 @@ def quantize(
         model: see `fewbit.pipeline.quantize.quantize_model`, which also explains `calibration`, `tokenizer`,
             `activation_memory` and `resume`.
         scheme: a name of `fewbit schemes`, e.g. "W4A16".
+        export: formats to export to, into RUN/exports/FORMAT; what they cannot hold is said before the work.
         config: a whole recipe instead of, or below, the short arguments: what both give, the short argument decides.
 
     Raises FewbitError for input that cannot be used; its text says what to do.
@@ -78,6 +82,12 @@ def quantize(
         sequence_length=sequence_length,
         seed=seed,
     )
+    targets = [exporter(name) for name in export]
+
+    def check(specs: dict[str, QuantizationSpec]) -> None:
+        for target in targets:
+            target.check(specs)
+
     directory = quantize_model(
         model,
         recipe,
@@ -88,8 +98,13 @@ def quantize(
         activation_memory=activation_memory,
         resume=resume,
         progress=progress,
+        check=check,
     )
-    return Run(directory)
+    run = Run(directory)
+    for target in targets:
+        if not (resume and export_directory(directory, target.name).exists()):
+            run.export(target.name)
+    return run
 
 
 def merge_recipe(recipe: Config | Mapping[str, Any] | None, **given: Any) -> Config:

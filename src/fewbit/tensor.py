@@ -47,10 +47,8 @@ class QuantTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per element: packed codes, scales and zero points."""
-        bits = self.spec.bits * self.codes.numel() + 8 * self.scale.element_size() * self.scale.numel()
-        if self.zero_point is not None:
-            bits += self.spec.bits * self.zero_point.numel()
-        return bits / self.codes.numel()
+        rows, columns = self.shape
+        return self.spec.stored_bits((rows, columns), self.scale.dtype) / self.codes.numel()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(codes − zero_point) · scale, computed in float32 and rounded once to `dtype`. [out, in]"""

@@ -301,6 +301,14 @@ def test_one_scale_per_tensor_is_refused_before_anything_is_written(checkpoint, 
     assert not (tmp_path / "run" / "exports").exists()
 
 
+def test_what_the_export_cannot_hold_is_said_before_the_work(checkpoint, quick, tmp_path):
+    arguments = {key: value for key, value in quick.items() if key not in ("scheme", "group_size")}
+    config = {"global_quant_config": {"weight": {"dtype": "int8", "qscheme": "per_tensor"}}}
+    with pytest.raises(ConfigError, match="one scale for the whole tensor"):
+        fewbit.quantize(checkpoint("llama"), output=tmp_path / "run", config=config, export=[FORMAT], **arguments)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_format_names_the_known_one(finished_run, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'compressed-tensors'"):
         export(finished_run("llama"), "compresed-tensors", tmp_path / "out")

@@ -242,7 +242,14 @@ def test_a_resume_with_another_model_is_refused(refused, checkpoint, other):
 
 def test_a_resume_by_another_version_is_refused(refused, checkpoint, monkeypatch):
     monkeypatch.setattr("fewbit.pipeline.quantize.__version__", "99.0")
-    assert f"fewbit {fewbit.__version__} instead of 99.0" in refused(checkpoint("llama"))
+    assert f"fewbit {fewbit.__version__} before, 99.0 now" in refused(checkpoint("llama"))
+
+
+def test_a_resume_with_other_libraries_is_refused(refused, checkpoint, monkeypatch):
+    """Another version may round otherwise, and the same recipe would no longer give the same bytes."""
+    monkeypatch.setattr("fewbit.pipeline.quantize.transformers.__version__", "6.0")
+    assert "transformers " in refused(checkpoint("llama"))
+    assert "before, 6.0 now" in refused(checkpoint("llama"))
 
 
 def test_an_existing_run_is_refused_without_resume(refused, checkpoint):
@@ -257,14 +264,22 @@ def test_a_directory_with_other_files_is_refused_and_left_alone(checkpoint, quic
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-IDENTITY = Identity(recipe=Config.from_dict({"scheme": "W4A16"}).to_dict(), model="m", calibration="c", version="v")
+IDENTITY = Identity(
+    recipe=Config.from_dict({"scheme": "W4A16"}).to_dict(), model="m", calibration="c", version="v", libraries={}
+)
 
 
 def test_a_directory_in_use_is_refused_while_the_other_run_lives(finished_run, refused, checkpoint, quick, tmp_path):
     manifest = json.loads((tmp_path / "run" / "fewbit.json").read_text())
     holder = RunDirectory(tmp_path / "run")
     holder.open(
-        Identity(manifest["recipe"], manifest["model"], manifest["calibration"], manifest["version"]),
+        Identity(
+            manifest["recipe"],
+            manifest["model"],
+            manifest["calibration"],
+            manifest["version"],
+            manifest["libraries"],
+        ),
         manifest["num_blocks"],
         manifest["unquantized_linears"],
         resume=True,

@@ -42,6 +42,7 @@ LEAF = 8  # columns that are updated one by one; beyond them matrix products are
 SHRINK = tuple(1.0 - 0.025 * step for step in range(20))  # of the scale that just covers the group
 RUN_CANDIDATES = 3  # scales per group that are run through its columns
 CHUNK_ELEMENTS = 2**23  # in · rows that are worked on at a time: bounds the memory beyond the inputs
+FIT_ELEMENTS = 2**24  # rows · groups² in one solve for the scales
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 # Order in which scales are chosen, by the order in which codes are found: choosing needs whole groups.
 _CHOOSING_ORDER = {"activation": "group-aware", "group-aware": "group-aware", "none": "none"}
@@ -269,7 +270,24 @@ def fitted_scale(problem: _Problem, projected: Tensor, solution: Solution) -> Te
     The loss of a row is sᵀAs − 2bᵀs + const with A_gh = t_g H_gh t_h and b_g = (W·H)_g · t_g (`projected` is W·H
     [rows, in]). Rows whose loss does not fall, once rounded, keep their scales; so do groups of zero levels only.
     """
-    levels, scale = solution.levels, solution.grid.scale
+    groups = solution.levels.shape[1] // problem.group
+    rows_at_once = max(1, FIT_ELEMENTS // groups**2)
+    return torch.cat(
+        [
+            _fitted_scale(problem, *piece)
+            for piece in zip(
+                projected.split(rows_at_once),
+                solution.levels.split(rows_at_once),
+                solution.grid.scale.split(rows_at_once, dim=1),
+                strict=True,
+            )
+        ],
+        dim=1,
+    )
+
+
+def _fitted_scale(problem: _Problem, projected: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    """`fitted_scale` of some rows: projected and levels [rows, in], scale [groups, rows]."""
     rows, columns = levels.shape
     size, groups = problem.group, columns // problem.group
     quadratic = torch.zeros(groups, groups, rows, device=levels.device)

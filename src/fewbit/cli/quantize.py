@@ -40,17 +40,16 @@ def quantize(
     from fewbit.api import quantize as run_quantization
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
-    from fewbit.export import export_directory, exporter
+    from fewbit.export import export_directory
     from fewbit.pipeline.progress import setup_logging
 
     if recipe is None and scheme is None:
         raise ConfigError(
             "say what to make of the model: --scheme W4A16 ('fewbit schemes' lists them) or --recipe FILE"
         )
-    for name in export or []:
-        exporter(name)  # a misspelt format should not be found out after hours of work
     if log is not None:
         setup_logging(log)
+    there = {name for name in export or [] if resume and export_directory(output, name).exists()}
     run = run_quantization(
         model,
         scheme,
@@ -65,14 +64,12 @@ def quantize(
         device=device,
         activation_memory=activation_memory,
         resume=resume,
+        export=export or (),
     )
     _print_summary(run.report)
     for name in export or []:
-        target = export_directory(output, name)
-        if resume and target.exists():
-            typer.echo(f"export     {target} (already there)")
-        else:
-            typer.echo(f"export     {run.export(name)}")
+        note = " (already there)" if name in there else ""
+        typer.echo(f"export     {export_directory(output, name)}{note}")
     typer.echo(f"report     {output / 'report.json'}")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError, nearest
 
 DEFAULT_GROUP_SIZE = 128
+TYPICAL_SHAPE = (4096, 4096)
+"""Of the weight whose bits are quoted: with one scale per channel they depend on it, a little."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,10 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight with 16-bit scales: codes, scale and zero point."""
+        """Stored bits per weight of a 16-bit matrix: codes, scales and zero points."""
         spec = self.config.weight
         assert spec is not None
-        per_group = 16 + (0 if spec.symmetric else spec.bits)
-        return spec.bits + (per_group / spec.group_size if spec.group_size else 0.0)
+        return spec.stored_bits(TYPICAL_SHAPE) / math.prod(TYPICAL_SHAPE)
 
 
 def _weight_only(bits: int, symmetric: bool) -> Scheme:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -64,6 +65,15 @@ class QuantizationSpec:
         if self.qscheme == "per_tensor":
             return Tiling(rows=0, columns=0)
         return Tiling(rows=1, columns=self.group_size or 0)
+
+    def stored_bits(self, shape: tuple[int, int], weight_dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bits that a weight of `shape` [out, in] takes: packed codes, scales and zero points.
+
+        `weight_dtype` is what the checkpoint holds it in, which decides the scales' dtype unless the spec does.
+        """
+        scales = math.prod(self.tiling.scale_shape(shape))
+        per_scale = 8 * self.stored_scale_dtype(weight_dtype).itemsize + (0 if self.symmetric else self.bits)
+        return self.bits * math.prod(shape) + per_scale * scales
 
     def stored_scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """Dtype of the stored scales of a weight that the checkpoint holds in `weight_dtype`."""

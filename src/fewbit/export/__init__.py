@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fewbit.checkpoint.files import replacing_directory
-from fewbit.checkpoint.native import NativeCheckpoint
-from fewbit.errors import ConfigError, nearest
-from fewbit.export import compressed_tensors
-from fewbit.export.verify import Verification, verify, write_origin
+from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
+from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import CheckpointError, ConfigError, nearest
+from fewbit.export import compressed_tensors, compressed_tensors_verify
+from fewbit.export.verification import ORIGIN, Verification, read_origin, write_origin
 
 __all__ = ["EXPORTERS", "Exporter", "Verification", "export", "export_directory", "exporter", "verify"]
 
@@ -20,14 +21,23 @@ class Exporter:
     """A target format."""
 
     name: str
-    check: Callable[[NativeCheckpoint], None]
-    """Raises ConfigError for a checkpoint that the format cannot hold."""
+    check: Callable[[Mapping[str, QuantizationSpec]], None]
+    """Raises ConfigError for specs, by the names of their weights, that the format cannot hold."""
     write: Callable[[NativeCheckpoint, Path], None]
+    verify: Callable[[Path, NativeCheckpoint], Verification]
+    """Compares an export with the run by an independent decoder."""
 
 
 EXPORTERS = {
     exporter.name: exporter
-    for exporter in (Exporter(compressed_tensors.NAME, compressed_tensors.check, compressed_tensors.write),)
+    for exporter in (
+        Exporter(
+            compressed_tensors.NAME,
+            compressed_tensors.check,
+            compressed_tensors.write,
+            compressed_tensors_verify.verify,
+        ),
+    )
 }
 
 
@@ -42,7 +52,7 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
     """Write the finished run `run` in a format of EXPORTERS to the directory `output`, all of it or nothing."""
     target = exporter(format)
     checkpoint = NativeCheckpoint(run)
-    target.check(checkpoint)
+    target.check({name: spec for name, (spec, _) in checkpoint.quantized.items()})
     with replacing_directory(Path(output)) as beside:
         target.write(checkpoint, beside)
         write_origin(beside, Path(output), Path(run), format)
@@ -52,3 +62,29 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
 def export_directory(run: str | Path, format: str) -> Path:
     """Where the exports of a run are put unless the user says otherwise."""
     return Path(run) / "exports" / format
+
+
+def verify(directory: str | Path, run: str | Path | None = None) -> list[Verification]:
+    """Verify one export, or every export of a run. `run` is needed only if the export was moved away from it.
+
+    Raises VerificationError naming the first tensor that differs.
+    """
+    directory = Path(directory)
+    if (directory / MANIFEST).exists():
+        exports = sorted(path.parent for path in (directory / "exports").glob(f"*/{ORIGIN}"))
+        if not exports:
+            raise CheckpointError(
+                f"{directory} has no exports yet; make one with: fewbit export {directory} --format …"
+            )
+        return [_verify_export(export, directory) for export in exports]
+    return [_verify_export(directory, Path(run) if run is not None else None)]
+
+
+def _verify_export(directory: Path, run: Path | None) -> Verification:
+    origin = read_origin(directory)
+    run = run or origin.run
+    if not (run / MANIFEST).exists():
+        raise CheckpointError(f"the run that {directory} was made from is not at {run}; say where it is with --run")
+    if origin.format not in EXPORTERS:
+        raise CheckpointError(f"{directory} has the unknown format {origin.format!r}")
+    return EXPORTERS[origin.format].verify(directory, NativeCheckpoint(run))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,9 @@ def write(checkpoint: NativeCheckpoint, directory: Path) -> None:
     write_json(directory / "config.json", config)
 
 
-def check(checkpoint: NativeCheckpoint) -> None:
-    """ConfigError for what the format cannot hold."""
-    for name, (spec, _) in checkpoint.quantized.items():
+def check(specs: Mapping[str, QuantizationSpec]) -> None:
+    """ConfigError for what the format cannot hold, given the spec of every quantized weight by its name."""
+    for name, spec in specs.items():
         if not spec.format.is_integer:
             raise ConfigError(f"{NAME}: {name!r} is {spec.dtype}; this exporter writes integer weights of 2 to 8 bits")
         if spec.scale_dtype != "checkpoint":

@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from fewbit.config.recipe import Config
-from fewbit.config.spec import QuantizationSpec
 from fewbit.models.architecture import Architecture
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.quantize import open_model
@@ -64,7 +63,7 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
             if linear.spec is not None:
                 weight = info[f"{name}.weight"]
                 quantized -= sizes[f"{name}.weight"] * weight.dtype.itemsize
-                quantized += quantized_bytes(linear.shape, linear.spec, weight.dtype.itemsize)
+                quantized += math.ceil(linear.spec.stored_bits(linear.shape, weight.dtype) / 8)
     prefix = blockwise.block_name(0) + "."
     return Inspection(
         architecture=blockwise.architecture,
@@ -82,12 +81,3 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
         bytes_quantized=quantized,
         plan=plan,
     )
-
-
-def quantized_bytes(shape: tuple[int, int], spec: QuantizationSpec, scale_bytes: int) -> int:
-    """Stored size of a quantized weight: packed codes, scales, packed zero points."""
-    scales = math.prod(spec.tiling.scale_shape(shape))
-    if spec.scale_dtype != "checkpoint":
-        scale_bytes = 4 if spec.scale_dtype == "float32" else 2
-    bits = spec.bits * math.prod(shape) + (0 if spec.symmetric else spec.bits * scales)
-    return math.ceil(bits / 8) + scales * scale_bytes

@@ -6,16 +6,19 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
 from fewbit.checkpoint.files import copy_side_files, write_json
 from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.config.recipe import Config, GPTQConfig
+from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.memory import trim_heap
@@ -42,6 +45,7 @@ def quantize_model(
     activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
     resume: bool = False,
     progress: bool = True,
+    check: Callable[[dict[str, QuantizationSpec]], None] | None = None,
 ) -> Path:
     """Quantize `model` by `config` into the directory `output`; returns that directory.
 
@@ -52,6 +56,7 @@ def quantize_model(
         tokenizer: of a model in memory; directories bring their own.
         activation_memory: bytes ("4GiB") that hidden states may take; the rest goes to disk.
         resume: continue a run that was interrupted.
+        check: called with the spec of every weight to be quantized before any work; raises to refuse.
 
     Raises FewbitError with a sentence for the user; nothing is written before model, recipe and data are checked.
     """
@@ -60,6 +65,8 @@ def quantize_model(
     memory = parse_size(activation_memory)
     blockwise = open_model(model)
     plan = make_plan(blockwise, config)
+    if check is not None:
+        check({f"{name}.weight": linear.spec for name, linear in plan.linears.items() if linear.spec is not None})
     data = _calibration(blockwise, config, calibration, tokenizer)
     identity = _identity(blockwise, config, data)
     if not resume:
@@ -185,6 +192,7 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
         model=fingerprint,
         calibration=data.fingerprint() if data is not None else NO_CALIBRATION,
         version=__version__,
+        libraries={"torch": torch.__version__, "transformers": transformers.__version__},
     )
 
 

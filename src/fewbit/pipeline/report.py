@@ -63,6 +63,7 @@ def build_report(
         "loss": sum(row["error"] for row in rows) / max(sum(row["energy"] for row in rows), 1e-300),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory(),
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }
     return {
         "run": run,

@@ -26,6 +26,8 @@ class Identity:
     model: str
     calibration: str
     version: str
+    libraries: dict[str, str]
+    """Versions of those that compute: other ones may round otherwise."""
 
     def differences(self, manifest: dict[str, Any]) -> list[str]:
         """In words, what differs from the run that wrote `manifest`."""
@@ -35,7 +37,11 @@ class Identity:
         if manifest.get("calibration") != self.calibration:
             found.append("other calibration data or another seed")
         if manifest.get("version") != self.version:
-            found.append(f"fewbit {manifest.get('version')} instead of {self.version}")
+            found.append(f"fewbit {manifest.get('version')} before, {self.version} now")
+        libraries = manifest.get("libraries") or {}
+        for name in sorted(set(libraries) | set(self.libraries)):
+            if libraries.get(name) != self.libraries.get(name):
+                found.append(f"{name} {libraries.get(name)} before, {self.libraries.get(name)} now")
         before = manifest.get("recipe") or {}
         for key in sorted(set(before) | set(self.recipe)):
             if before.get(key) != self.recipe.get(key):
@@ -79,6 +85,7 @@ class RunDirectory:
             {
                 "format_version": FORMAT_VERSION,
                 "version": identity.version,
+                "libraries": identity.libraries,
                 "num_blocks": num_blocks,
                 "model": identity.model,
                 "calibration": identity.calibration,
