@@ -19,22 +19,23 @@ from transformers import AutoTokenizer
 from fewbit.algorithms.gptq import gptq
 from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.tokens import calibration_set
-from fewbit.config.recipe import GPTQConfig
+from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.numerics.second_moment import quadratic_form
-from fewbit.pipeline.staged import Stage, StagedForward
+from fewbit.pipeline.staged import StagedForward
+from fewbit.pipeline.stages import Stage, stages_of
 
 SPEC = QuantizationSpec(dtype="int4", group_size=64)
 AFFINE = QuantizationSpec(dtype="uint4", group_size=64, symmetric=False)
-PLAIN = replace(SPEC, scale_rule="minmax")
+PLAIN = replace(SPEC, observer="minmax")
 METHODS = {
     "default": (SPEC, GPTQConfig()),
     "rtn, minmax": (PLAIN, None),
     "rtn, search": (SPEC, None),
     "minmax scales": (PLAIN, GPTQConfig()),
     "minmax scales, columns in order": (PLAIN, GPTQConfig(order="none")),
-    "signed-max scales": (replace(SPEC, scale_rule="signed-max"), GPTQConfig()),
+    "signed-max scales": (replace(SPEC, observer="signed-max"), GPTQConfig()),
     "no refit": (SPEC, GPTQConfig(refits=0)),
     "2 refits": (SPEC, GPTQConfig(refits=2)),
     "group-aware order throughout": (SPEC, GPTQConfig(order="group-aware")),
@@ -60,7 +61,8 @@ def collect(model: BlockwiseModel, batches: list, blocks: list[int]) -> list[tup
                 return model.call_block(block, hidden[batch], inputs[batch].calls[index])
 
             groups = model.groups if index in blocks else ()
-            StagedForward(block, groups, [None] * len(hidden), forward, keep).run(hidden.__setitem__, "staged")
+            stages = stages_of(block, groups, keep)
+            StagedForward(stages, [None] * len(hidden), forward).run(hidden.__setitem__, "staged")
     return found
 
 
@@ -80,9 +82,9 @@ def main() -> None:
         losses = []
         for weight, moment in stages:
             if config is None:
-                outcome = rtn(weight, moment, spec, torch.bfloat16)
+                outcome = rtn(weight, moment, spec, spec.scale_format(torch.bfloat16))
             else:
-                outcome = gptq(weight, moment, spec, torch.bfloat16, config)
+                outcome = gptq(weight, moment, spec, spec.scale_format(torch.bfloat16), config)
             error = quadratic_form(outcome.weight.dequantize() - weight, moment).sum()
             losses.append(float(error / quadratic_form(weight, moment).sum()))
         mean = math.exp(sum(map(math.log, losses)) / len(losses))

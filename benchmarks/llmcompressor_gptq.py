@@ -24,7 +24,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
-from windows import calibration_windows, tokenize
+from windows import Windows
 
 MODIFIERS = {"gptq": GPTQModifier, "rtn": QuantizationModifier}
 PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
@@ -94,8 +94,8 @@ def main() -> None:
         num_bits=4, type="int", symmetric=not args.asymmetric, strategy="group", group_size=args.group_size
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    tokens = tokenize(args.calibration, args.model_dir)
-    samples = calibration_windows(tokens, args.num_samples, args.sequence_length, args.seed)
+    text = Windows(args.calibration, args.model_dir)
+    samples = text.drawn(args.num_samples, args.sequence_length, args.seed)
     model = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32)
     loaded_peak = peak_memory_bytes()
 

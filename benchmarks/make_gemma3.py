@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader, TokenType
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -77,6 +77,7 @@ def read_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
             if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
         ]
     )
+    backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
     )

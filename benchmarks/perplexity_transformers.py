@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
-from windows import tokenize, windows
+from windows import Windows
 
 
 @torch.inference_mode()
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=getattr(torch, args.dtype)).eval()
-    token_windows = windows(tokenize(args.text, args.model_dir), args.sequence_length)[: args.max_windows]
+    token_windows = Windows(args.text, args.model_dir).all(args.sequence_length)[: args.max_windows]
     start = time.perf_counter()
     result = {
         "model": args.model_dir.name,

@@ -21,7 +21,7 @@ every_scale_dtype = pytest.mark.parametrize("scale_dtype", [torch.float32, torch
 
 def spec_of(dtype: str = "int4", symmetric: bool = True, qscheme: str = "per_group") -> QuantizationSpec:
     return QuantizationSpec(
-        dtype=dtype, qscheme=qscheme, group_size=GRANULARITIES[qscheme], symmetric=symmetric, scale_rule="minmax"
+        dtype=dtype, qscheme=qscheme, group_size=GRANULARITIES[qscheme], symmetric=symmetric, observer="minmax"
     )
 
 

@@ -14,10 +14,25 @@ if TYPE_CHECKING:
     from fewbit.api import Run as Run
     from fewbit.api import evaluate as evaluate
     from fewbit.api import quantize as quantize
+    from fewbit.config.algorithms import AWQConfig as AWQConfig
+    from fewbit.config.algorithms import GPTQConfig as GPTQConfig
+    from fewbit.config.algorithms import RTNConfig as RTNConfig
+    from fewbit.config.algorithms import SmoothQuantConfig as SmoothQuantConfig
+    from fewbit.config.quark import Dtype as Dtype
+    from fewbit.config.quark import PerBlockMXObserver as PerBlockMXObserver
+    from fewbit.config.quark import PerChannelMinMaxObserver as PerChannelMinMaxObserver
+    from fewbit.config.quark import PerGroupMinMaxObserver as PerGroupMinMaxObserver
+    from fewbit.config.quark import PerTensorHistogramObserver as PerTensorHistogramObserver
+    from fewbit.config.quark import PerTensorMinMaxObserver as PerTensorMinMaxObserver
+    from fewbit.config.quark import PerTensorMSEObserver as PerTensorMSEObserver
+    from fewbit.config.quark import PerTensorPercentileObserver as PerTensorPercentileObserver
+    from fewbit.config.quark import PlaceholderObserver as PlaceholderObserver
+    from fewbit.config.quark import QSchemeType as QSchemeType
+    from fewbit.config.quark import RoundType as RoundType
+    from fewbit.config.quark import ScaleType as ScaleType
     from fewbit.config.recipe import CalibrationConfig as CalibrationConfig
     from fewbit.config.recipe import Config as Config
-    from fewbit.config.recipe import GPTQConfig as GPTQConfig
-    from fewbit.config.recipe import RTNConfig as RTNConfig
+    from fewbit.config.spec import AttentionConfig as AttentionConfig
     from fewbit.config.spec import QuantizationConfig as QuantizationConfig
     from fewbit.config.spec import QuantizationSpec as QuantizationSpec
     from fewbit.errors import FewbitError as FewbitError
@@ -28,10 +43,25 @@ _HOME = {
     "Run": "fewbit.api",
     "evaluate": "fewbit.api",
     "quantize": "fewbit.api",
+    "AWQConfig": "fewbit.config.algorithms",
+    "GPTQConfig": "fewbit.config.algorithms",
+    "RTNConfig": "fewbit.config.algorithms",
+    "SmoothQuantConfig": "fewbit.config.algorithms",
+    "Dtype": "fewbit.config.quark",
+    "PerBlockMXObserver": "fewbit.config.quark",
+    "PerChannelMinMaxObserver": "fewbit.config.quark",
+    "PerGroupMinMaxObserver": "fewbit.config.quark",
+    "PerTensorHistogramObserver": "fewbit.config.quark",
+    "PerTensorMinMaxObserver": "fewbit.config.quark",
+    "PerTensorMSEObserver": "fewbit.config.quark",
+    "PerTensorPercentileObserver": "fewbit.config.quark",
+    "PlaceholderObserver": "fewbit.config.quark",
+    "QSchemeType": "fewbit.config.quark",
+    "RoundType": "fewbit.config.quark",
+    "ScaleType": "fewbit.config.quark",
     "CalibrationConfig": "fewbit.config.recipe",
     "Config": "fewbit.config.recipe",
-    "GPTQConfig": "fewbit.config.recipe",
-    "RTNConfig": "fewbit.config.recipe",
+    "AttentionConfig": "fewbit.config.spec",
     "QuantizationConfig": "fewbit.config.spec",
     "QuantizationSpec": "fewbit.config.spec",
     "FewbitError": "fewbit.errors",

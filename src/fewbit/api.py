@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from fewbit import evaluation
 from fewbit.calibration.tokens import CalibrationData
-from fewbit.config.recipe import AlgorithmConfig, Config
-from fewbit.config.spec import QuantizationSpec
+from fewbit.config.algorithms import AlgorithmConfig, algorithm_configs
+from fewbit.config.recipe import Config
 from fewbit.export import Verification, export_directory, exporter, verify
 from fewbit.export import export as export_run
+from fewbit.pipeline.plan import Plan
 from fewbit.pipeline.quantize import DEFAULT_ACTIVATION_MEMORY, quantize_model
 from fewbit.pipeline.report import read_report
 
@@ -51,7 +52,7 @@ def quantize(
     calibration: CalibrationData | None = None,
     config: Config | Mapping[str, Any] | None = None,
     group_size: int | None = None,
-    algorithm: str | AlgorithmConfig | None = None,
+    algorithm: str | AlgorithmConfig | Sequence[AlgorithmConfig] | None = None,
     num_samples: int | None = None,
     sequence_length: int | None = None,
     seed: int | None = None,
@@ -84,9 +85,9 @@ def quantize(
     )
     targets = [exporter(name) for name in export]
 
-    def check(specs: dict[str, QuantizationSpec]) -> None:
+    def check(plan: Plan) -> None:
         for target in targets:
-            target.check(specs)
+            target.check(plan.weights, plan.activations)
 
     directory = quantize_model(
         model,
@@ -118,9 +119,13 @@ def merge_recipe(recipe: Config | Mapping[str, Any] | None, **given: Any) -> Con
         data.pop("global_quant_config", None)
     if "algorithm" in given:
         before = data.pop("algo_config", None) or data.get("algorithm")
-        if isinstance(before, Mapping) and before.get("name") == given["algorithm"]:
-            given["algorithm"] = before  # naming the algorithm that the recipe has keeps its options
+        if before is not None and _names(before) == _names(given["algorithm"]):
+            given["algorithm"] = before  # naming the algorithms that the recipe has keeps their options
     return Config.from_dict(data | given)
+
+
+def _names(algorithms: Any) -> list[str]:
+    return [config.name for config in algorithm_configs(algorithms)]
 
 
 def evaluate(model: str | Path | PreTrainedModel | Run, text: Any, **options: Any) -> evaluation.Evaluation:

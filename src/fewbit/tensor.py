@@ -1,11 +1,11 @@
-"""QuantTensor: THE representation of a quantized weight.
+"""QuantTensor: THE representation of a quantized weight. Every algorithm ends in one, every exporter starts from one.
 
-Every algorithm ends in one, every exporter starts from one.
+QuantizedActivation is its counterpart for what flows: a spec, and the scale if calibration fixed one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,24 +13,27 @@ from torch import Tensor
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import scales
 from fewbit.numerics.packing import pack, unpack
+from fewbit.numerics.scale_format import ScaleFormat
 
 
 @dataclass(frozen=True)
 class QuantTensor:
     """A quantized matrix [out, in].
 
-    codes: [out, in] in the format's code dtype (int8 or uint8), one code per element.
-    scale: [tiles along out, tiles along in] in the dtype it is stored in; may be negative.
+    codes: [out, in] in the format's code dtype (int8 or uint8; the dtype itself for a cast), one code per element.
+    scale: [tiles along out, tiles along in] in the dtype it is stored in; floats may be negative.
     zero_point: same shape as `scale`, code dtype; None for a symmetric spec.
+    global_scale: what all scales are multiplied with (two-level scales, e.g. NVFP4); 1.0 otherwise.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     spec: QuantizationSpec
+    global_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        expected = self.spec.tiling.scale_shape(tuple(self.codes.shape))
+        expected = self.spec.tiling.scale_shape((self.codes.shape[0], self.codes.shape[1]))
         if tuple(self.scale.shape) != expected:
             raise ValueError(f"scale has shape {tuple(self.scale.shape)}, the spec says {expected}")
         if (self.zero_point is None) != self.spec.symmetric:
@@ -39,6 +42,8 @@ class QuantTensor:
             raise ValueError(f"zero point has shape {tuple(self.zero_point.shape)}, the scale {expected}")
         if self.codes.dtype != self.spec.format.code_dtype:
             raise ValueError(f"codes of {self.spec.dtype} are {self.spec.format.code_dtype}, not {self.codes.dtype}")
+        if self.global_scale != 1.0 and self.spec.scale_type != "e4m3":
+            raise ValueError(f"scales of type {self.spec.scale_type} have no second level")
 
     @property
     def shape(self) -> torch.Size:
@@ -50,11 +55,20 @@ class QuantTensor:
         rows, columns = self.shape
         return self.spec.stored_bits((rows, columns), self.scale.dtype) / self.codes.numel()
 
+    @property
+    def scale_format(self) -> ScaleFormat:
+        return ScaleFormat(self.spec.scale_type, self.scale.dtype, self.global_scale)
+
+    @property
+    def scale_value(self) -> Tensor:
+        """What the codes are multiplied with: scale · global_scale, float32, shape of `scale`."""
+        return self.scale_format.value(self.scale)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(codes − zero_point) · scale, computed in float32 and rounded once to `dtype`. [out, in]"""
         tiling = self.spec.tiling
         tiles = tiling.split(self.codes)
-        values = scales.decode(tiles, self.scale, self.zero_point, self.spec.format)
+        values = scales.decode(tiles, self.scale_value, self.zero_point, self.spec.format)
         return tiling.merge(values, *self.shape).to(dtype)
 
     def unsigned_codes(self) -> Tensor:
@@ -65,40 +79,90 @@ class QuantTensor:
         """Zero point shifted like `unsigned_codes`; None for a symmetric spec."""
         return None if self.zero_point is None else _to_unsigned(self.zero_point, self.spec)
 
+    def rows(self, rows: slice) -> QuantTensor:
+        """Some rows, copied; for specs whose scales belong to rows."""
+        zero = None if self.zero_point is None else self.zero_point[rows].contiguous()
+        return replace(self, codes=self.codes[rows].contiguous(), scale=self.scale[rows].contiguous(), zero_point=zero)
+
     def to_tensors(self) -> dict[str, Tensor]:
-        """What is stored: codes and zero_point packed in int32 words along the last axis, scale as it is."""
-        tensors = {"codes": pack(self.unsigned_codes(), self.spec.bits), "scale": self.scale.contiguous()}
+        """What is stored: codes and zero_point packed in int32 words along the last axis, scales as they are."""
+        codes = self.codes if self.spec.format.is_cast else pack(self.unsigned_codes(), self.spec.bits)
+        tensors = {"codes": codes, "scale": self.scale.contiguous()}
         zero = self.unsigned_zero_point()
         if zero is not None:
             tensors["zero_point"] = pack(zero, self.spec.bits)
+        if self.spec.scale_type == "e4m3":
+            tensors["global_scale"] = torch.tensor([self.global_scale], dtype=torch.float32)
         return tensors
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], spec: QuantizationSpec, shape: tuple[int, int]) -> QuantTensor:
         """Inverse of `to_tensors` for a matrix of `shape`."""
-        codes = from_unsigned(unpack(tensors["codes"], spec.bits, shape[1]), spec)
-        scale = tensors["scale"]
+        codes, scale = tensors["codes"], tensors["scale"]
+        if not spec.format.is_cast:
+            codes = from_unsigned(unpack(codes, spec.bits, shape[1]), spec)
         zero = None
         if "zero_point" in tensors:
             zero = from_unsigned(unpack(tensors["zero_point"], spec.bits, scale.shape[1]), spec)
-        return cls(codes, scale, zero, spec)
+        unit = float(tensors["global_scale"]) if "global_scale" in tensors else 1.0
+        return cls(codes, scale, zero, spec, unit)
+
+    @staticmethod
+    def stored_names(spec: QuantizationSpec) -> list[str]:
+        """Keys of `to_tensors` for a spec."""
+        names = ["codes", "scale"]
+        return names + ["zero_point"] * (not spec.symmetric) + ["global_scale"] * (spec.scale_type == "e4m3")
 
 
-def quantize(weight: Tensor, spec: QuantizationSpec, scale: Tensor, zero_point: Tensor | None = None) -> QuantTensor:
-    """Round a float weight [out, in] to the nearest codes of a given grid."""
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """How one activation is quantized, and what calibration found for it.
+
+    scale, zero_point: [rows, columns] of tiles, as stored; None for a dynamic spec, whose scales come with the tensor.
+    global_scale: second level of e4m3 scales, found by calibration even where the groups' own scales are dynamic.
+    """
+
+    spec: QuantizationSpec
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    global_scale: float = 1.0
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What is stored of it."""
+        tensors = {}
+        if self.scale is not None:
+            tensors["scale"] = self.scale.clone()  # linears may share it, files may not
+        if self.zero_point is not None:
+            tensors["zero_point"] = self.zero_point.clone()
+        if self.spec.scale_type == "e4m3":
+            tensors["global_scale"] = torch.tensor([self.global_scale], dtype=torch.float32)
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], spec: QuantizationSpec) -> QuantizedActivation:
+        """Inverse of `to_tensors`."""
+        unit = float(tensors["global_scale"]) if "global_scale" in tensors else 1.0
+        return cls(spec, tensors.get("scale"), tensors.get("zero_point"), unit)
+
+
+def quantize(
+    weight: Tensor, spec: QuantizationSpec, format: ScaleFormat, scale: Tensor, zero_point: Tensor | None = None
+) -> QuantTensor:
+    """Round a float weight [out, in] to the nearest codes of a given grid; `scale` as it is stored in `format`."""
     tiling = spec.tiling
-    codes = scales.encode(tiling.split(weight), scale, zero_point, spec.format)
-    return QuantTensor(tiling.merge(codes, *weight.shape), scale, zero_point, spec)
+    tiles = tiling.split(weight)
+    codes = scales.encode(tiles, format.value(scale), zero_point, spec.format, spec.round_method)
+    return QuantTensor(tiling.merge(codes, *weight.shape), scale, zero_point, spec, format.unit)
 
 
 def _to_unsigned(codes: Tensor, spec: QuantizationSpec) -> Tensor:
-    if not spec.format.is_signed:
+    if not spec.format.is_integer or not spec.format.is_signed:
         return codes
     return (codes.to(torch.int16) - int(spec.format.smallest)).to(torch.uint8)
 
 
 def from_unsigned(codes: Tensor, spec: QuantizationSpec) -> Tensor:
     """Unsigned codes (starting at 0) → the format's own codes."""
-    if not spec.format.is_signed:
+    if not spec.format.is_integer or not spec.format.is_signed:
         return codes
     return (codes.to(torch.int16) + int(spec.format.smallest)).to(torch.int8)

@@ -8,13 +8,13 @@ import torch
 from fewbit.algorithms.gptq import _factored as factored
 from fewbit.algorithms.gptq import column_order, drifted, gptq, inverse_factor
 from fewbit.algorithms.rtn import rtn
-from fewbit.config.recipe import GPTQConfig
+from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics.second_moment import quadratic_form
 
 SYMMETRIC = QuantizationSpec(dtype="int4", group_size=32)
 AFFINE = QuantizationSpec(dtype="uint4", group_size=32, symmetric=False)
-PLAIN = replace(SYMMETRIC, scale_rule="minmax")
+PLAIN = replace(SYMMETRIC, observer="minmax")
 PER_CHANNEL = QuantizationSpec(dtype="int4", qscheme="per_channel")
 PER_TENSOR = QuantizationSpec(dtype="int4", qscheme="per_tensor")
 

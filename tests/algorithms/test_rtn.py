@@ -18,7 +18,7 @@ def test_search_beats_minmax_and_more_so_with_statistics():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator)
     moment = torch.diag(torch.logspace(-2, 2, 128))
-    plain = weighted_error(weight, moment, rtn(weight, moment, replace(SPEC, scale_rule="minmax"), torch.bfloat16))
+    plain = weighted_error(weight, moment, rtn(weight, moment, replace(SPEC, observer="minmax"), torch.bfloat16))
     blind = weighted_error(weight, moment, rtn(weight, None, SPEC, torch.bfloat16))
     informed = weighted_error(weight, moment, rtn(weight, moment, SPEC, torch.bfloat16))
     assert informed < blind < plain

@@ -14,7 +14,7 @@ from fewbit.errors import ConfigError
 
 FULL = """
 global_quant_config:
-  weight: {dtype: int4, qscheme: per_group, group_size: 64, scale_rule: signed-max}
+  weight: {dtype: int4, qscheme: per_group, group_size: 64, observer: signed-max}
 layer_type_quant_config:
   Linear: {weight: {dtype: int8, qscheme: per_tensor}}
 layer_quant_config:
@@ -54,7 +54,7 @@ class TestYAML:
     def test_every_field_of_the_file_arrives(self, tmp_path):
         config = from_text(FULL, tmp_path)
         assert config.global_quant_config.weight == QuantizationSpec(
-            dtype="int4", qscheme="per_group", group_size=64, scale_rule="signed-max"
+            dtype="int4", qscheme="per_group", group_size=64, observer="signed-max"
         )
         assert config.layer_type_quant_config["Linear"].weight == QuantizationSpec(dtype="int8", qscheme="per_tensor")
         assert config.layer_quant_config == {
@@ -99,7 +99,7 @@ specs = st.builds(
         group_size=granularity[1],
         symmetric=not dtype.startswith("u"),
         scale_dtype=scale_dtype,
-        scale_rule=rule,
+        observer=rule,
     ),
     st.sampled_from([f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]),
     st.sampled_from([("per_tensor", None), ("per_channel", None), ("per_group", 16), ("per_group", 128)]),

@@ -26,10 +26,10 @@ GROUPED = QuantizationSpec(dtype="int4", qscheme="per_group", group_size=32)
         pytest.param({"qscheme": "per_channel", "dtype": "int9"}, "dtype 'int9'", id="unknown-dtype"),
         pytest.param({"qscheme": "per_channel", "dtype": "e4m3"}, "dtype 'e4m3'", id="not-a-weight-format"),
         pytest.param({"qscheme": "per_channel", "scale_dtype": "int8"}, "scale_dtype", id="unknown-scale-dtype"),
-        pytest.param({"qscheme": "per_channel", "scale_rule": "best"}, "scale_rule", id="unknown-rule"),
+        pytest.param({"qscheme": "per_channel", "observer": "best"}, "observer", id="unknown-rule"),
         pytest.param(
-            {"qscheme": "per_channel", "symmetric": False, "scale_rule": "signed-max"},
-            "scale_rule signed-max",
+            {"qscheme": "per_channel", "symmetric": False, "observer": "signed-max"},
+            "observer signed-max",
             id="affine-signed-max",
         ),
     ],
@@ -44,9 +44,9 @@ def test_a_contradictory_spec_is_refused_and_the_field_named(fields, named):
 @pytest.mark.parametrize("dtype", INTEGER_FORMATS)
 @pytest.mark.parametrize("rule", ["search", "minmax"])
 def test_every_integer_format_can_be_affine_and_the_signed_ones_symmetric(dtype, rule):
-    assert not QuantizationSpec(dtype=dtype, qscheme="per_channel", symmetric=False, scale_rule=rule).symmetric
+    assert not QuantizationSpec(dtype=dtype, qscheme="per_channel", symmetric=False, observer=rule).symmetric
     if dtype.startswith("int"):
-        assert QuantizationSpec(dtype=dtype, qscheme="per_channel", scale_rule=rule).symmetric
+        assert QuantizationSpec(dtype=dtype, qscheme="per_channel", observer=rule).symmetric
 
 
 def test_an_unknown_dtype_is_answered_with_the_nearest_weight_format():
@@ -58,7 +58,7 @@ def test_an_unknown_dtype_is_answered_with_the_nearest_weight_format():
     ("cls", "wrong", "near"),
     [
         (QuantizationSpec, "groupsize", "group_size"),
-        (QuantizationSpec, "scale_rul", "scale_rule"),
+        (QuantizationSpec, "scale_rul", "observer"),
         (QuantizationConfig, "weights", "weight"),
         (GPTQConfig, "dampening", "damping"),
         (RTNConfig, "nam", "name"),

@@ -1,14 +1,18 @@
+import math
 from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 import torch
 
-from fewbit.numerics.formats import FORMATS
+from fewbit.numerics.formats import CAST_DTYPES, FORMATS
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 SMALL_FLOATS = {"e2m1": (2, 1), "e2m3": (2, 3), "e3m2": (3, 2)}  # exponent bits, mantissa bits
 INTEGERS = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in range(2, 9)}
+FLOATS = [*FP8, *SMALL_FLOATS]
+CODED = [name for name in FORMATS if name not in CAST_DTYPES]
+BELOW_A_HALF = 0.5 - 2.0**-25  # in float32, adding 0.5 to this makes 1
 
 
 def every_bf16() -> torch.Tensor:
@@ -29,7 +33,14 @@ def positive_values(name: str) -> list[float]:
 
 
 def test_the_formats_are_those_that_the_design_names():
-    assert set(FORMATS) == set(INTEGERS) | set(FP8) | set(SMALL_FLOATS) | {"e8m0"}
+    assert set(FORMATS) == set(INTEGERS) | set(FP8) | set(SMALL_FLOATS) | {"e8m0", "bfloat16", "float16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "emax"), [("e4m3", 8), ("e5m2", 15), ("e3m2", 4), ("e2m3", 2), ("e2m1", 2), ("int8", 6), ("int5", 3)]
+)
+def test_emax_is_the_exponent_of_the_largest_binade(name, emax):
+    assert FORMATS[name].emax == emax == math.floor(math.log2(FORMATS[name].largest))
 
 
 @pytest.mark.parametrize("name", FP8)
@@ -152,7 +163,7 @@ class TestIntegers:
         assert FORMATS[name].encode(torch.zeros(1)).dtype == (torch.uint8 if name[0] == "u" else torch.int8)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", CODED)
 def test_encoding_a_decoded_code_gives_it_back(name):
     fmt = FORMATS[name]
     start = int(fmt.smallest) if fmt.is_integer else 0
@@ -163,7 +174,7 @@ def test_encoding_a_decoded_code_gives_it_back(name):
     assert torch.equal(fmt.encode(values)[finite], codes[finite])
 
 
-@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.nan_code is None])
+@pytest.mark.parametrize("name", [name for name in CODED if FORMATS[name].nan_code is None])
 def test_nan_raises_where_the_format_has_none(name):
     with pytest.raises(ValueError, match=f"NaN.*{name}"):
         FORMATS[name].encode(torch.tensor([1.0, torch.nan]))
@@ -177,4 +188,109 @@ def test_nan_has_its_code_where_the_format_has_one(name, code):
 
 
 def test_only_formats_without_nan_are_integers_fp4_and_fp6():
-    assert {name for name, fmt in FORMATS.items() if fmt.nan_code is None} == set(INTEGERS) | set(SMALL_FLOATS)
+    assert {name for name in CODED if FORMATS[name].nan_code is None} == set(INTEGERS) | set(SMALL_FLOATS)
+
+
+def values_of(name: str) -> torch.Tensor:
+    """Every finite value of a format in order, float64."""
+    fmt = FORMATS[name]
+    codes = torch.arange(int(fmt.smallest), int(fmt.largest) + 1) if fmt.is_integer else torch.arange(2**fmt.bits)
+    values = fmt.decode(codes, torch.float64)
+    return values[values.isfinite()].unique()
+
+
+def dense(name: str) -> torch.Tensor:
+    """float32: every value, every tie and their neighbours, random numbers of all sizes, and what lies beyond."""
+    fmt, values = FORMATS[name], values_of(name)
+    points = torch.cat([values, (values[1:] + values[:-1]) / 2]).float()
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(20_000, generator=generator)
+    spread = random.sign() * torch.exp2(torch.empty(20_000).uniform_(-20, 20, generator=generator))
+    ends = torch.tensor([fmt.largest, fmt.smallest]) * 1.01
+    tiny = torch.tensor([0.0, 1e-30, -1e-30, BELOW_A_HALF, -BELOW_A_HALF])
+    infinite = torch.tensor([torch.inf, -torch.inf])
+    parts = [points, points.nextafter(infinite[0]), points.nextafter(infinite[1]), random, spread, tiny, infinite]
+    return torch.cat([*parts, 3 * random, ends, random * fmt.largest])
+
+
+def round_by_table(name: str, x: torch.Tensor, method: str) -> torch.Tensor:
+    """The meaning of "round" and "floor" spelt out on the sorted table of values, in float64."""
+    values = values_of(name)
+    x = x.double().clamp(values[0], values[-1])
+    below = values[torch.searchsorted(values, x, right=True) - 1]
+    if method == "floor":
+        return below
+    above = values[torch.searchsorted(values, x).clamp(max=len(values) - 1)]
+    up, down = above - x, x - below
+    outer = torch.where(x > 0, above, below)
+    return torch.where(up == down, outer, torch.where(up < down, above, below))
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *FLOATS])
+class TestRounding:
+    def test_half_even_is_what_encoding_and_decoding_gives(self, name):
+        x, fmt = dense(name), FORMATS[name]
+        assert torch.equal(fmt.round(x), fmt.decode(fmt.encode(x)))
+
+    @pytest.mark.parametrize("method", ["round", "floor"])
+    def test_ties_go_away_from_zero_and_floor_goes_down(self, name, method):
+        x = dense(name)
+        assert torch.equal(FORMATS[name].round(x, method).double(), round_by_table(name, x, method))
+
+    @pytest.mark.parametrize("method", ["half_even", "round", "floor"])
+    def test_what_is_representable_stays(self, name, method):
+        values = values_of(name).float()
+        assert torch.equal(FORMATS[name].round(values, method), values)
+
+    def test_the_methods_differ_where_they_should(self, name):
+        x, fmt = dense(name), FORMATS[name]
+        found = {method: fmt.round(x, method) for method in ("half_even", "round", "floor")}
+        assert (found["floor"] <= found["half_even"]).all()
+        assert (found["round"].abs() >= found["half_even"].abs()).all()
+        assert not torch.equal(found["round"], found["half_even"])
+        assert not torch.equal(found["floor"], found["half_even"])
+
+    def test_round_leaves_its_argument_alone_and_round_in_place_does_not(self, name):
+        x = torch.tensor([0.3, 1.7, 1e9])
+        before = x.clone()
+        rounded = FORMATS[name].round(x)
+        assert torch.equal(x, before)
+        assert FORMATS[name].round_(x) is x
+        assert torch.equal(x, rounded)
+
+
+@pytest.mark.parametrize(
+    ("x", "half_even", "away", "floor"), [(2.5, 2, 3, 2), (-2.5, -2, -3, -3), (0.5, 0, 1, 0), (-1.2, -1, -1, -2)]
+)
+def test_the_three_methods_by_hand(x, half_even, away, floor):
+    found = [FORMATS["int4"].round(torch.tensor([x]), method).item() for method in ("half_even", "round", "floor")]
+    assert found == [half_even, away, floor]
+
+
+def test_e8m0_rounds_to_what_it_encodes():
+    x = every_bf16()
+    x = x[(x > 0) & x.isfinite()].float()
+    fmt = FORMATS["e8m0"]
+    assert torch.equal(fmt.round(x), fmt.decode(fmt.encode(x)))
+
+
+@pytest.mark.parametrize("name", CAST_DTYPES)
+class TestCasts:
+    def test_values_are_those_of_torchs_cast(self, name):
+        x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100
+        codes = FORMATS[name].encode(x)
+        assert codes.dtype == FORMATS[name].code_dtype == CAST_DTYPES[name]
+        assert torch.equal(codes, x.to(CAST_DTYPES[name]))
+        assert torch.equal(FORMATS[name].decode(codes), codes.float())
+        assert torch.equal(FORMATS[name].round(x), codes.float())
+
+    def test_what_lies_beyond_saturates(self, name):
+        fmt, largest = FORMATS[name], torch.finfo(CAST_DTYPES[name]).max
+        x = torch.tensor([torch.inf, -torch.inf, torch.finfo(torch.float32).max])
+        expected = torch.tensor([largest, -largest, largest])
+        assert (fmt.largest, fmt.smallest) == (largest, -largest)
+        assert torch.equal(fmt.encode(x).float(), expected)
+        assert torch.equal(fmt.round(x), expected)
+
+    def test_nan_stays_nan(self, name):
+        assert FORMATS[name].encode(torch.tensor([torch.nan])).isnan().all()

@@ -10,6 +10,7 @@ from fewbit.calibration.statistics import Statistics
 from fewbit.errors import ArchitectureError, CalibrationError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.pipeline.staged import StagedForward
+from fewbit.pipeline.stages import stages_of
 
 CHANNELS = 16
 STRATEGIES = ["staged", "replay"]
@@ -109,11 +110,9 @@ def run(block, batches, strategy, masks=None, groups=None, forward=None):
         outputs[index] = output.clone()
 
     StagedForward(
-        block,
-        groups or block.groups,
+        stages_of(block, groups or block.groups, finish),
         masks or [None] * len(batches),
         forward or (lambda index: block(batches[index])),
-        finish,
     ).run(emit, strategy)
     return statistics, outputs
 
@@ -343,7 +342,8 @@ def test_an_exception_in_finish_reaches_the_caller_and_the_suspended_forwards_di
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        StagedForward(block, block.groups, [None] * 4, forward, finish).run(lambda index, output: None, strategy)
+        stages = stages_of(block, block.groups, finish)
+        StagedForward(stages, [None] * 4, forward).run(lambda index, output: None, strategy)
     gc.collect()
     assert patched(block) == []
     assert set(ended) == {0, 1, 2, 3}

@@ -32,14 +32,15 @@ import torch
 from torch import Tensor
 
 from fewbit.algorithms.outcome import Outcome
-from fewbit.config.recipe import GPTQConfig
+from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
-from fewbit.numerics import matmul, scales
-from fewbit.numerics.formats import NumberFormat
+from fewbit.numerics import matmul
+from fewbit.numerics.formats import NumberFormat, RoundMethod, round_steps_
+from fewbit.numerics.scale_format import ScaleFormat
+from fewbit.numerics.scales import FRACTIONS, GridRule
 from fewbit.tensor import QuantTensor
 
 LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
-SHRINK = tuple(1.0 - 0.025 * step for step in range(20))  # of the scale that just covers the group
 RUN_CANDIDATES = 3  # scales per group that are run through its columns
 CHUNK_ELEMENTS = 2**23  # in · rows that are worked on at a time: bounds the memory beyond the inputs
 FIT_ELEMENTS = 2**24  # rows · groups² in one solve for the scales
@@ -50,18 +51,25 @@ _CHOOSING_ORDER = {"activation": "group-aware", "group-aware": "group-aware", "n
 
 @dataclass(frozen=True)
 class Grid:
-    """Grids of groups: a level is a code minus its zero point, a value is level · scale."""
+    """Grids of groups: a level is what a code stands for, less its zero point; a value is level · scale."""
 
     scale: Tensor
-    """[groups or candidates, rows] float32, holding values of the stored dtype."""
-    low: Tensor | float
-    """Level of the smallest code: one number for symmetric formats, shaped like `scale` for affine ones."""
-    span: float
-    """Levels above `low`: 2^bits − 1."""
+    """[groups or candidates, rows] float32, holding values that can be stored."""
+    low: Tensor | None
+    """Level of the smallest code, shaped like `scale`; None for symmetric grids, whose levels are the format's."""
+    fmt: NumberFormat
+    rounding: RoundMethod
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Grid:
         """The same rearrangement of every tensor."""
-        return Grid(change(self.scale), change(self.low) if isinstance(self.low, Tensor) else self.low, self.span)
+        return replace(self, scale=change(self.scale), low=None if self.low is None else change(self.low))
+
+    def snap_(self, steps: Tensor, low: Tensor | None) -> Tensor:
+        """Values divided by their scale → levels, in place. `low` is that of their groups."""
+        if low is None:
+            return self.fmt.round_(steps, self.rounding)
+        span = self.fmt.largest - self.fmt.smallest
+        return torch.clamp(round_steps_(steps, self.rounding), low, low + span, out=steps)
 
 
 @dataclass(frozen=True)
@@ -95,15 +103,14 @@ class _Problem:
     """H [in, in]."""
     group: int
     """Columns per scale."""
-    fmt: NumberFormat
-    scale_dtype: torch.dtype
+    rule: GridRule
 
 
 def gptq(
     weight: Tensor,
     moment: Tensor,
     spec: QuantizationSpec,
-    scale_dtype: torch.dtype,
+    scale: ScaleFormat,
     config: GPTQConfig,
     drift: Tensor | None = None,
 ) -> Outcome | None:
@@ -112,11 +119,11 @@ def gptq(
     `drift` [in, in] float32 is (X̃ − X)ᵀX with X̃ the input in the full-precision model; see `drifted`.
     Rows are independent, so linears that share an input may be quantized as one matrix.
     """
-    columns = weight.shape[1]
-    group = spec.group_size or columns
-    search = spec.scale_rule == "search"
+    _, group = spec.tiling.tile(*weight.shape)
+    rule = spec.grid_rule(scale)
+    search = spec.observer == "search" and spec.tiling.rows == 1 and scale.type != "microexponent"
     by_group = search and spec.qscheme == "per_group"
-    fixed = None if by_group else _grid_of_original(weight, moment, spec, scale_dtype)
+    fixed = None if by_group else _grid_of_original(weight, moment, spec, rule)
     choosing = _factored(moment, group, _CHOOSING_ORDER[config.order] if by_group else config.order, config.damping)
     solving = choosing
     if by_group and config.refits and _CHOOSING_ORDER[config.order] != config.order:
@@ -126,18 +133,18 @@ def gptq(
     if drift is not None and config.drift > 0:
         weight = drifted(weight, drift, choosing, config.drift)
     parts = []
-    rows_at_once = max(64, CHUNK_ELEMENTS // columns)
+    rows_at_once = max(64, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
-        problem = _Problem(weight[rows], moment, group, spec.format, scale_dtype)
+        problem = _Problem(weight[rows], moment, group, rule)
         if fixed is None:
-            solution = solve_greedily(problem, choosing, spec.symmetric)
+            solution = solve_greedily(problem, choosing)
         else:
             solution = solve(problem, choosing, fixed.map(lambda x: x[:, rows]), config.block_size)  # noqa: B023
-        if search and spec.qscheme != "per_tensor":
+        if search:
             solution = refit(problem, solving, solution, config)
         parts.append(solution)
-    return Outcome(_to_quant_tensor(parts, spec, scale_dtype), damping=max(choosing.damping, solving.damping))
+    return Outcome(_to_quant_tensor(parts, spec, scale), damping=max(choosing.damping, solving.damping))
 
 
 def drifted(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tensor:
@@ -214,7 +221,7 @@ def solve(problem: _Problem, factor: Factor, grid: Grid, block_size: int) -> Sol
     return Solution(_in_original_order(levels, factor.order), grid, loss)
 
 
-def solve_greedily(problem: _Problem, factor: Factor, symmetric: bool) -> Solution:
+def solve_greedily(problem: _Problem, factor: Factor) -> Solution:
     """Codes and grids, each group's scale chosen by the loss when the loop reaches it. Groups must be contiguous."""
     w = problem.weight.T[factor.order].contiguous()  # [in, rows]
     levels = torch.empty_like(w)
@@ -224,7 +231,7 @@ def solve_greedily(problem: _Problem, factor: Factor, symmetric: bool) -> Soluti
     for start in range(0, columns, size):
         block = slice(start, start + size)
         precision = factor.precision[block]
-        grids = _candidates(w[block], problem.fmt, problem.scale_dtype, symmetric)
+        grids = _candidates(w[block], problem.rule)
         grids = _most_promising(w[block], grids, precision)
         count = grids.scale.shape[0]
         # all candidates side by side: [g, candidates · rows]
@@ -239,9 +246,9 @@ def solve_greedily(problem: _Problem, factor: Factor, symmetric: bool) -> Soluti
         chosen[int(factor.order[start]) // size] = grids.map(lambda x: x.gather(0, best))  # noqa: B023
         w[block.stop :].addmm_(factor.update[block, block.stop :].T, error, alpha=-1)
     in_order = [chosen[number] for number in range(columns // size)]
-    lows = [grid.low for grid in in_order if isinstance(grid.low, Tensor)]
-    low = torch.cat(lows) if lows else in_order[0].low
-    grid = Grid(torch.cat([grid.scale for grid in in_order]), low, in_order[0].span)
+    lows = [grid.low for grid in in_order if grid.low is not None]
+    low = torch.cat(lows) if lows else None
+    grid = replace(in_order[0], scale=torch.cat([grid.scale for grid in in_order]), low=low)
     return Solution(_in_original_order(levels, factor.order), grid, total)
 
 
@@ -270,6 +277,8 @@ def fitted_scale(problem: _Problem, projected: Tensor, solution: Solution) -> Te
     The loss of a row is sᵀAs − 2bᵀs + const with A_gh = t_g H_gh t_h and b_g = (W·H)_g · t_g (`projected` is W·H
     [rows, in]). Rows whose loss does not fall, once rounded, keep their scales; so do groups of zero levels only.
     """
+    if problem.rule.scale.is_power_of_two:  # too coarse to be fitted: the search has chosen the binade
+        return solution.grid.scale
     groups = solution.levels.shape[1] // problem.group
     rows_at_once = max(1, FIT_ELEMENTS // groups**2)
     return torch.cat(
@@ -305,7 +314,7 @@ def _fitted_scale(problem: _Problem, projected: Tensor, levels: Tensor, scale: T
     lower, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(ridge))
     fitted = torch.cholesky_solve(linear.unsqueeze(-1), lower).squeeze(-1)
     fitted = torch.where(empty | ~torch.isfinite(fitted), scale.T, fitted)
-    fitted = scales.store(fitted, problem.scale_dtype).float()
+    fitted = problem.rule.scale.round(fitted)
 
     def loss(s: Tensor) -> Tensor:
         return ((quadratic @ s.unsqueeze(-1)).squeeze(-1) - 2 * linear).mul_(s).sum(-1)
@@ -324,8 +333,8 @@ def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
     for leaf in range(0, columns, LEAF):
         stop = min(leaf + LEAF, columns)
         for j in range(leaf, stop):
-            level = torch.mul(w[j], inverse[j], out=levels[j]).round_()
-            _clamp(level, grid.low[j] if isinstance(grid.low, Tensor) else grid.low, grid.span)
+            level = torch.mul(w[j], inverse[j], out=levels[j])
+            grid.snap_(level, None if grid.low is None else grid.low[j])
             w[j].addcmul_(level, grid.scale[j], value=-1)
             if j + 1 < stop:
                 w[j + 1 : stop].addr_(update[j, j + 1 : stop], w[j], alpha=-1)
@@ -333,28 +342,18 @@ def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
             w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
 
 
-def _clamp(level: Tensor, low: Tensor | float, span: float) -> None:
-    if isinstance(low, Tensor):
-        torch.clamp(level, low, low + span, out=level)
-    else:
-        level.clamp_(low, low + span)
-
-
-def _candidates(w: Tensor, fmt: NumberFormat, dtype: torch.dtype, symmetric: bool) -> Grid:
+def _candidates(w: Tensor, rule: GridRule) -> Grid:
     """Grids [candidates, rows] worth trying for a group with current weights `w` [g, rows]."""
     low, high = w.aminmax(dim=0)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    span = fmt.largest - fmt.smallest
-    shrink = torch.tensor(SHRINK, device=w.device).unsqueeze(1)
-    if symmetric:
-        upright = torch.maximum(high / fmt.largest, low / fmt.smallest)
-        flipped = -torch.maximum(high / -fmt.smallest, low / -fmt.largest)
-        scale = torch.cat([shrink * upright, shrink * flipped])
-        return Grid(scales.store(scale, dtype).float(), fmt.smallest, span)
-    ends = torch.cartesian_prod(shrink[::3, 0], shrink[::3, 0])  # both ends of the range shrink on their own
+    if rule.symmetric:
+        return Grid(rule.candidates(low, high), None, rule.fmt, rule.rounding)
+    span = rule.fmt.largest - rule.fmt.smallest
+    shrink = torch.tensor(FRACTIONS[::3], device=w.device)
+    ends = torch.cartesian_prod(shrink, shrink)  # both ends of the range shrink on their own
     low, high = ends[:, :1] * low, ends[:, 1:] * high
-    scale = scales.store((high - low) / span, dtype).float()
-    return Grid(scale, (low / scale).round_().clamp_(-span, 0), span)
+    scale = rule.scale.round((high - low) / span)
+    return Grid(scale, (low / scale).round_().clamp_(-span, 0), rule.fmt, rule.rounding)
 
 
 def _most_promising(w: Tensor, grids: Grid, precision: Tensor) -> Grid:
@@ -363,25 +362,25 @@ def _most_promising(w: Tensor, grids: Grid, precision: Tensor) -> Grid:
     value = torch.empty_like(w)  # [g, rows], small enough for the cache, which is why candidates go one by one
     for number in range(grids.scale.shape[0]):
         one = grids.map(lambda x: x[number])  # noqa: B023
-        _clamp(torch.mul(w, one.scale.reciprocal(), out=value).round_(), one.low, one.span)
+        one.snap_(torch.mul(w, one.scale.reciprocal(), out=value), one.low)
         value.mul_(one.scale).sub_(w).square_()
         torch.mv(value.T, precision, out=errors[number])
-    best = errors.topk(RUN_CANDIDATES, dim=0, largest=False).indices
+    best = errors.topk(min(RUN_CANDIDATES, errors.shape[0]), dim=0, largest=False).indices
     return grids.map(lambda x: x.gather(0, best))
 
 
-def _grid_of_original(weight: Tensor, moment: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> Grid:
+def _grid_of_original(weight: Tensor, moment: Tensor, spec: QuantizationSpec, rule: GridRule) -> Grid:
     """Grids [groups, rows] fixed before the loop from the original weight, by the spec's rule."""
-    tiles = spec.tiling.split(weight)
-    importance = spec.tiling.split(moment.diagonal().expand_as(weight)) if spec.scale_rule == "search" else None
-    scale, zero = scales.find_scale(
-        tiles, spec.format, dtype, rule=spec.scale_rule, symmetric=spec.symmetric, importance=importance
-    )
-    span = spec.format.largest - spec.format.smallest
-    groups = weight.shape[1] // (spec.group_size or weight.shape[1])
-    shape = (weight.shape[0], groups)
-    low = spec.format.smallest if zero is None else (spec.format.smallest - zero.float()).expand(shape).T
-    return Grid(scale.float().expand(shape).T, low, span)
+    tiling = spec.tiling
+    importance = tiling.split(moment.diagonal().expand_as(weight)) if rule.rule == "search" else None
+    stored, zero = rule.find(tiling.split(weight), importance)
+    tile_rows, _ = tiling.tile(*weight.shape)
+    rows = weight.shape[0]
+    scale = rule.scale.value(stored).repeat_interleave(tile_rows, 0)[:rows].T.contiguous()
+    low = None
+    if zero is not None:
+        low = (spec.format.smallest - zero.float()).repeat_interleave(tile_rows, 0)[:rows].T.contiguous()
+    return Grid(scale, low, rule.fmt, rule.rounding)
 
 
 def _in_original_order(levels: Tensor, order: Tensor) -> Tensor:
@@ -391,22 +390,19 @@ def _in_original_order(levels: Tensor, order: Tensor) -> Tensor:
     return restored.T.contiguous()
 
 
-def _to_quant_tensor(parts: list[Solution], spec: QuantizationSpec, dtype: torch.dtype) -> QuantTensor:
-    smallest = spec.format.smallest
-    codes, stored, zeros = [], [], []
+def _to_quant_tensor(parts: list[Solution], spec: QuantizationSpec, format: ScaleFormat) -> QuantTensor:
+    smallest, fmt = spec.format.smallest, spec.format
+    codes, values, zeros = [], [], []
     for part in parts:
         levels, grid = part.levels, part.grid
-        zero: Tensor | float = 0.0
-        if isinstance(grid.low, Tensor):
+        if grid.low is not None:
             zero = (smallest - grid.low).T  # [rows, groups]
-            zeros.append(zero.to(spec.format.code_dtype))
-            zero = zero.repeat_interleave(levels.shape[1] // zero.shape[1], 1)
-        codes.append((levels + zero).to(spec.format.code_dtype))
-        stored.append(grid.scale.T.to(dtype))
-    scale = torch.cat(stored)
-    zero_point = torch.cat(zeros) if zeros else None
-    if spec.qscheme == "per_tensor":  # every row carried the same one
-        scale, zero_point = scale[:1], None if zero_point is None else zero_point[:1]
-    return QuantTensor(
-        torch.cat(codes), scale.contiguous(), None if zero_point is None else zero_point.contiguous(), spec
-    )
+            zeros.append(zero.to(fmt.code_dtype))
+            levels = levels + zero.repeat_interleave(levels.shape[1] // zero.shape[1], 1)
+        codes.append(fmt.encode(levels))
+        values.append(grid.scale.T)
+    joined = torch.cat(codes)
+    tile_rows, _ = spec.tiling.tile(*joined.shape)
+    scale = format.store(torch.cat(values)[::tile_rows].contiguous())  # the rows of a tile carried the same one
+    zero_point = torch.cat(zeros)[::tile_rows].contiguous() if zeros else None
+    return QuantTensor(joined, scale, zero_point, spec, format.unit)

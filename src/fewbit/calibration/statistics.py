@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,9 +23,19 @@ class Statistics:
     measured on some of the tokens only; `finish` scales it to all. None if it is not measured at all."""
     drift_tokens: int = 0
 
+    wanted_sample: int = 0
+    """Tokens of the input to keep."""
+    _kept: list[Tensor] = field(default_factory=list)
+    _stride: int = 1
+
     @classmethod
-    def empty(cls, channels: int, device: torch.device | str = "cpu") -> Statistics:
-        return cls(torch.zeros(channels, channels, device=device))
+    def empty(cls, channels: int, device: torch.device | str = "cpu", sample: int = 0) -> Statistics:
+        return cls(torch.zeros(channels, channels, device=device), wanted_sample=sample)
+
+    @property
+    def sample(self) -> Tensor | None:
+        """Evenly spaced tokens of the input [tokens, channels], at most as many as were wanted; None if none were."""
+        return torch.cat(self._kept)[: self.wanted_sample] if self._kept else None
 
     def add(self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None) -> None:
         """Count the tokens of `x` [..., channels]; `mask` [...] bool leaves padding out.
@@ -34,12 +44,21 @@ class Statistics:
         """
         rows = _rows(x, mask)
         second_moment.accumulate(self.moment, rows)
+        if self.wanted_sample:
+            self._keep(rows)
         self.tokens += rows.shape[0]
         if reference is not None:
             if self.drift is None:
                 self.drift = torch.zeros_like(self.moment)
             second_moment.accumulate_product(self.drift, _rows(reference, mask) - rows, rows)
             self.drift_tokens += rows.shape[0]
+
+    def _keep(self, rows: Tensor) -> None:
+        """Every n-th token; n doubles whenever too many were kept."""
+        self._kept.append(rows[-self.tokens % self._stride :: self._stride].clone())
+        while sum(kept.shape[0] for kept in self._kept) >= 2 * self.wanted_sample:
+            self._kept = [torch.cat(self._kept)[::2]]
+            self._stride *= 2
 
     def finish(self, name: str) -> Statistics:
         """Mirror H; CalibrationError if `name`'s inputs held NaN or infinity."""

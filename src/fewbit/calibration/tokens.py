@@ -76,11 +76,12 @@ def calibration_set(
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer: the model's directory has none, so pass token ids")
     tokens = tokenize(texts, tokenizer)
-    chosen = choose_windows(tokens, num_samples, sequence_length, seed, source)
-    batches = _batches(chosen)
+    first = beginning(tokenizer)
+    chosen = choose_windows(tokens, num_samples, sequence_length - first.numel(), seed, source)
+    batches = _batches(begin_with(first, chosen))
     rest = tokens[chosen.numel() :]
     if chosen.shape[0] < num_samples and rest.numel():  # every window is taken, so what is left over counts too
-        batches += _batches(rest.unsqueeze(0))
+        batches += _batches(begin_with(first, rest.unsqueeze(0)))
     return CalibrationSet(batches, source, num_samples)
 
 
@@ -112,6 +113,21 @@ def tokenize(texts: Iterable[str], tokenizer: Any) -> Tensor:
             stream += separator
         stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(stream, dtype=torch.int64)
+
+
+def beginning(tokenizer: Any) -> Tensor:
+    """Token ids that the tokenizer itself puts before a text: a beginning-of-sequence token [1], or nothing [0].
+
+    Families that were trained with one (Gemma, Llama 3) are not themselves without it, in calibration as in evaluation.
+    """
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("a", verbose=False).input_ids[:1] == [bos]
+    return torch.tensor([bos] if begins else [], dtype=torch.int64)
+
+
+def begin_with(first: Tensor, windows: Tensor) -> Tensor:
+    """Windows [n, length] that each begin with the tokens `first` [k]: [n, k + length]."""
+    return torch.cat([first.expand(windows.shape[0], -1), windows], dim=1) if first.numel() else windows
 
 
 def choose_windows(tokens: Tensor, num_samples: int, length: int, seed: int, source: str = "the text") -> Tensor:

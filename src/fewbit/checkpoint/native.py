@@ -2,7 +2,8 @@
 
     RUN/fewbit.json               format version, resolved recipe, fingerprint, number of blocks
     RUN/journal.jsonl             one line per finished block (written after its file is in place)
-    RUN/blocks/00000.safetensors  the block's quantized weights (NAME.codes, NAME.scale, NAME.zero_point) and the rest
+    RUN/blocks/00000.safetensors  the block's quantized weights (NAME.codes, NAME.scale, …), the rest, and what is
+                                  known of quantized activations (MODULE.input.scale, MODULE.key.scale, …)
     RUN/outside.safetensors       embeddings, final norm, head
     RUN/config.json, tokenizer…   copied from the model
 
@@ -26,26 +27,41 @@ from fewbit.checkpoint.files import write_safetensors
 from fewbit.checkpoint.source import TensorInfo, check_finite, read_header
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError
-from fewbit.tensor import QuantTensor
+from fewbit.tensor import QuantizedActivation, QuantTensor
 
 MANIFEST = "fewbit.json"
 OUTSIDE = "outside.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def block_file(directory: Path, index: int) -> Path:
     return directory / "blocks" / f"{index:05d}.safetensors"
 
 
-def write_part(file: Path, quantized: Mapping[str, QuantTensor], dense: Mapping[str, Tensor]) -> None:
-    """Write quantized weights and plain tensors, by their names in the model, to one file atomically."""
+def write_part(
+    file: Path,
+    quantized: Mapping[str, QuantTensor],
+    dense: Mapping[str, Tensor],
+    activations: Mapping[str, QuantizedActivation] | None = None,
+) -> None:
+    """Write quantized weights and plain tensors, by their names in the model, to one file atomically.
+
+    `activations` are named by module and slot: MODULE.input, MODULE.output, and of attention MODULE.key, MODULE.value,
+    MODULE.query.
+    """
     tensors = dict(dense)
     specs = {}
+    flows = {}
+    for name, activation in (activations or {}).items():
+        stored = activation.to_tensors()
+        flows[name] = {"spec": asdict(activation.spec), "stored": sorted(stored)}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
     for name, weight in quantized.items():
         specs[name] = {"spec": asdict(weight.spec), "shape": list(weight.shape)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in weight.to_tensors().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(file, tensors, {"fewbit": json.dumps(specs, sort_keys=True)})
+    described = {"weights": specs, "activations": flows}
+    write_safetensors(file, tensors, {"fewbit": json.dumps(described, sort_keys=True)})
 
 
 class NativePart:
@@ -54,13 +70,17 @@ class NativePart:
     def __init__(self, file: Path) -> None:
         header = read_header(file)
         with safe_open(file, framework="pt", device="cpu") as opened:
-            specs = json.loads((opened.metadata() or {}).get("fewbit", "{}"))
+            described = json.loads((opened.metadata() or {}).get("fewbit", "{}"))
+        specs, flows = described.get("weights", {}), described.get("activations", {})
         self.file = file
         self.quantized: dict[str, tuple[QuantizationSpec, tuple[int, int]]] = {
             name: (QuantizationSpec(**entry["spec"]), (entry["shape"][0], entry["shape"][1]))
             for name, entry in specs.items()
         }
-        stored = {f"{name}.{part}" for name in specs for part in ("codes", "scale", "zero_point")}
+        self._flows: dict[str, Any] = flows
+        stored = {
+            f"{name}.{part}" for name, (spec, _) in self.quantized.items() for part in QuantTensor.stored_names(spec)
+        } | {f"{name}.{part}" for name, entry in flows.items() for part in entry["stored"]}
         self.dense = {name: info for name, info in header.items() if name not in stored}
 
     def info(self) -> dict[str, TensorInfo]:
@@ -78,9 +98,18 @@ class NativePart:
     def read_quantized(self, name: str) -> QuantTensor:
         """The QuantTensor of one weight."""
         spec, shape = self.quantized[name]
-        parts = ["codes", "scale"] + ([] if spec.symmetric else ["zero_point"])
+        parts = QuantTensor.stored_names(spec)
         stored = self._get([f"{name}.{part}" for part in parts])
         return QuantTensor.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec, shape)
+
+    def activations(self) -> dict[str, QuantizedActivation]:
+        """Quantized activations by module and slot."""
+        found = {}
+        for name, entry in self._flows.items():
+            stored = self._get([f"{name}.{part}" for part in entry["stored"]])
+            tensors = {part: stored[f"{name}.{part}"] for part in entry["stored"]}
+            found[name] = QuantizedActivation.from_tensors(tensors, QuantizationSpec(**entry["spec"]))
+        return found
 
     def _get(self, stored_names: list[str]) -> dict[str, Tensor]:
         with safe_open(self.file, framework="pt", device="cpu") as opened:
@@ -116,6 +145,10 @@ class NativeCheckpoint:
 
     def read_quantized(self, name: str) -> QuantTensor:
         return self._part(name).read_quantized(name)
+
+    def activations(self) -> dict[str, QuantizedActivation]:
+        """Quantized activations of all parts, by module and slot."""
+        return {name: activation for part in self.parts for name, activation in part.activations().items()}
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()

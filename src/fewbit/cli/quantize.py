@@ -18,7 +18,9 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale (default 128); -1: one scale per output channel.")
     ] = None,
-    algorithm: Annotated[str | None, typer.Option(help="gptq (default) or rtn.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="gptq (default), rtn, awq, smoothquant; joined by +: awq+gptq.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="Text file, or hub:DATASET; 'none' for rtn without data. Default: the text fewbit ships."),
@@ -78,7 +80,8 @@ def _print_summary(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     totals = report["totals"]
-    table = Table(title=f"{report['run']['model']} · {report['recipe']['algo_config']['name']}", title_justify="left")
+    algorithms = " + ".join(config["name"] for config in report["recipe"]["algo_config"])
+    table = Table(title=f"{report['run']['model']} · {algorithms}", title_justify="left")
     for column in ("linear", "count", "loss mean", "loss worst", "worst in block", "bits/weight", "seconds"):
         table.add_column(column, justify="left" if column == "linear" else "right")
     quantized = [row for row in report["linears"] if row["status"] == "quantized"]

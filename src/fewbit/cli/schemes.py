@@ -8,21 +8,30 @@ def schemes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fewbit.config.schemes import SCHEMES
+    from fewbit.config.schemes import KV_SUITES, SCHEMES
 
     table = Table(box=None)
-    for column in ("scheme", "weight", "group", "symmetric", "bits/weight", "exports", "engines"):
+    for column in ("scheme", "weight", "input", "bits/weight", "exports", "layout", "engines"):
         table.add_column(column)
     for scheme in SCHEMES.values():
-        spec = scheme.config.weight
-        assert spec is not None
+        weight, inputs = scheme.config.weight, scheme.config.input_tensors
+        assert weight is not None
         table.add_row(
             scheme.name,
-            spec.dtype,
-            str(spec.group_size),
-            "yes" if spec.symmetric else "no",
+            weight.summary,
+            inputs.summary if inputs is not None else "–",
             f"{scheme.bits_per_weight:.3f}",
-            ", ".join(scheme.exports),
-            scheme.engines,
+            ", ".join(scheme.exports) or "–",
+            scheme.layout or "–",
+            scheme.engines or "fewbit evaluate",
         )
-    Console(width=None if Console().is_terminal else 110).print(table)
+    console = Console(width=None if Console().is_terminal else 170)
+    console.print(table)
+    caches = Table(box=None)
+    for column in ("suffix", "key and value"):
+        caches.add_column(column)
+    for name, attention in KV_SUITES.items():
+        assert attention.key is not None
+        caches.add_row(name, attention.key.summary)
+    console.print(caches)
+    console.print("Names compose: W4A8KV4-g64 is W4A8 with a 4-bit KV cache and groups of 64 (-g-1: per channel).")

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import Field
 
-from fewbit.config.schemes import scheme_config, with_group_size
-from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.config.algorithms import (
+    AlgorithmConfig,
+    CodeConfig,
+    GPTQConfig,
+    ScaleSearchConfig,
+    algorithm_configs,
+)
+from fewbit.config.schemes import parse_scheme, scheme_config, with_group_size
+from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError, nearest
-
-
-@config_class
-class RTNConfig:
-    """Round to nearest: every weight goes to the nearest code of its group's grid."""
-
-    name: Literal["rtn"] = "rtn"
-
-
-@config_class
-class GPTQConfig:
-    """GPTQ (Frantar et al. 2022): columns one after another, the error of each moved into those still to come."""
-
-    name: Literal["gptq"] = "gptq"
-    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Added to H's diagonal, as a share of its mean; raised tenfold while H cannot be factored."""
-    order: Literal["activation", "none", "group-aware"] = "activation"
-    """Order in which columns get their codes. activation: by falling diag(H); groups stay where they are (no g_idx).
-    group-aware: groups by their mean diag(H), columns by diag(H) inside a group. none: left to right."""
-    block_size: Annotated[int, Field(gt=0)] = 128
-    """Columns per lazy update: speed only, the result does not depend on it but for rounding."""
-    drift: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the inputs' drift that the weights make up for: the inputs come from quantized layers and are not what
-    they would be in the full-precision model. 0.5 is much more accurate, but the full-precision forward then runs
-    beside the quantized one, which takes about 1.9 times as long. 0 turns it off."""
-    drift_data: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the calibration batches on which the drift is measured; less is faster."""
-    refits: Annotated[int, Field(ge=0, le=10)] = 1
-    """How often the codes are found again after the scales were fitted to them (scale_rule "search" only)."""
-
-
-AlgorithmConfig = RTNConfig | GPTQConfig
-ALGORITHMS: dict[str, type[RTNConfig] | type[GPTQConfig]] = {"rtn": RTNConfig, "gptq": GPTQConfig}
 
 
 @config_class
@@ -57,6 +31,17 @@ class CalibrationConfig:
     """Sequences."""
     sequence_length: Annotated[int, Field(gt=1)] = 2048
     """Tokens per sequence; short texts are packed together, none is dropped."""
+
+
+def _translate_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """Quark's names: one algorithm or None for the list, `quant_mode`."""
+    fields = dict(fields)
+    if "algo_config" in fields:
+        given = fields["algo_config"]
+        fields["algo_config"] = algorithm_configs([] if given is None else given)
+    if str(fields.pop("quant_mode", "eager")).rpartition(".")[2] not in ("eager", "eager_mode"):
+        raise ConfigError("quant_mode must be eager: fewbit runs the model's own code and traces no graph")
+    return fields
 
 
 @config_class
@@ -71,11 +56,25 @@ class Config:
     """By module name, wildcard or "re:" pattern; an exact name goes first, then patterns in order."""
     exclude: tuple[str, ...] = ()
     """Names, wildcards or "re:" patterns of modules that stay as they are."""
-    algo_config: AlgorithmConfig = dataclasses.field(default_factory=GPTQConfig)
-    """How codes are found."""
+    algo_config: tuple[AlgorithmConfig, ...] = (GPTQConfig(),)
+    """How scales of channels (awq, smoothquant) and codes (rtn, gptq) are found, in this order."""
+    attention: AttentionConfig | None = None
+    """What is quantized inside attention: the KV cache, the query, the probabilities."""
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     seed: int = 0
     """Chooses the calibration sequences. Same recipe, model and text: same bytes."""
+
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_config)
+
+    @property
+    def codes(self) -> CodeConfig:
+        """The algorithm that finds codes."""
+        return next(config for config in self.algo_config if isinstance(config, CodeConfig))
+
+    @property
+    def scale_search(self) -> ScaleSearchConfig | None:
+        """The algorithm that searches scales of channels, if there is one."""
+        return next((config for config in self.algo_config if isinstance(config, ScaleSearchConfig)), None)
 
     SHORTHANDS: ClassVar[tuple[str, ...]] = ("scheme", "group_size", "algorithm")
 
@@ -102,7 +101,14 @@ class Config:
             values["algo_config"] = values.pop("algorithm")
         if values.get("global_quant_config") is None:
             raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
-        values["global_quant_config"] = _quantization_config(values["global_quant_config"], group_size)
+        if isinstance(values["global_quant_config"], str):
+            values["global_quant_config"], suite = parse_scheme(values["global_quant_config"], group_size)
+            if suite is not None:
+                if values.get("attention") is not None:
+                    raise ConfigError("a recipe names the KV cache either in the scheme or in attention, not in both")
+                values["attention"] = suite
+        else:
+            values["global_quant_config"] = _quantization_config(values["global_quant_config"], group_size)
         for field in ("layer_type_quant_config", "layer_quant_config"):
             if field in values:
                 table = _mapping(values[field], field)
@@ -117,7 +123,14 @@ class Config:
                 raise ConfigError(f"exclude must be a pattern or a list of patterns, not {exclude!r}")
             values["exclude"] = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         if "algo_config" in values:
-            values["algo_config"] = algorithm_config(values["algo_config"])
+            values["algo_config"] = algorithm_configs(values["algo_config"])
+        if isinstance(values.get("attention"), Mapping):
+            values["attention"] = AttentionConfig(
+                **{
+                    name: QuantizationSpec(**spec) if isinstance(spec, Mapping) else spec
+                    for name, spec in values["attention"].items()
+                }
+            )
         if "calibration" in values:
             values["calibration"] = CalibrationConfig(**_mapping(values["calibration"], "calibration"))
         return cls(**values)
@@ -151,25 +164,15 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def algorithm_config(value: Any) -> AlgorithmConfig:
-    """An algorithm from its name, its name with options ({name: gptq, damping: 0.02}) or the object itself."""
-    if isinstance(value, RTNConfig | GPTQConfig):
-        return value
-    options = {"name": value} if isinstance(value, str) else _mapping(value, "algorithm")
-    name = options.get("name")
-    if not isinstance(name, str) or name not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
-    return ALGORITHMS[name](**options)
-
-
 def _quantization_config(value: Any, group_size: int | None) -> QuantizationConfig:
     if isinstance(value, str):
         return scheme_config(value, group_size)
     if isinstance(value, QuantizationConfig):
         return value if group_size is None else with_group_size(value, group_size)
     options = _mapping(value, "a quantization config")
-    if options.get("weight") is not None:
-        options["weight"] = QuantizationSpec(**_mapping(options["weight"], "weight"))
+    for name in ("weight", "input_tensors", "output_tensors", "bias"):
+        if isinstance(options.get(name), Mapping):
+            options[name] = QuantizationSpec(**options[name])
     config = QuantizationConfig(**options)
     return config if group_size is None else with_group_size(config, group_size)
 

@@ -1,16 +1,23 @@
-"""Named schemes: each is a row of a table, not a class."""
+"""Named schemes: each is a row of a table, not a class.
+
+Names compose: W4A8KV4-g128 is W4A8 with a 4-bit KV cache and groups of 128.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
+from typing import Any
 
-from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError, nearest
+from fewbit.numerics.scale_format import ScaleType
 
 DEFAULT_GROUP_SIZE = 128
 TYPICAL_SHAPE = (4096, 4096)
 """Of the weight whose bits are quoted: with one scale per channel they depend on it, a little."""
+VLLM = "vLLM, transformers"
 
 
 @dataclass(frozen=True)
@@ -19,8 +26,10 @@ class Scheme:
 
     name: str
     config: QuantizationConfig
-    exports: tuple[str, ...]
-    engines: str
+    exports: tuple[str, ...] = ("compressed-tensors",)
+    engines: str = VLLM
+    layout: str = "pack-quantized"
+    """compressed-tensors' name for how the weights lie."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -30,36 +39,152 @@ class Scheme:
         return spec.stored_bits(TYPICAL_SHAPE) / math.prod(TYPICAL_SHAPE)
 
 
-def _weight_only(bits: int, symmetric: bool) -> Scheme:
-    spec = QuantizationSpec(
+def _grouped(bits: int, symmetric: bool = True) -> QuantizationSpec:
+    return QuantizationSpec(
         dtype=f"int{bits}" if symmetric else f"uint{bits}",
         qscheme="per_group",
         group_size=DEFAULT_GROUP_SIZE,
         symmetric=symmetric,
     )
-    name = f"W{bits}A16" + ("" if symmetric else "_ASYM")
-    return Scheme(name, QuantizationConfig(weight=spec), ("compressed-tensors",), "vLLM, transformers")
 
 
-SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme for scheme in (_weight_only(bits, sym) for sym in (True, False) for bits in (8, 4, 3, 2))
+def _block(dtype: str, size: int, scale_type: ScaleType, **options: Any) -> QuantizationSpec:
+    return QuantizationSpec(dtype=dtype, qscheme="per_group", group_size=size, scale_type=scale_type, **options)
+
+
+def _input(dtype: str, qscheme: str, **options: Any) -> QuantizationSpec:
+    """Activations: minmax, as engines compute it."""
+    return QuantizationSpec(dtype=dtype, qscheme=qscheme, observer="minmax", **options)  # type: ignore[arg-type]
+
+
+INT8_CHANNEL = QuantizationSpec(dtype="int8", qscheme="per_channel")
+FP8_TENSOR = QuantizationSpec(dtype="e4m3", qscheme="per_tensor")
+FP8_CHANNEL = QuantizationSpec(dtype="e4m3", qscheme="per_channel")
+FP8_BLOCKS = QuantizationSpec(dtype="e4m3", qscheme="per_block", block_size=(128, 128))
+NVFP4 = _block("e2m1", 16, "e4m3")
+TOKEN_INT8 = _input("int8", "per_token", is_dynamic=True)
+TOKEN_INT4 = _input("int4", "per_token", is_dynamic=True)
+TOKEN_FP8 = _input("e4m3", "per_token", is_dynamic=True)
+TENSOR_INT8 = _input("int8", "per_tensor")
+TENSOR_FP8 = _input("e4m3", "per_tensor")
+GROUP_FP8 = _input("e4m3", "per_group", group_size=128, is_dynamic=True)
+GROUP_NVFP4 = _input("e2m1", "per_group", group_size=16, scale_type="e4m3", is_dynamic=True)
+
+
+def _mx(dtype: str) -> QuantizationSpec:
+    return _block(dtype, 32, "e8m0")
+
+
+def _mx_input(dtype: str) -> QuantizationSpec:
+    return _input(dtype, "per_group", group_size=32, scale_type="e8m0", is_dynamic=True)
+
+
+def _config(weight: QuantizationSpec, inputs: QuantizationSpec | None = None) -> QuantizationConfig:
+    return QuantizationConfig(weight=weight, input_tensors=inputs)
+
+
+NONE: tuple[str, ...] = ()
+_ROWS = [
+    *(Scheme(f"W{bits}A16", _config(_grouped(bits))) for bits in (8, 4, 3, 2)),
+    *(Scheme(f"W{bits}A16_ASYM", _config(_grouped(bits, False))) for bits in (8, 4, 3, 2)),
+    Scheme("W8A8", _config(INT8_CHANNEL, TOKEN_INT8), layout="int-quantized"),
+    Scheme("W8A8_STATIC", _config(INT8_CHANNEL, TENSOR_INT8), layout="int-quantized"),
+    Scheme("W4A8", _config(_grouped(4), TOKEN_INT8)),
+    Scheme("W4A4", _config(_grouped(4), TOKEN_INT4), engines="transformers"),
+    Scheme("W4AFP8", _config(_grouped(4), TOKEN_FP8)),
+    Scheme("FP8", _config(FP8_TENSOR, TENSOR_FP8), layout="float-quantized"),
+    Scheme("FP8_DYNAMIC", _config(FP8_CHANNEL, TOKEN_FP8), layout="float-quantized"),
+    Scheme("FP8_BLOCK", _config(FP8_BLOCKS, GROUP_FP8), layout="float-quantized"),
+    Scheme("NVFP4", _config(NVFP4, GROUP_NVFP4), layout="nvfp4-pack-quantized"),
+    Scheme("NVFP4A16", _config(NVFP4), layout="nvfp4-pack-quantized"),
+    Scheme("MXFP4", _config(_mx("e2m1"), _mx_input("e2m1")), layout="mxfp4-pack-quantized"),
+    Scheme("MXFP4A16", _config(_mx("e2m1")), layout="mxfp4-pack-quantized"),
+    Scheme("MXFP6", _config(_mx("e2m3"), _mx_input("e2m3")), NONE, "", ""),
+    Scheme("MXFP8", _config(_mx("e4m3"), _mx_input("e4m3")), layout="mxfp8-quantized"),
+    Scheme(
+        "MXINT8",
+        _config(
+            _block("int8", 32, "e8m0"), _input("int8", "per_group", group_size=32, scale_type="e8m0", is_dynamic=True)
+        ),
+        NONE,
+        "",
+        "",
+    ),
+    Scheme(
+        "MX9",
+        _config(QuantizationSpec(dtype="mx9"), QuantizationSpec(dtype="mx9", observer="minmax", is_dynamic=True)),
+        NONE,
+        "",
+        "",
+    ),
+    Scheme(
+        "MX6",
+        _config(QuantizationSpec(dtype="mx6"), QuantizationSpec(dtype="mx6", observer="minmax", is_dynamic=True)),
+        NONE,
+        "",
+        "",
+    ),
+    Scheme(
+        "BFP16",
+        _config(QuantizationSpec(dtype="bfp16"), QuantizationSpec(dtype="bfp16", observer="minmax", is_dynamic=True)),
+        NONE,
+        "",
+        "",
+    ),
+]
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
+_ALIASES = {"INT8": "W8A8", "W8A8-STATIC": "W8A8_STATIC", "FP8-DYNAMIC": "FP8_DYNAMIC", "FP8-BLOCK": "FP8_BLOCK"}
+
+
+def _cache(spec: QuantizationSpec) -> AttentionConfig:
+    return AttentionConfig(key=spec, value=spec)
+
+
+KV_SUITES: dict[str, AttentionConfig] = {
+    "KV8": _cache(_input("int8", "per_token", is_dynamic=True)),
+    "KVFP8": _cache(_input("e4m3", "per_tensor")),
+    "KV4": _cache(
+        QuantizationSpec(
+            dtype="uint4", qscheme="per_group", group_size=32, symmetric=False, observer="minmax", is_dynamic=True
+        )
+    ),
 }
+_NAME = re.compile(r"(?P<base>.*?)\+?(?P<kv>KVFP8|KV8|KV4)?(?:-G(?P<group>\d+|-1))?")
+
+
+def parse_scheme(name: str, group_size: int | None = None) -> tuple[QuantizationConfig, AttentionConfig | None]:
+    """What a scheme's name stands for: a row of SCHEMES, maybe with a KV suite and a group size (W4A8KV4-g128).
+
+    `group_size` replaces the default of 128, −1 means per channel.
+    """
+    match = _NAME.fullmatch(name.upper())
+    base, cache, written = (match["base"], match["kv"], match["group"]) if match else (name.upper(), None, None)
+    scheme = SCHEMES.get(_ALIASES.get(base, base))
+    if scheme is None:
+        known = [*SCHEMES, *(f"W4A16{suite}" for suite in KV_SUITES)]
+        raise ConfigError(f"unknown scheme {name!r}{nearest(name.upper(), known)} ('fewbit schemes' lists them)")
+    size = group_size if group_size is not None else int(written) if written else None
+    config = scheme.config if size is None else with_group_size(scheme.config, size)
+    return config, KV_SUITES[cache] if cache else None
 
 
 def scheme_config(name: str, group_size: int | None = None) -> QuantizationConfig:
-    """The QuantizationConfig of a named scheme; `group_size` replaces the default of 128, −1 means per channel."""
-    scheme = SCHEMES.get(name.upper())
-    if scheme is None:
-        raise ConfigError(f"unknown scheme {name!r}{nearest(name.upper(), SCHEMES)} ('fewbit schemes' lists them)")
-    return scheme.config if group_size is None else with_group_size(scheme.config, group_size)
+    """The QuantizationConfig of a scheme's name without a KV suite (for one layer, say)."""
+    config, attention = parse_scheme(name, group_size)
+    if attention is not None:
+        raise ConfigError(f"scheme {name!r} names a KV cache, which is quantized for the whole model, not for a layer")
+    return config
 
 
 def with_group_size(config: QuantizationConfig, group_size: int) -> QuantizationConfig:
     """The same config with another group size for the weight; −1 means one scale per output channel."""
-    if config.weight is None:
+    weight = config.weight
+    if weight is None:
         return config
+    if weight.scale_type != "float" or weight.qscheme == "per_block":
+        raise ConfigError(f"group_size {group_size}: {weight.summary} has the groups of its format; leave it out")
     if group_size == -1:
-        return replace(config, weight=replace(config.weight, qscheme="per_channel", group_size=None))
+        return replace(config, weight=replace(weight, qscheme="per_channel", group_size=None))
     if group_size < 1:
         raise ConfigError(f"group size must be a positive number, or -1 for one scale per channel, not {group_size}")
-    return replace(config, weight=replace(config.weight, qscheme="per_group", group_size=group_size))
+    return replace(config, weight=replace(weight, qscheme="per_group", group_size=group_size))

@@ -3,53 +3,146 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from fewbit.config import quark
 from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError, nearest
-from fewbit.numerics.formats import FORMATS, NumberFormat
+from fewbit.numerics.formats import FORMATS, NumberFormat, RoundMethod
 from fewbit.numerics.grouping import Tiling
+from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, ScaleType
+from fewbit.numerics.scales import GridRule
 
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BYTE_SCALE_DTYPES = {
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.float8_e8m0fnu,
+    "microexponent": torch.float8_e8m0fnu,
+}
+
+QScheme = Literal["per_tensor", "per_channel", "per_token", "per_group", "per_block"]
+Observer = Literal["search", "mse", "minmax", "signed-max", "percentile", "histogram", "moving-average", "placeholder"]
+WEIGHT_ONLY_OBSERVERS = ("search", "signed-max")
+SEARCHING_OBSERVERS = ("search", "mse", "histogram")
+ACCUMULATING_OBSERVERS = ("histogram", "moving-average")
 
 
 @config_class
 class QuantizationSpec:
-    """How one weight [out, in] is quantized: element format, what shares a scale, how the scale is found."""
+    """How one tensor is quantized: element format, what shares a scale, how the scale is found and stored.
+
+    Weights are [out, in], activations [..., tokens, channels].
+    """
 
     dtype: str = "int4"
-    """Element format: int2 … int8 (two's complement) or uint2 … uint8 (with a zero point)."""
-    qscheme: Literal["per_tensor", "per_channel", "per_group"] = "per_group"
-    """What shares one scale: the tensor, a row (output channel), or `group_size` neighbours along `in`."""
+    """Element format: int2 … int8, uint2 … uint8 (with a zero point), e4m3, e5m2, e3m2, e2m3, e2m1; bfloat16 and
+    float16 are plain casts. fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3 and fp4 name the same formats."""
+    qscheme: QScheme = "per_group"
+    """What shares one scale: the tensor, a channel (a weight's row), a token (an activation's row), `group_size`
+    neighbours, or a block of `block_size`."""
     group_size: Annotated[int, Field(gt=0)] | None = None
-    """Elements per scale along `in`; given with per_group and only then."""
+    """Elements per scale; given with per_group and only then."""
+    block_size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+    """Rows and columns of a block; given with per_block and only then."""
+    ch_axis: int | None = None
+    """per_channel: the axis that keeps a scale for each of its entries (0: rows, the default; 1 or −1: columns).
+    per_group: the axis along which groups run (1 or −1, the default, or 0)."""
     symmetric: bool = True
     """Symmetric: value = code · scale. Otherwise affine: value = (code − zero_point) · scale."""
-    scale_rule: Literal["search", "minmax", "signed-max"] = "search"
-    """search: the shrink factor and sign with the least error weighted by the inputs' second moment.
-    minmax: the range's ends map to the code range's ends (symmetric: amax / ((2^b − 1) / 2)).
-    signed-max: the element of largest magnitude maps to −2^(b−1), so the scale may be negative."""
+    observer: Observer = "search"
+    """How the scale is found; see numerics/scales.py and, for static activations, calibration/observers.py.
+    search: the range and sign with the least error weighted by the inputs' second moment. mse: the same, unweighted.
+    minmax, signed-max, percentile: formulas. histogram: the least error over a histogram of all batches.
+    moving-average: minmax of each batch, averaged. placeholder: nothing (casts)."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """Percent of the values that the observer "percentile" keeps in the range."""
+    scale_type: ScaleType = "float"
+    """How scales are stored; see numerics/scale_format.py. e4m3 has one more scale for the whole tensor (NVFP4)."""
     scale_dtype: Literal["checkpoint", "float32", "float16", "bfloat16"] = "checkpoint"
-    """Dtype the scale is stored in; "checkpoint" is the dtype of the weight it replaces."""
+    """Dtype of float and pof2 scales; "checkpoint" is the dtype of the weight they belong to."""
+    exponent_mode: ExponentMode = "even"
+    """How a block's exponent (e8m0, microexponent) follows from its largest magnitude."""
+    round_method: RoundMethod = "half_even"
+    """half_even: ties to the even code. round: ties away from zero. floor: always down."""
+    clip_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The range is multiplied by this before its scale is taken."""
+    is_dynamic: bool = False
+    """Activations: the scale comes from the tensor at hand. Otherwise (static) it comes from calibration."""
+    residual: bool = False
+    """Activations: what quantization left over is quantized as well and added (two codes per element)."""
+    first_stage: QuantizationSpec | None = None
+    """Quantize by this spec first, then quantize the result by the rest of this one (FP8, then INT4 for W4A8)."""
+
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(quark.translate_spec)
 
     def __post_init__(self) -> None:
-        if self.dtype not in FORMATS:
-            raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, INTEGER_FORMATS)}")
-        if self.dtype not in INTEGER_FORMATS:
-            raise ConfigError(
-                f"dtype {self.dtype!r} is not a weight format of this version: {', '.join(INTEGER_FORMATS)}"
-            )
+        if self.dtype not in FORMATS or self.dtype == "e8m0":
+            raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, ELEMENT_FORMATS)}")
+        for check in (self._check_granularity, self._check_grid, self._check_observer, self._check_scale):
+            check()
+        if (first := self.first_stage) is not None:
+            if first.is_dynamic or first.residual or first.qscheme == "per_token" or first.first_stage is not None:
+                raise ConfigError("first_stage must be a plain spec of a weight: not dynamic, residual or two-staged")
+            if first.observer in ACCUMULATING_OBSERVERS:
+                raise ConfigError(f"first_stage: observer {first.observer} gathers batches; use search, mse or minmax")
+
+    def _check_granularity(self) -> None:
         if self.qscheme == "per_group" and self.group_size is None:
             raise ConfigError("qscheme per_group needs group_size")
         if self.qscheme != "per_group" and self.group_size is not None:
             raise ConfigError(f"group_size {self.group_size} contradicts qscheme {self.qscheme}; use per_group")
-        if self.symmetric and not self.format.is_signed:
+        if self.qscheme == "per_block" and self.block_size is None:
+            raise ConfigError("qscheme per_block needs block_size (rows, columns)")
+        if self.qscheme != "per_block" and self.block_size is not None:
+            raise ConfigError(f"block_size {self.block_size} contradicts qscheme {self.qscheme}; use per_block")
+        if self.ch_axis is not None:
+            if self.qscheme not in ("per_channel", "per_group"):
+                raise ConfigError(f"ch_axis says nothing with qscheme {self.qscheme}; leave it out")
+            if self.ch_axis not in (-2, -1, 0, 1):
+                raise ConfigError(f"ch_axis {self.ch_axis} is out of range: a matrix has the axes 0 and 1 (or −2, −1)")
+
+    def _check_grid(self) -> None:
+        if self.format.is_cast:
+            if not self.symmetric:
+                raise ConfigError(f"dtype {self.dtype} is a cast: it has no zero point; leave symmetric out")
+            if self.qscheme != "per_tensor":
+                raise ConfigError(f"dtype {self.dtype} is a cast without scales; use qscheme per_tensor")
+            if self.observer != "placeholder":
+                raise ConfigError(f"dtype {self.dtype} is a cast; observer {self.observer} would find no scale for it")
+            if self.scale_type != "float" or self.clip_ratio != 1.0:
+                raise ConfigError(f"dtype {self.dtype} is a cast without scales; leave scale_type and clip_ratio out")
+            return
+        if self.symmetric and self.format.is_integer and not self.format.is_signed:
             raise ConfigError(f"symmetric codes are signed: use {self.dtype.removeprefix('u')}, or symmetric=False")
-        if self.scale_rule == "signed-max" and not self.symmetric:
-            raise ConfigError("scale_rule signed-max is for symmetric specs; an affine one takes search or minmax")
+        if not self.symmetric and not self.format.is_integer:
+            raise ConfigError(f"dtype {self.dtype} has a sign of its own: symmetric=False needs an integer format")
+
+    def _check_observer(self) -> None:
+        if self.observer == "signed-max" and not (self.symmetric and self.format.is_integer):
+            raise ConfigError("observer signed-max is for symmetric integers; use search or minmax")
+        if self.observer == "signed-max" and self.scale_type not in ("float", "pof2"):
+            raise ConfigError(f"observer signed-max needs scales with a sign, which {self.scale_type} has not")
+        if self.observer == "placeholder" and not self.format.is_cast:
+            raise ConfigError(f"observer placeholder finds no scale, which dtype {self.dtype} needs; use minmax")
+        if self.is_dynamic and self.observer in ACCUMULATING_OBSERVERS:
+            raise ConfigError(f"observer {self.observer} gathers many batches; is_dynamic=True sees only one")
+        if self.clip_ratio != 1.0 and self.observer in SEARCHING_OBSERVERS:
+            raise ConfigError(f"clip_ratio {self.clip_ratio}: observer {self.observer} finds the range; use minmax")
+
+    def _check_scale(self) -> None:
+        if self.scale_type in BYTE_SCALE_DTYPES:
+            if self.scale_dtype != "checkpoint":
+                raise ConfigError(f"scale_dtype {self.scale_dtype} contradicts scale_type {self.scale_type}")
+            if not self.symmetric:
+                raise ConfigError(f"scale_type {self.scale_type} is for symmetric specs")
+        if self.scale_type == "microexponent" and (self.group_size != 2 or not self.format.is_integer):
+            raise ConfigError("scale_type microexponent shares scales by pairs of integers; use group_size 2")
+        if self.scale_type == "microexponent" and self.ch_axis in (0, -2):
+            raise ConfigError(f"ch_axis {self.ch_axis}: pairs of scale_type microexponent run along the last axis")
 
     @property
     def format(self) -> NumberFormat:
@@ -61,25 +154,71 @@ class QuantizationSpec:
 
     @property
     def tiling(self) -> Tiling:
-        """Tiles of a weight [out, in] that share a scale."""
+        """Tiles of a matrix [rows, columns] that share a scale."""
+        if self.block_size is not None:
+            return Tiling(*self.block_size, partial=True)
         if self.qscheme == "per_tensor":
             return Tiling(rows=0, columns=0)
-        return Tiling(rows=1, columns=self.group_size or 0)
+        size = self.group_size or 0
+        along_rows = self.ch_axis in (0, -2)
+        if self.qscheme == "per_group":
+            return Tiling(rows=size, columns=1) if along_rows else Tiling(rows=1, columns=size)
+        if self.qscheme == "per_channel" and self.ch_axis in (1, -1):
+            return Tiling(rows=0, columns=1)
+        return Tiling(rows=1, columns=0)
+
+    @property
+    def summary(self) -> str:
+        """A few words for tables: "int8 per_token dynamic"."""
+        size = f" {self.group_size}" if self.group_size else f" {self.block_size}" if self.block_size else ""
+        scale = "" if self.scale_type == "float" else f" {self.scale_type} scales"
+        affine = "" if self.symmetric else " affine"
+        return f"{self.dtype} {self.qscheme}{size}{affine}{scale}{' dynamic' if self.is_dynamic else ''}"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether an activation of this spec has a scale that only calibration can find."""
+        return not self.format.is_cast and (not self.is_dynamic or self.scale_type == "e4m3")
+
+    def stored_scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the stored scales of a weight that the checkpoint holds in `weight_dtype`."""
+        if self.scale_type in BYTE_SCALE_DTYPES:
+            return BYTE_SCALE_DTYPES[self.scale_type]
+        return weight_dtype if self.scale_dtype == "checkpoint" else SCALE_DTYPES[self.scale_dtype]
+
+    def scale_format(self, weight_dtype: torch.dtype, unit: float = 1.0) -> ScaleFormat:
+        """How the scales of a tensor of that dtype are stored; `unit` is the second level of e4m3."""
+        return ScaleFormat(self.scale_type, self.stored_scale_dtype(weight_dtype), unit)
+
+    def grid_rule(self, scale: ScaleFormat) -> GridRule:
+        """The rule that finds this spec's scales."""
+        return GridRule(
+            fmt=self.format,
+            scale=scale,
+            symmetric=self.symmetric,
+            rule=self.observer,
+            mode=self.exponent_mode,
+            percentile=self.percentile,
+            clip_ratio=self.clip_ratio,
+            rounding=self.round_method,
+        )
 
     def stored_bits(self, shape: tuple[int, int], weight_dtype: torch.dtype = torch.bfloat16) -> int:
         """Bits that a weight of `shape` [out, in] takes: packed codes, scales and zero points.
 
         `weight_dtype` is what the checkpoint holds it in, which decides the scales' dtype unless the spec does.
         """
+        elements = self.bits * math.prod(shape)
+        if self.format.is_cast:
+            return elements
         scales = math.prod(self.tiling.scale_shape(shape))
+        if self.scale_type == "microexponent":  # a byte for eight pairs and a bit for each
+            return elements + scales * 8 // PAIRS + scales
         per_scale = 8 * self.stored_scale_dtype(weight_dtype).itemsize + (0 if self.symmetric else self.bits)
-        return self.bits * math.prod(shape) + per_scale * scales
-
-    def stored_scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        """Dtype of the stored scales of a weight that the checkpoint holds in `weight_dtype`."""
-        return weight_dtype if self.scale_dtype == "checkpoint" else SCALE_DTYPES[self.scale_dtype]
+        return elements + per_scale * scales + (32 if self.scale_type == "e4m3" else 0)
 
 
+ELEMENT_FORMATS = [name for name in FORMATS if name != "e8m0"]
 INTEGER_FORMATS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
 
 
@@ -88,3 +227,86 @@ class QuantizationConfig:
     """Which tensors of a module are quantized and how. None leaves the tensor as it is."""
 
     weight: QuantizationSpec | None = None
+    input_tensors: QuantizationSpec | None = None
+    """Activations that go in."""
+    output_tensors: QuantizationSpec | None = None
+    """Activations that come out."""
+    bias: QuantizationSpec | None = None
+
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(quark.translate_config)
+
+    def __post_init__(self) -> None:
+        for name, spec in self.activations.items():
+            if spec is None:
+                continue
+            if spec.observer in WEIGHT_ONLY_OBSERVERS:
+                raise ConfigError(f"{name}: observer {spec.observer} is for weights; use minmax, mse or percentile")
+            if spec.first_stage is not None:
+                raise ConfigError(f"{name}: first_stage is for weights; leave it out")
+            if not spec.is_dynamic and spec.tiling.rows != 0:
+                raise ConfigError(
+                    f"{name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot know; "
+                    "use is_dynamic=True, or per_tensor"
+                )
+        if self.weight is not None:
+            if self.weight.is_dynamic:
+                raise ConfigError("weight: is_dynamic is for activations; a weight's scale never changes")
+            if self.weight.qscheme == "per_token":
+                raise ConfigError("weight: per_token is for activations; use per_channel")
+            if self.weight.residual:
+                raise ConfigError("weight: residual is for activations")
+            if self.weight.observer in ACCUMULATING_OBSERVERS:
+                raise ConfigError(
+                    f"weight: observer {self.weight.observer} gathers batches; use search, mse or minmax"
+                )
+        if self.bias is not None and (self.bias.is_dynamic or self.bias.residual):
+            raise ConfigError("bias: is_dynamic and residual are for activations; a bias never changes")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it names anything at all."""
+        return any(spec is not None for spec in (self.weight, self.input_tensors, self.output_tensors, self.bias))
+
+    @property
+    def activations(self) -> dict[str, QuantizationSpec | None]:
+        return {"input_tensors": self.input_tensors, "output_tensors": self.output_tensors}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether an activation has a scale that only calibration can find."""
+        return any(spec is not None and spec.needs_data for spec in self.activations.values())
+
+
+@config_class
+class AttentionConfig:
+    """What is quantized inside attention, after rotary embeddings. None leaves the tensor as it is.
+
+    Granularity of key, value and query [batch, heads, tokens, head_dim]: per_tensor; per_channel: a scale per head;
+    per_token: a scale for all heads of a token; per_group: groups along head_dim of each token and head.
+    """
+
+    key: QuantizationSpec | None = None
+    value: QuantizationSpec | None = None
+    query: QuantizationSpec | None = None
+    probabilities: QuantizationSpec | None = None
+    """Attention probabilities [batch, heads, tokens, tokens]."""
+
+    def __post_init__(self) -> None:
+        if all(spec is None for spec in self.specs.values()):
+            raise ConfigError("attention: name a spec for key, value, query or probabilities, or leave attention out")
+        for name, spec in self.specs.items():
+            if spec is None:
+                continue
+            if spec.observer in WEIGHT_ONLY_OBSERVERS:
+                raise ConfigError(f"attention {name}: observer {spec.observer} is for weights; use minmax or mse")
+            if spec.first_stage is not None:
+                raise ConfigError(f"attention {name}: first_stage is for weights; leave it out")
+            if not spec.is_dynamic and not spec.format.is_cast and spec.qscheme not in ("per_tensor", "per_channel"):
+                raise ConfigError(
+                    f"attention {name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot "
+                    "know; use is_dynamic=True, or per_tensor or per_channel (a scale per head)"
+                )
+
+    @property
+    def specs(self) -> dict[str, QuantizationSpec | None]:
+        return {"key": self.key, "value": self.value, "query": self.query, "probabilities": self.probabilities}

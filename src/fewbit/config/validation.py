@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from fewbit.errors import ConfigError, nearest
@@ -16,15 +16,31 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def config_class(cls: type[T]) -> type[T]:
-    """A frozen pydantic dataclass that raises ConfigError: unknown fields name the nearest known one."""
+    """A frozen pydantic dataclass that raises ConfigError: unknown fields name the nearest known one.
+
+    A class may have a static method `translate(fields) -> fields`, which turns other libraries' names for its fields
+    and their values into its own before anything is checked.
+    """
+    translate: Callable[[dict[str, Any]], dict[str, Any]] | None = getattr(cls, "translate", None)
+
+    def prepare(given: dict[str, Any]) -> dict[str, Any]:
+        given = given if translate is None else translate(given)
+        for name in given:
+            if name not in fields:
+                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(str(name), fields)}")
+        return given
+
+    def prepare_nested(_: type[T], given: Any) -> Any:  # a table inside another config does not pass __init__
+        return prepare(dict(given)) if isinstance(given, Mapping) else given
+
+    before: Any = model_validator(mode="before")
+    cls._prepare_nested = before(classmethod(prepare_nested))  # type: ignore[attr-defined]
     made: Any = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
     validate: Callable[..., None] = made.__init__
     fields = [field.name for field in dataclasses.fields(made)]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (it is the class's __init__)
-        for name in kwargs:
-            if name not in fields:
-                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, fields)}")
+        kwargs = prepare(kwargs)
         try:
             validate(self, *args, **kwargs)
         except ValidationError as error:

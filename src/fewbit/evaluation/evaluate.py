@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fewbit.calibration.tokens import checked_ids, read_texts, tokenize
+from fewbit.calibration.tokens import begin_with, beginning, checked_ids, read_texts, tokenize
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 from fewbit.evaluation import metrics
 from fewbit.evaluation.sources import open_any
@@ -94,11 +94,13 @@ def _windows(text: str | Path, tokenizer: Any, length: int, max_windows: int | N
         raise CheckpointError("the model's directory has no tokenizer; give token ids instead of a text")
     texts, source = read_texts(text)
     tokens = tokenize(texts, tokenizer)
+    first = beginning(tokenizer)
+    length -= first.numel()
     count = tokens.numel() // length
     if count == 0 or max_windows == 0:
         raise CalibrationError(f"text {source} has {tokens.numel()} tokens, less than one window of {length}")
     count = min(count, max_windows or count)
-    return tokens[: count * length].view(count, length)
+    return begin_with(first, tokens[: count * length].view(count, length))
 
 
 def _last_hidden_states(

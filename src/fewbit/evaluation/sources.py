@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -11,7 +12,9 @@ from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.errors import CheckpointError
 from fewbit.export import compressed_tensors
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.nn.attach import attach_known
 from fewbit.pipeline.quantize import resolve_directory
+from fewbit.tensor import QuantizedActivation
 
 
 def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
@@ -20,7 +23,8 @@ def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
         return BlockwiseModel.from_module(model)
     directory = resolve_directory(model)
     if (directory / MANIFEST).exists():
-        return BlockwiseModel.from_directory(directory, NativeCheckpoint(directory))
+        run = NativeCheckpoint(directory)
+        return _with_activations(BlockwiseModel.from_directory(directory, run), run.activations())
     config = directory / "config.json"
     try:
         quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
@@ -33,4 +37,11 @@ def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
     method = quantization.get("quant_method")
     if method != compressed_tensors.NAME:
         raise CheckpointError(f"{directory} is quantized with {method!r}, which fewbit cannot read")
-    return BlockwiseModel.from_directory(directory, compressed_tensors.CompressedTensorsSource(directory))
+    export = compressed_tensors.CompressedTensorsSource(directory)
+    return _with_activations(BlockwiseModel.from_directory(directory, export), export.activations())
+
+
+def _with_activations(model: BlockwiseModel, activations: Mapping[str, QuantizedActivation]) -> BlockwiseModel:
+    """The model with its activations quantized as the checkpoint says."""
+    attach_known(model.skeleton, activations)
+    return model

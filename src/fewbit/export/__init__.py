@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fewbit.checkpoint.files import replacing_directory
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError, nearest
-from fewbit.export import compressed_tensors, compressed_tensors_verify
+from fewbit.export import compressed_tensors
 from fewbit.export.verification import ORIGIN, Verification, read_origin, write_origin
 
+Specs = Mapping[str, QuantizationSpec]
+
 __all__ = ["EXPORTERS", "Exporter", "Verification", "export", "export_directory", "exporter", "verify"]
+
+
+class Check(Protocol):
+    """Raises ConfigError for specs that a format cannot hold: of weights by their names, of activations by module and
+    slot (MODULE.input, ATTENTION_MODULE.key, …)."""
+
+    def __call__(self, weights: Specs, activations: Specs | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -21,8 +31,9 @@ class Exporter:
     """A target format."""
 
     name: str
-    check: Callable[[Mapping[str, QuantizationSpec]], None]
-    """Raises ConfigError for specs, by the names of their weights, that the format cannot hold."""
+    check: Check
+    notes: Callable[[Specs, Specs], list[str]]
+    """What a user should know about loading an export of such specs, in sentences."""
     write: Callable[[NativeCheckpoint, Path], None]
     verify: Callable[[Path, NativeCheckpoint], Verification]
     """Compares an export with the run by an independent decoder."""
@@ -34,8 +45,9 @@ EXPORTERS = {
         Exporter(
             compressed_tensors.NAME,
             compressed_tensors.check,
+            compressed_tensors.notes,
             compressed_tensors.write,
-            compressed_tensors_verify.verify,
+            compressed_tensors.verify,
         ),
     )
 }
@@ -52,10 +64,12 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
     """Write the finished run `run` in a format of EXPORTERS to the directory `output`, all of it or nothing."""
     target = exporter(format)
     checkpoint = NativeCheckpoint(run)
-    target.check({name: spec for name, (spec, _) in checkpoint.quantized.items()})
+    weights = {name: spec for name, (spec, _) in checkpoint.quantized.items()}
+    activations = {name: activation.spec for name, activation in checkpoint.activations().items()}
+    target.check(weights, activations)
     with replacing_directory(Path(output)) as beside:
         target.write(checkpoint, beside)
-        write_origin(beside, Path(output), Path(run), format)
+        write_origin(beside, Path(output), Path(run), format, target.notes(weights, activations))
     return Path(output)
 
 

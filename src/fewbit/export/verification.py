@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,26 +26,29 @@ class Verification:
     quantized: int
     dense: int
     decoder: str
+    activations: int = 0
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Format of an export, and where the run it was made from was then."""
+    """Format of an export, where the run it was made from was then, and what to know when loading it."""
 
     format: str
     run: Path
+    notes: tuple[str, ...] = ()
 
 
-def write_origin(directory: Path, final: Path, run: Path, format: str) -> None:
+def write_origin(directory: Path, final: Path, run: Path, format: str, notes: Sequence[str] = ()) -> None:
     """Note in an export, now in `directory` and soon in `final`, which run it was made from."""
-    write_json(directory / ORIGIN, {"format": format, "run": os.path.relpath(run.resolve(), final.resolve())})
+    where = os.path.relpath(run.resolve(), final.resolve())
+    write_json(directory / ORIGIN, {"format": format, "run": where, "notes": list(notes)})
 
 
 def read_origin(directory: Path) -> Origin:
     """What `write_origin` noted."""
     try:
         noted = json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
-        return Origin(str(noted["format"]), directory / noted["run"])
+        return Origin(str(noted["format"]), directory / noted["run"], tuple(noted.get("notes", ())))
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{directory} is no fewbit export (it has no readable {ORIGIN})") from None
 
@@ -55,6 +59,8 @@ def compare(what: str, found: Tensor, expected: Tensor) -> None:
         raise VerificationError(
             f"{what}: found {found.dtype} {tuple(found.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
         )
+    if found.dtype.itemsize == 1:  # floats of a byte know few operations
+        found, expected = found.view(torch.uint8), expected.contiguous().view(torch.uint8)
     if not torch.equal(found, expected):
         different = int((found != expected).sum())
         raise VerificationError(f"{what}: {different} of {expected.numel()} values differ from the run")

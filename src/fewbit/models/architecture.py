@@ -16,6 +16,35 @@ ATTENTION_AND_GATED_MLP: Groups = (
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Input channels that can be multiplied in those who read them because whoever makes them can be divided.
+
+    Names are paths inside a block.
+    """
+
+    producer: str
+    """A norm, or a linear whose output channels reach the readers one by one (values through attention, up through
+    the gated product). A producer with fewer channels than its readers makes them for several heads each."""
+    readers: tuple[str, ...]
+    """All linears that read them."""
+    others: tuple[str, ...] = ()
+    """All parameters [..., channels] of other modules that read them: routers, experts in one tensor."""
+    offset: bool = False
+    """The producer is a norm that multiplies by (1 + weight)."""
+
+
+def _scalings(before_mlp: str = "post_attention_layernorm", offset: bool = False) -> tuple[Scaling, ...]:
+    """Those of ATTENTION_AND_GATED_MLP behind pre-norms."""
+    attention, output, mlp, down = ATTENTION_AND_GATED_MLP
+    return (
+        Scaling("input_layernorm", attention, offset=offset),
+        Scaling("self_attn.v_proj", output),
+        Scaling(before_mlp, mlp, offset=offset),
+        Scaling("mlp.up_proj", down),
+    )
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where things are in a family's modules, and what is particular about it. Names are module paths."""
 
@@ -23,6 +52,8 @@ class Architecture:
     model_types: tuple[str, ...]
     """`model_type` of the configurations that this row describes."""
     groups: Groups
+    scalings: tuple[Scaling, ...] = ()
+    """What can be scaled; empty for a family that was detected: see folding.py."""
     blocks: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     head: str = "lm_head"
@@ -51,13 +82,14 @@ class Architecture:
 
 
 FAMILIES = (
-    Architecture("llama", ("llama", "mistral"), ATTENTION_AND_GATED_MLP),
-    Architecture("qwen2", ("qwen2",), ATTENTION_AND_GATED_MLP),
-    Architecture("qwen3", ("qwen3",), ATTENTION_AND_GATED_MLP, qk_norm=True),
+    Architecture("llama", ("llama", "mistral"), ATTENTION_AND_GATED_MLP, _scalings()),
+    Architecture("qwen2", ("qwen2",), ATTENTION_AND_GATED_MLP, _scalings()),
+    Architecture("qwen3", ("qwen3",), ATTENTION_AND_GATED_MLP, _scalings(), qk_norm=True),
     Architecture(
         "gemma3",
         ("gemma3_text",),
         ATTENTION_AND_GATED_MLP,
+        _scalings("pre_feedforward_layernorm", offset=True),
         offset_norm=True,
         post_norms=True,
         qk_norm=True,

@@ -101,9 +101,9 @@ class BlockwiseModel:
     def block_name(self, index: int) -> str:
         return f"{self.architecture.blocks}.{index}"
 
-    def linears(self) -> dict[str, nn.Linear]:
+    def linears(self) -> dict[str, linear.Linear]:
         """Every linear of the model, inside and outside of the blocks, by its full name."""
-        return {name: module for name, module in self.skeleton.named_modules() if isinstance(module, nn.Linear)}
+        return {name: module for name, module in self.skeleton.named_modules() if isinstance(module, linear.Linear)}
 
     def block_tensors(self, index: int) -> list[str]:
         """Names of one block's tensors in the checkpoint."""

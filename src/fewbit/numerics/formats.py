@@ -1,17 +1,22 @@
 """Element formats as data: what numbers a code of a few bits can stand for.
 
 Integers follow two's complement; small floats follow OCP FP8 (e4m3 without infinities, e5m2 with), OCP MX v1.0
-(e3m2, e2m3, e2m1: no infinities, no NaN) and e8m0 (a bare power of two, used for scales).
+(e3m2, e2m3, e2m1: no infinities, no NaN) and e8m0 (a bare power of two, used for scales). bfloat16 and float16 are
+here so that a spec can say "cast": they have no codes of their own.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+RoundMethod = Literal["half_even", "round", "floor"]
+CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class NumberFormat:
 
     name: str
     bits: int
-    kind: Literal["int", "float", "exponent"]
+    kind: Literal["int", "float", "exponent", "cast"]
     smallest: float
     largest: float
     exponent_bits: int = 0
@@ -36,19 +41,43 @@ class NumberFormat:
         return self.kind == "int"
 
     @property
+    def is_cast(self) -> bool:
+        """Elements are a torch dtype as they are: nothing is scaled, nothing is packed."""
+        return self.kind == "cast"
+
+    @property
+    def emax(self) -> int:
+        """Exponent of the largest binade: floor(log2(largest)). What a block's exponent is reduced by in OCP MX."""
+        return math.frexp(self.largest)[1] - 1
+
+    @property
     def is_signed(self) -> bool:
         return self.smallest < 0
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """Integer dtype that holds one code unpacked: int8 for signed integers, uint8 for everything else."""
+        """Dtype that holds one code unpacked: int8 for signed integers, uint8 for everything else that is coded."""
+        if self.is_cast:
+            return CAST_DTYPES[self.name]
         return torch.int8 if self.is_integer and self.is_signed else torch.uint8
 
-    def round(self, x: Tensor) -> Tensor:
-        """Nearest representable value of each element, ties to the even code, saturating. Float in, same dtype out."""
+    def round(self, x: Tensor, method: RoundMethod = "half_even") -> Tensor:
+        """Nearest representable value of each element, saturating. Float in, float32 out; `x` is left alone."""
+        return self.round_(x.float().clone(), method)
+
+    def round_(self, x: Tensor, method: RoundMethod = "half_even") -> Tensor:
+        """`round` in place, for float32 `x` without NaN: the inner loop of every search, so a few plain passes."""
         if self.is_integer:
-            return x.round().clamp(self.smallest, self.largest)
-        return self.decode(self.encode(x), x.dtype)
+            return round_steps_(x, method).clamp_(self.smallest, self.largest)
+        if self.is_cast:
+            return x.copy_(x.clamp_(self.smallest, self.largest).to(self.code_dtype))
+        # The quantum of a float's binade is a power of two: its exponent bits, at least those of the lowest normal
+        # binade, less the mantissa's. In units of it, the nearest float is the nearest integer.
+        x.clamp_(self.smallest, self.largest)
+        lowest = self.smallest if self.kind == "exponent" else 2.0 ** (1 - self.bias)
+        quantum = x.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+        quantum.clamp_(min=lowest).mul_(2.0**-self.mantissa_bits)
+        return round_steps_(x.div_(quantum), method).mul_(quantum).clamp_(self.smallest, self.largest)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest representable values: round half to even, saturating at the ends.
@@ -56,6 +85,8 @@ class NumberFormat:
         `x` float of any shape → `code_dtype`, same shape. NaN becomes the format's NaN code; a format without one
         raises ValueError, because a silent 0 would hide a broken tensor.
         """
+        if self.is_cast:  # NaN stays NaN
+            return x.clamp(self.smallest, self.largest).to(self.code_dtype)
         isnan = x.isnan()
         if self.nan_code is None and bool(isnan.any()):
             raise ValueError(f"NaN cannot be encoded as {self.name}")
@@ -68,9 +99,19 @@ class NumberFormat:
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `codes` in `dtype`."""
-        if self.is_integer:
+        if self.is_integer or self.is_cast:
             return codes.to(dtype)
         return _code_table(self.name).to(codes.device, dtype)[codes.long()]
+
+
+def round_steps_(steps: Tensor, method: RoundMethod) -> Tensor:
+    """Round to integers in place. half_even: ties to the even one; round: ties away from zero; floor: downwards."""
+    if method == "half_even":
+        return steps.round_()
+    if method == "floor":
+        return steps.floor_()
+    # just below a half, because 0.5 added to the number just below 0.5 is 1
+    return steps.add_(torch.full_like(steps, 0.5 - 2.0**-25).copysign_(steps)).trunc_()
 
 
 def _encode_float(fmt: NumberFormat, x: Tensor) -> Tensor:
@@ -149,6 +190,8 @@ FORMATS: dict[str, NumberFormat] = {
         _float("e3m2", 6, 3, 2, 28.0),
         _float("e2m3", 6, 2, 3, 7.5),
         _float("e2m1", 4, 2, 1, 6.0),
+        NumberFormat("bfloat16", 16, "cast", -3.3895313892515355e38, 3.3895313892515355e38),
+        NumberFormat("float16", 16, "cast", -65504.0, 65504.0),
         NumberFormat("e8m0", 8, "exponent", 2.0**-127, 2.0**127, exponent_bits=8, bias=127, nan_code=0xFF),
     )
 }

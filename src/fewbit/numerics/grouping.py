@@ -8,42 +8,55 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile size of a matrix's last two axes. 0 stands for "the whole axis"."""
+    """Tile size of a matrix's last two axes. 0 stands for "the whole axis".
+
+    `partial` allows tiles at the lower and right edges that are not full, as FP8 blocks of 128 × 128 have them;
+    otherwise tiles have to cover the matrix exactly.
+    """
 
     rows: int = 1
     columns: int = 0
+    partial: bool = False
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
         """Concrete tile size for a matrix of this size; ValueError if the tiles do not cover it exactly."""
         tile_rows, tile_columns = self.rows or rows, self.columns or columns
-        if rows % tile_rows or columns % tile_columns:
+        if not self.partial and (rows % tile_rows or columns % tile_columns):
             raise ValueError(f"tiles of {tile_rows} × {tile_columns} do not divide a matrix of {rows} × {columns}")
         return tile_rows, tile_columns
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a tensor of `shape`."""
         tile_rows, tile_columns = self.tile(shape[-2], shape[-1])
-        return (*shape[:-2], shape[-2] // tile_rows, shape[-1] // tile_columns)
+        return (*shape[:-2], -(-shape[-2] // tile_rows), -(-shape[-1] // tile_columns))
 
     def split(self, x: Tensor) -> Tensor:
-        """[..., R, C] → [..., R/r, C/c, r·c]: the last axis holds what shares a scale. A view where r is 1."""
+        """[..., R, C] → [..., R/r, C/c, r·c]: the last axis holds what shares a scale. A view where r is 1.
+
+        Partial tiles are filled up with zeros.
+        """
         rows, columns = x.shape[-2:]
         r, c = self.tile(rows, columns)
-        tiles = x.reshape(*x.shape[:-2], rows // r, r, columns // c, c)
-        return tiles.transpose(-3, -2).reshape(*x.shape[:-2], rows // r, columns // c, r * c)
+        if rows % r or columns % c:
+            x = torch.nn.functional.pad(x, (0, -columns % c, 0, -rows % r))
+        *above, down, across = self.scale_shape((*x.shape[:-2], rows, columns))
+        tiles = x.reshape(*above, down, r, across, c)
+        return tiles.transpose(-3, -2).reshape(*above, down, across, r * c)
 
     def merge(self, tiles: Tensor, rows: int, columns: int) -> Tensor:
         """Inverse of `split`: [..., R/r, C/c, r·c] → [..., R, C]."""
         r, c = self.tile(rows, columns)
-        x = tiles.reshape(*tiles.shape[:-3], rows // r, columns // c, r, c)
-        return x.transpose(-3, -2).reshape(*tiles.shape[:-3], rows, columns)
+        *above, down, across, _ = tiles.shape
+        x = tiles.reshape(*above, down, across, r, c).transpose(-3, -2).reshape(*above, down * r, across * c)
+        return x if x.shape[-2:] == (rows, columns) else x[..., :rows, :columns].contiguous()
 
     def expand(self, scale: Tensor, rows: int, columns: int) -> Tensor:
         """Scales [..., R/r, C/c] → one per element [..., R, C]."""
         r, c = self.tile(rows, columns)
-        return scale.repeat_interleave(r, -2).repeat_interleave(c, -1)
+        return scale.repeat_interleave(r, -2).repeat_interleave(c, -1)[..., :rows, :columns]

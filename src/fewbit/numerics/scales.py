@@ -1,162 +1,252 @@
-"""How the scale of a group is found. Every rule returns the scale as it will be STORED (rounded to `dtype`).
+"""How the scale of a group is found. Every rule returns scales as they will be STORED (see scale_format.py).
 
 All rules work on tiles [..., n] (the last axis shares a scale, see grouping.py) and return one scale, and for affine
-grids one integer zero point, per tile. A group of zeros gets the scale 1, so that nothing divides by zero.
+grids one integer zero point, per tile.
+
+    minmax       the range's ends map to the grid's ends (integers, symmetric: amax / ((2^b − 1) / 2); floats:
+                 amax / largest; e8m0: the block exponent by the scale format's mode)
+    signed-max   symmetric integers: the element of largest magnitude maps to −2^(b−1), the scale may be negative
+    percentile   minmax of the range without its outermost values
+    search       the candidate (both signs, several ranges, neighbouring exponents …) with the least squared error,
+                 each element weighted by `importance`: diag(H) for a linear's weight
+    mse          search with all elements weighted alike
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fewbit.numerics.formats import NumberFormat
+from fewbit.numerics.formats import NumberFormat, RoundMethod
+from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, block_exponent_scale
 
-# Shrink factors of the search, relative to the scale at which the largest magnitude just reaches the end of the grid.
-# Below 1 the largest values are clipped; slightly above 1 the grid is stretched, which pays off when few matter.
-SHRINK_FACTORS = tuple(1.05 - 0.05 * step for step in range(12))  # 1.05 … 0.5
-PIECE = 2**17  # elements scored at a time
-
-
-def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a scale to its stored dtype; where that leaves zero (or there was nothing to scale), 1 takes its place."""
-    stored = scale.to(dtype)
-    return torch.where(stored == 0, torch.ones_like(stored), stored)
+PIECE = 2**17  # elements scored at a time, so that dozens of candidates are scored in the cache
+COARSE = (1.0, 0.9, 0.8, 0.7, 0.6)  # share of the range that just covers the group; the search refines the best one
+REFINE = (0.05, 0.025)
+# e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
+E4M3_STEPS = range(-6, 7)
+BINADES = (-1, 0, 1)
+FRACTIONS = tuple(1.0 - 0.025 * step for step in range(20))  # of the covering scale
 
 
-def amax(tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> Tensor:
-    """Symmetric: the largest magnitude maps to the middle of ±2^(b−1): amax / ((2^b − 1) / 2).
+@dataclass(frozen=True)
+class GridRule:
+    """Everything that decides the grid of a tensor's groups but the data."""
 
-    The convention of compressed-tensors: both ends of the two's complement range are used, one of them half a step
-    beyond the other.
-    """
-    return store(tiles.abs().amax(-1).float() / ((2**fmt.bits - 1) / 2), dtype)
+    fmt: NumberFormat
+    scale: ScaleFormat
+    symmetric: bool = True
+    rule: str = "search"
+    mode: ExponentMode = "even"
+    """How a block's exponent follows from its largest magnitude."""
+    percentile: float = 100.0
+    """Of the values that the rule "percentile" keeps, in percent."""
+    clip_ratio: float = 1.0
+    """The range is multiplied by this before its scale is taken."""
+    rounding: RoundMethod = "half_even"
 
+    def find(self, tiles: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Stored scale [...] and zero point [...] (None when symmetric) of tiles [..., n] float32.
 
-def signed_max(tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> Tensor:
-    """Symmetric: the element of largest magnitude maps to −2^(b−1), so the scale is negative if it is positive.
-
-    The other side of the grid then ends at 2^(b−1) − 1 steps: the full range is used without clipping the largest.
-    """
-    low, high = tiles.aminmax(dim=-1)
-    extreme = torch.where(high > -low, high, low).float()
-    return store(extreme / fmt.smallest, dtype)
-
-
-def affine(tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Affine: the range, widened to include 0, maps to all 2^b codes. Returns scale and zero point (code dtype)."""
-    low, high = tiles.aminmax(dim=-1)
-    scale = store((high.clamp(min=0).float() - low.clamp(max=0).float()) / (2**fmt.bits - 1), dtype)
-    return scale, zero_point(low.clamp(max=0), scale, fmt)
-
-
-def zero_point(low: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
-    """The code that stands for 0 when `low` maps to the smallest code."""
-    return fmt.encode(fmt.smallest - low.float() / scale.float())
-
-
-def search_symmetric(tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
-    """The signed scale with the least Σ importance·(x̂ − x)² among both signs and all SHRINK_FACTORS.
-
-    Args:
-        tiles: [..., n] float32.
-        importance: weight of each element's squared error, broadcastable to `tiles` (diag(H) for a linear's weight);
-            None weighs all alike.
-    """
-    magnitude = tiles.abs().amax(-1).float()
-    best = signed_max(tiles, fmt, dtype)
-    best_error = grid_error(tiles, best, None, fmt, importance)
-    for end in (fmt.smallest, fmt.largest):  # the largest magnitude, if positive, goes to this end of the grid
-        for factor in SHRINK_FACTORS:
-            candidate = store(factor * magnitude / end, dtype)
-            error = grid_error(tiles, candidate, None, fmt, importance)
-            better = error < best_error
-            best = torch.where(better, candidate, best)
-            best_error = torch.where(better, error, best_error)
-    return best
-
-
-def search_affine(
-    tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point with the least weighted squared error when both ends of the range shrink together.
-
-    Arguments as for `search_symmetric`.
-    """
-    low, high = tiles.aminmax(dim=-1)
-    low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
-    best, best_zero = affine(tiles, fmt, dtype)
-    best_error = grid_error(tiles, best, best_zero, fmt, importance)
-    for factor in SHRINK_FACTORS:
-        candidate = store(factor * (high - low) / (2**fmt.bits - 1), dtype)
-        zero = zero_point(factor * low, candidate, fmt)
-        error = grid_error(tiles, candidate, zero, fmt, importance)
-        better = error < best_error
-        best, best_zero = torch.where(better, candidate, best), torch.where(better, zero, best_zero)
-        best_error = torch.where(better, error, best_error)
-    return best, best_zero
-
-
-def find_scale(
-    tiles: Tensor,
-    fmt: NumberFormat,
-    dtype: torch.dtype,
-    *,
-    rule: str,
-    symmetric: bool,
-    importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (None when symmetric) of each tile by a rule's name: search, minmax or signed-max."""
-    if rule == "search":
-        return _search_in_pieces(tiles, fmt, dtype, symmetric, importance)
-    if not symmetric:
-        return affine(tiles, fmt, dtype)
-    return (signed_max if rule == "signed-max" else amax)(tiles, fmt, dtype), None
-
-
-def _search_in_pieces(
-    tiles: Tensor, fmt: NumberFormat, dtype: torch.dtype, symmetric: bool, importance: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The search over some rows at a time, so that dozens of candidates are scored in the cache."""
-    weights = None if importance is None else importance.expand_as(tiles)
-    at_once = max(1, PIECE * tiles.shape[0] // max(1, tiles.numel()))
-    found_scales, found_zeros = [], []
-    for start in range(0, tiles.shape[0], at_once):
-        piece = tiles[start : start + at_once]
-        weight = None if weights is None else weights[start : start + at_once]
-        if symmetric:
-            found_scales.append(search_symmetric(piece, fmt, dtype, weight))
+        `importance`, broadcastable to `tiles`, weighs the squared errors of the rule "search".
+        """
+        if self.rule in ("search", "mse"):
+            return self._search_in_pieces(tiles, None if self.rule == "mse" else importance)
+        if self.rule == "percentile":
+            low, high = percentile_range(tiles, self.percentile, self.symmetric)
         else:
-            scale, zero = search_affine(piece, fmt, dtype, weight)
-            found_scales.append(scale)
-            found_zeros.append(zero)
-    return torch.cat(found_scales), None if symmetric else torch.cat(found_zeros)
+            low, high = tiles.aminmax(dim=-1)
+        return self.from_range(low.float(), high.float())
+
+    def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stored scale and zero point that map a range to the grid; for static scales, whose data is gone."""
+        low, high = self.clip_ratio * low, self.clip_ratio * high
+        if not self.symmetric:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            scale = self.scale.store((high - low) / (self.fmt.largest - self.fmt.smallest))
+            return scale, self.zero_point(low, scale)
+        if self.rule == "signed-max":
+            return self.scale.store(torch.where(high > -low, high, low) / self.fmt.smallest), None
+        return self.scale.store(self.covering(torch.maximum(high, -low))), None
+
+    def covering(self, magnitude: Tensor) -> Tensor:
+        """The symmetric scale, not yet stored, at which the largest magnitude reaches the end of the grid."""
+        if self.fmt.is_cast:
+            return torch.ones_like(magnitude)
+        if self.scale.type in ("e8m0", "microexponent"):
+            return block_exponent_scale(magnitude, self.fmt, self.mode).masked_fill(magnitude == 0, 0.0)
+        reach: float = (2**self.fmt.bits - 1) / 2 if self.fmt.is_integer else self.fmt.largest
+        return magnitude / reach
+
+    def zero_point(self, low: Tensor, stored: Tensor) -> Tensor:
+        """The code that stands for 0 when `low` maps to the smallest code."""
+        return self.fmt.encode(self.fmt.smallest - low.float() / self.scale.value(stored))
+
+    def ends(self, low: Tensor, high: Tensor) -> list[Tensor]:
+        """Symmetric scales, not yet stored, that just cover a range: one of either sign for integers, whose two ends
+        differ, if the scale may have one."""
+        if not (self.fmt.is_integer and self.scale.may_be_negative):
+            return [self.covering(torch.maximum(high, -low))]
+        smallest, largest = self.fmt.smallest, self.fmt.largest
+        return [torch.maximum(high / largest, low / smallest), -torch.maximum(high / -smallest, low / -largest)]
+
+    def candidates(self, low: Tensor, high: Tensor) -> Tensor:
+        """Symmetric scales worth trying for groups with these ranges (low ≤ 0 ≤ high): values [candidates, ...]."""
+        if self.scale.type == "e4m3":
+            code = self.scale.store(self.covering(torch.maximum(high, -low))).view(torch.uint8).int()
+            steps = torch.tensor(E4M3_STEPS, device=low.device).view(-1, *[1] * low.ndim)
+            codes = (code + steps).clamp_(1, 126).to(torch.uint8)
+            return self.scale.value(codes.view(torch.float8_e4m3fn))
+        factors = [2.0**step for step in BINADES] if self.scale.is_power_of_two else FRACTIONS
+        return self.scale.round(torch.stack([factor * end for end in self.ends(low, high) for factor in factors]))
+
+    def error(self, tiles: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None) -> Tensor:
+        """Weighted squared error of each tile when its elements go to its grid: float32 [...]. `scale` is a value."""
+        by = scale.unsqueeze(-1)
+        steps = tiles * by.reciprocal()
+        if zero is None:
+            self.fmt.round_(steps, self.rounding)
+        else:
+            offset = zero.float().unsqueeze(-1)
+            self.fmt.round_(steps.add_(offset), self.rounding).sub_(offset)
+        error = steps.mul_(by).sub_(tiles).square_()
+        return (error if importance is None else error.mul_(importance)).sum(-1)
+
+    def _search_in_pieces(self, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weights = None if importance is None else importance.expand_as(tiles)
+        at_once = max(1, PIECE * tiles.shape[0] // max(1, tiles.numel()))
+        scales, zeros = [], []
+        for start in range(0, tiles.shape[0], at_once):
+            piece = tiles[start : start + at_once].float()
+            weight = None if weights is None else weights[start : start + at_once]
+            if self.scale.type == "microexponent":
+                scales.append(self._search_microexponents(piece, weight))
+            elif self.symmetric:
+                scales.append(self._search_symmetric(piece, weight))
+            else:
+                scale, zero = self._search_affine(piece, weight)
+                scales.append(scale)
+                zeros.append(zero)
+        return torch.cat(scales), torch.cat(zeros) if zeros else None
+
+    def _search_symmetric(self, tiles: Tensor, importance: Tensor | None) -> Tensor:
+        low, high = tiles.aminmax(dim=-1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        best = self.scale.round(self.covering(torch.maximum(high, -low)))
+        best_error = self.error(tiles, best, None, importance)
+
+        def consider(scale: Tensor) -> None:
+            nonlocal best, best_error
+            error = self.error(tiles, scale, None, importance)
+            better = error < best_error
+            best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+
+        if self.scale.type != "float":  # few scales can be stored, so all that matter are tried
+            for scale in self.candidates(low, high):
+                consider(scale)
+            return self.scale.store(best)
+        for end in self.ends(low, high):
+            for factor in COARSE:
+                consider(self.scale.round(factor * end))
+        for step in REFINE:
+            around = best
+            for factor in (1 - step, 1 + step):
+                consider(self.scale.round(factor * around))
+        return self.scale.store(best)
+
+    def _search_microexponents(self, tiles: Tensor, importance: Tensor | None) -> Tensor:
+        """Scales of pairs [..., pairs, 2], tried block by block: its byte and, for each pair, its bit."""
+        magnitude = tiles.abs().amax(-1)
+        stored = self.scale.store(self.covering(magnitude))
+        best = self.scale.value(stored)
+        best_error = self.error(tiles, best, None, importance).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
+        top = best.unflatten(-1, (-1, PAIRS)).amax(-1, keepdim=True)
+        for step in BINADES:
+            upper = self.scale.round((2.0**step * top).expand(*top.shape[:-1], PAIRS).flatten(-2))
+            whole = self.error(tiles, upper, None, importance)
+            half = self.error(tiles, upper / 2, None, importance)
+            error = torch.minimum(whole, half).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
+            better = (error < best_error).expand(*error.shape[:-1], PAIRS).flatten(-2)
+            best = torch.where(better, torch.where(half < whole, upper / 2, upper), best)
+            best_error = torch.minimum(error, best_error)
+        return self.scale.store(best)
+
+    def _search_affine(self, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        low, high = tiles.aminmax(dim=-1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        stored, found_zero = self.from_range(low, high)
+        assert found_zero is not None
+        best_zero: Tensor = found_zero
+        best = self.scale.value(stored)
+        best_error = self.error(tiles, best, best_zero, importance)
+        shares = [torch.ones_like(low), torch.ones_like(high)]
+
+        def consider(share_low: Tensor, share_high: Tensor) -> None:
+            nonlocal best, best_zero, best_error
+            ends = share_low * low, share_high * high
+            stored = self.scale.store((ends[1] - ends[0]) / (self.fmt.largest - self.fmt.smallest))
+            zero = self.zero_point(ends[0], stored)
+            scale = self.scale.value(stored)
+            error = self.error(tiles, scale, zero, importance)
+            better = error < best_error
+            best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
+            best_error = torch.where(better, error, best_error)
+            for index, share in enumerate((share_low, share_high)):
+                shares[index] = torch.where(better, share, shares[index])
+
+        for factor in COARSE:
+            consider(torch.full_like(low, factor), torch.full_like(high, factor))
+        for step in REFINE:  # then each end on its own
+            around_low, around_high = shares
+            for sign in (-step, step):
+                consider(around_low + sign, around_high)
+                consider(around_low, around_high + sign)
+        return self.scale.store(best), best_zero
 
 
-def encode(tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> Tensor:
-    """Codes of `tiles` [..., n] on the grid of their scale [...] and zero point [...]."""
-    steps = tiles.float() / scale.float().unsqueeze(-1)
-    if zero is not None:  # the zero point is an integer: adding it before or after rounding is the same but for ties
-        steps = steps.round_().add_(zero.unsqueeze(-1))
-    return fmt.encode(steps)
+def encode(tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat, rounding: RoundMethod) -> Tensor:
+    """Codes of `tiles` [..., n] on the grid of their scale values [...] and zero points [...]."""
+    if fmt.is_cast:
+        return fmt.encode(tiles)
+    steps = tiles.float() / scale.unsqueeze(-1)
+    if zero is not None:
+        steps += zero.unsqueeze(-1)
+    if bool(steps.isnan().any()) and fmt.nan_code is None:
+        raise ValueError(f"NaN cannot be encoded as {fmt.name}")
+    return fmt.encode(fmt.round_(steps, rounding))
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> Tensor:
-    """Values (float32) of codes [..., n] with scales and zero points [...]."""
+    """Values (float32) of codes [..., n] with scale values and zero points [...]."""
     steps = fmt.decode(codes)
     if zero is not None:
         steps -= zero.unsqueeze(-1)
-    return steps.mul_(scale.float().unsqueeze(-1))
+    return steps.mul_(scale.unsqueeze(-1))
 
 
-def grid_error(
-    tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat, importance: Tensor | None
+def fake_quantize(
+    tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat, rounding: RoundMethod
 ) -> Tensor:
-    """Weighted squared error of each tile when its elements go to the nearest point of its grid: float32 [...]."""
-    steps = tiles * scale.float().reciprocal().unsqueeze(-1)
+    """decode(encode(tiles)) without the codes: float32 [..., n]."""
+    by = scale.unsqueeze(-1)
+    steps = tiles.float() / by
     if zero is None:
-        values = steps.round_().clamp_(fmt.smallest, fmt.largest)
-    else:
-        offset = zero.float().unsqueeze(-1)
-        values = steps.round_().add_(offset).clamp_(fmt.smallest, fmt.largest).sub_(offset)
-    error = values.mul_(scale.float().unsqueeze(-1)).sub_(tiles).square_()
-    return (error if importance is None else error.mul_(importance)).sum(-1)
+        return fmt.round_(steps, rounding).mul_(by)
+    offset = zero.float().unsqueeze(-1)
+    return fmt.round_(steps.add_(offset), rounding).sub_(offset).mul_(by)
+
+
+def percentile_range(tiles: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Ends [...] of the range that holds `percentile` percent of the values of tiles [..., n].
+
+    Symmetric: ± the magnitude that so many stay below. Otherwise the rest is left out half on either side.
+    """
+    last = tiles.shape[-1] - 1
+    outside = (100.0 - percentile) / 100.0 * last
+    if symmetric:
+        high = tiles.float().abs().sort(dim=-1).values[..., last - round(outside)]
+        return -high, high
+    order = tiles.float().sort(dim=-1).values
+    return order[..., round(outside / 2)], order[..., last - round(outside / 2)]

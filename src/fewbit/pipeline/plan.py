@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
-from fewbit.config.spec import QuantizationSpec
+from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
 from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.numerics.scale_format import PAIRS
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,19 @@ class LinearPlan:
 
     name: str
     shape: tuple[int, int]
-    spec: QuantizationSpec | None
+    config: QuantizationConfig | None
+    """What is quantized of it; None if nothing is."""
     rule: str
     """The matching rule that decided, or the reason for which a linear cannot be quantized."""
 
     @property
+    def spec(self) -> QuantizationSpec | None:
+        """Of the weight."""
+        return self.config.weight if self.config is not None else None
+
+    @property
     def status(self) -> str:
-        if self.spec is not None:
+        if self.config is not None:
             return "quantized"
         return "excluded" if self.rule.startswith("exclude") else "skipped"
 
@@ -35,13 +43,36 @@ class Plan:
 
     linears: dict[str, LinearPlan]
     block_groups: list[Groups]
-    """Per block: names (inside the block) of linears to quantize that share an input, in execution order."""
+    """Per block: names (inside the block) of linears whose weights are quantized and that share an input, in execution
+    order."""
     warnings: list[str]
+    attention: AttentionConfig | None = None
 
     @property
     def unquantized(self) -> list[str]:
         """Names of the linears that stay as they are."""
-        return [linear.name for linear in self.linears.values() if linear.spec is None]
+        return [linear.name for linear in self.linears.values() if linear.config is None]
+
+    @property
+    def weights(self) -> dict[str, QuantizationSpec]:
+        """Spec of every weight that is quantized, by the weight's name."""
+        return {f"{name}.weight": linear.spec for name, linear in self.linears.items() if linear.spec is not None}
+
+    @property
+    def activations(self) -> dict[str, QuantizationSpec]:
+        """Spec of every activation of a linear that is quantized, by MODULE.input and MODULE.output."""
+        found: dict[str, QuantizationSpec] = {}
+        for name, linear in self.linears.items():
+            if linear.config is not None:
+                slots = {"input": linear.config.input_tensors, "output": linear.config.output_tensors}
+                found |= {f"{name}.{slot}": spec for slot, spec in slots.items() if spec is not None}
+        return found
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a static scale has to be found, whatever the algorithm."""
+        specs = [*self.activations.values(), *(self.attention.specs.values() if self.attention is not None else ())]
+        return any(spec is not None and spec.needs_data for spec in specs)
 
     def spec(self, name: str) -> QuantizationSpec:
         spec = self.linears[name].spec
@@ -59,35 +90,47 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     linears = {}
     for name, match in found.items():
         shape = (modules[name].out_features, modules[name].in_features)
-        spec = match.config.weight if match.config is not None else None
+        wanted = match.config if match.config is not None and match.config.quantizes else None
         rule = match.rule
-        if name not in grouped and spec is not None:
+        if name not in grouped and wanted is not None:
             if match.rule not in ("global",) and not match.rule.startswith("type"):
                 raise ConfigError(
                     f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})"
                 )
-            spec, rule = None, "outside the blocks' groups"
-        linears[name] = LinearPlan(name, shape, spec, rule)
+            wanted, rule = None, "outside the blocks' groups"
+        linears[name] = LinearPlan(name, shape, wanted, rule)
     _check_divides(linears)
-    if not any(linear.spec for linear in linears.values()):
-        raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no weight spec")
+    if not any(linear.config for linear in linears.values()) and config.attention is None:
+        raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no spec")
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
     warnings = _unlike_specs(model, linears, groups) + _other_weights(model, linears)
-    return Plan(linears, groups, warnings)
+    return Plan(linears, groups, warnings, config.attention)
 
 
 def _check_divides(linears: dict[str, LinearPlan]) -> None:
-    """ConfigError for the first group size that does not divide, with one that fits all grouped linears."""
-    grouped = [(linear, linear.spec.group_size) for linear in linears.values() if linear.spec is not None]
-    inputs = [linear.shape[1] for linear, size in grouped if size is not None]
-    for linear, size in grouped:
-        if size is not None and linear.shape[1] % size:
-            fitting = [g for g in (256, 128, 64, 32, 16) if all(columns % g == 0 for columns in inputs)]
-            advice = f"use --group-size {fitting[0]}" if fitting else "use --group-size -1 (one scale per channel)"
-            raise ConfigError(
-                f"group size {size} does not divide the {linear.shape[1]} inputs of {linear.name!r}; {advice}, "
-                "or give that layer its own spec"
-            )
+    """ConfigError for the first group that does not divide, with a group size that fits all linears."""
+    planned = [linear for linear in linears.values() if linear.config is not None]
+    inputs = [linear.shape[1] for linear in planned]
+    for linear in planned:
+        for spec, along in _grouped(linear):
+            if along % spec:
+                fitting = [g for g in (256, 128, 64, 32, 16) if all(size % g == 0 for size in inputs)]
+                advice = f"use --group-size {fitting[0]}" if fitting else "use --group-size -1 (one scale per channel)"
+                raise ConfigError(
+                    f"group size {spec} does not divide the {along} inputs of {linear.name!r}; {advice}, "
+                    "or give that layer its own spec"
+                )
+
+
+def _grouped(linear: LinearPlan) -> Iterator[tuple[int, int]]:
+    """Group sizes of a linear's tensors and the number of channels that each must divide."""
+    config = linear.config
+    assert config is not None
+    rows, columns = linear.shape
+    for spec, channels in ((config.weight, columns), (config.input_tensors, columns), (config.output_tensors, rows)):
+        if spec is not None and spec.group_size is not None:
+            along = rows if spec is config.weight and spec.ch_axis in (0, -2) else channels
+            yield spec.group_size * (PAIRS if spec.scale_type == "microexponent" else 1), along
 
 
 def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPlan]) -> Groups:
@@ -125,7 +168,7 @@ def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan], block_g
     for index in range(len(block_groups)):
         prefix = model.block_name(index) + "."
         for group in model.groups:
-            if len({linears[prefix + name].spec for name in group}) > 1:
+            if len({linears[prefix + name].config for name in group}) > 1:
                 mixed.append(f"{prefix}{{{', '.join(group)}}}")
     if not mixed:
         return []

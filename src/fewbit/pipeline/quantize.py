@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
 from fewbit.checkpoint.files import copy_side_files, write_json
 from fewbit.checkpoint.native import OUTSIDE, write_part
-from fewbit.config.recipe import Config, GPTQConfig
-from fewbit.config.spec import QuantizationSpec
+from fewbit.config.algorithms import GPTQConfig
+from fewbit.config.recipe import Config
 from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.memory import trim_heap
-from fewbit.pipeline.plan import make_plan
+from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.progress import progress_view
 from fewbit.pipeline.report import REPORT, build_report
 from fewbit.pipeline.run_directory import Identity, RunDirectory
@@ -45,7 +45,7 @@ def quantize_model(
     activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
     resume: bool = False,
     progress: bool = True,
-    check: Callable[[dict[str, QuantizationSpec]], None] | None = None,
+    check: Callable[[Plan], None] | None = None,
 ) -> Path:
     """Quantize `model` by `config` into the directory `output`; returns that directory.
 
@@ -56,7 +56,7 @@ def quantize_model(
         tokenizer: of a model in memory; directories bring their own.
         activation_memory: bytes ("4GiB") that hidden states may take; the rest goes to disk.
         resume: continue a run that was interrupted.
-        check: called with the spec of every weight to be quantized before any work; raises to refuse.
+        check: called with the plan before any work; raises to refuse.
 
     Raises FewbitError with a sentence for the user; nothing is written before model, recipe and data are checked.
     """
@@ -66,8 +66,8 @@ def quantize_model(
     blockwise = open_model(model)
     plan = make_plan(blockwise, config)
     if check is not None:
-        check({f"{name}.weight": linear.spec for name, linear in plan.linears.items() if linear.spec is not None})
-    data = _calibration(blockwise, config, calibration, tokenizer)
+        check(plan)
+    data = _calibration(blockwise, config, plan, calibration, tokenizer)
     identity = _identity(blockwise, config, data)
     if not resume:
         _check_weights(blockwise)
@@ -163,11 +163,15 @@ def load_tokenizer(directory: Path | None) -> Any:
 
 
 def _calibration(
-    model: BlockwiseModel, config: Config, data: CalibrationData | None, tokenizer: Any
+    model: BlockwiseModel, config: Config, plan: Plan, data: CalibrationData | None, tokenizer: Any
 ) -> CalibrationSet | None:
     if isinstance(data, str) and data == NO_CALIBRATION:
-        if isinstance(config.algo_config, GPTQConfig):
+        if isinstance(config.codes, GPTQConfig):
             raise ConfigError("GPTQ needs calibration data; use --algorithm rtn to quantize without")
+        if plan.needs_data:
+            raise ConfigError(
+                "static activation scales need calibration data; give --calibration, or use a scheme with dynamic ones"
+            )
         return None
     wanted = config.calibration
     tokenizer = tokenizer or load_tokenizer(model.source.directory)

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from fewbit.config.recipe import Config
+from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError
 from fewbit.pipeline.plan import LinearPlan, Plan
 from fewbit.pipeline.stage_quantizer import LinearResult
@@ -44,8 +45,8 @@ def untouched_row(linear: LinearPlan) -> dict[str, Any]:
     """The report's line of a linear that stays as it is."""
     return {
         "name": linear.name,
-        "status": linear.status,
-        "reason": linear.rule,
+        "status": linear.status if linear.config is None else "activations",
+        "reason": linear.rule if linear.config is None else "its weight stays as it is",
         "weights": linear.shape[0] * linear.shape[1],
     }
 
@@ -55,11 +56,13 @@ def build_report(
 ) -> dict[str, Any]:
     """The whole report. `rows` are the quantized linears; `run` says what was quantized, with which data and how."""
     untouched = [untouched_row(linear) for linear in plan.linears.values() if linear.spec is None]
+    for row in rows + untouched:
+        row |= {slot: spec.summary for slot, spec in _activations(plan, row["name"]).items()}
     weights = sum(row["weights"] for row in rows)
     totals = {
         "linears": dict(Counter(row["status"] for row in rows + untouched)),
         "fallbacks": sum(row["fallback"] is not None for row in rows),
-        "bits_per_weight": sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights,
+        "bits_per_weight": sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights if weights else None,
         "loss": sum(row["error"] for row in rows) / max(sum(row["energy"] for row in rows), 1e-300),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory(),
@@ -73,6 +76,11 @@ def build_report(
         "environment": environment(),
         "recipe": config.to_dict(),
     }
+
+
+def _activations(plan: Plan, name: str) -> dict[str, QuantizationSpec]:
+    specs = {slot: plan.activations.get(f"{name}.{slot}") for slot in ("input", "output")}
+    return {slot: spec for slot, spec in specs.items() if spec is not None}
 
 
 def environment() -> dict[str, Any]:

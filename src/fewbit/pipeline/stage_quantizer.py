@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fewbit.algorithms import quantize_weight
-from fewbit.algorithms.outcome import Outcome
+from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.statistics import Statistics
-from fewbit.config.recipe import AlgorithmConfig
+from fewbit.config.algorithms import CodeConfig
 from fewbit.config.spec import QuantizationSpec
+from fewbit.numerics.scale_format import unit_for
 from fewbit.numerics.second_moment import quadratic_form
 from fewbit.tensor import QuantTensor
 
@@ -46,11 +47,12 @@ class Member:
     weight: Tensor
     """[out, in] float32."""
     spec: QuantizationSpec
-    scale_dtype: torch.dtype
+    dtype: torch.dtype
+    """What the checkpoint holds the weight in."""
 
 
 def quantize_stage(
-    members: list[Member], statistics: Statistics | None, algorithm: AlgorithmConfig
+    members: list[Member], statistics: Statistics | None, algorithm: CodeConfig
 ) -> dict[str, LinearResult]:
     """Quantize the linears of a stage; those with the same spec go through the algorithm as one matrix."""
     results: dict[str, LinearResult] = {}
@@ -58,7 +60,9 @@ def quantize_stage(
     for batch in _alike(members):
         started = time.perf_counter()
         weight = batch[0].weight if len(batch) == 1 else torch.cat([member.weight for member in batch])
-        outcome = quantize_weight(weight, statistics, batch[0].spec, batch[0].scale_dtype, algorithm)
+        spec = batch[0].spec
+        format = spec.scale_format(batch[0].dtype, _unit(weight, spec))
+        outcome = quantize_weight(_first_stage(weight, batch[0]), statistics, spec, format, algorithm)
         error, energy = _errors(weight, outcome.weight, moment)
         seconds = time.perf_counter() - started
         start = 0
@@ -66,7 +70,7 @@ def quantize_stage(
             rows = slice(start, start + member.weight.shape[0])
             start = rows.stop
             results[member.name] = LinearResult(
-                weight=_rows(outcome, rows, whole=len(batch) == 1),
+                weight=outcome.weight if len(batch) == 1 else outcome.weight.rows(rows),
                 tokens=statistics.tokens if statistics is not None else 0,
                 error=float(error[rows].sum()),
                 energy=float(energy[rows].sum()),
@@ -83,7 +87,7 @@ def _alike(members: list[Member]) -> Iterable[list[Member]]:
     for member in members:
         for batch in batches:
             first = batch[0]
-            if member.spec == first.spec and member.scale_dtype == first.scale_dtype and member.spec.tiling.rows == 1:
+            if member.spec == first.spec and member.dtype == first.dtype and member.spec.tiling.rows == 1:
                 batch.append(member)
                 break
         else:
@@ -99,9 +103,16 @@ def _errors(weight: Tensor, quantized: QuantTensor, moment: Tensor | None) -> tu
     return quadratic_form(delta, moment), quadratic_form(weight, moment)
 
 
-def _rows(outcome: Outcome, rows: slice, whole: bool) -> QuantTensor:
-    q = outcome.weight
-    if whole:
-        return q
-    zero = None if q.zero_point is None else q.zero_point[rows].contiguous()
-    return QuantTensor(q.codes[rows].contiguous(), q.scale[rows].contiguous(), zero, q.spec)
+def _unit(weight: Tensor, spec: QuantizationSpec) -> float:
+    """Second-level scale, shared by all rows: engines that fuse linears with one input need one for all of them."""
+    if spec.scale_type != "e4m3":
+        return 1.0
+    return unit_for(float(weight.abs().max()), spec.format)
+
+
+def _first_stage(weight: Tensor, member: Member) -> Tensor:
+    """The weight after the first of two stages (round to nearest), or as it is."""
+    first = member.spec.first_stage
+    if first is None:
+        return weight
+    return rtn(weight, None, first, first.scale_format(member.dtype, _unit(weight, first))).weight.dequantize()

@@ -14,16 +14,22 @@ from torch import Tensor, nn
 
 from fewbit.calibration.tokens import CalibrationSet, padding_mask
 from fewbit.checkpoint.native import NativePart, block_file, write_part
-from fewbit.config.recipe import Config, GPTQConfig
+from fewbit.config.algorithms import GPTQConfig
+from fewbit.config.recipe import Config
 from fewbit.models.blockwise import BlockCall, BlockwiseModel
 from fewbit.models.memory import trim_heap
+from fewbit.nn import attention
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.attach import attach, detach, quantizers
 from fewbit.pipeline.hidden_states import HiddenStates
 from fewbit.pipeline.plan import Plan
 from fewbit.pipeline.progress import ProgressView
+from fewbit.pipeline.reference import Reference
 from fewbit.pipeline.report import linear_row
 from fewbit.pipeline.run_directory import RunDirectory
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
-from fewbit.pipeline.staged import Reference, Stage, StagedForward, Strategy
+from fewbit.pipeline.staged import StagedForward, Strategy
+from fewbit.pipeline.stages import Stage, calibration_stops, stages_of
 
 logger = logging.getLogger("fewbit")
 
@@ -47,15 +53,16 @@ class Walk:
         if len(finished) == len(self.model):
             shutil.rmtree(self.directory.work, ignore_errors=True)
             return [row for index in range(len(self.model)) for row in finished[index]]
+        self._attach()
         if calibration is None:
             return self._without_data(finished)
         share = self.activation_memory // (2 if self.drift_batches(len(calibration.batches)) else 1)
-        states = HiddenStates(share, self.directory.work / "quantized")
+        hidden = HiddenStates(share, self.directory.work / "quantized")
         reference = HiddenStates(share, self.directory.work / "reference")
         try:
-            return self._with_data(calibration, states, reference, finished)
+            return self._with_data(calibration, hidden, reference, finished)
         finally:
-            states.close()
+            hidden.close()
             reference.close()
             shutil.rmtree(self.directory.work, ignore_errors=True)
 
@@ -69,7 +76,7 @@ class Walk:
 
     def drift_batches(self, batches: int) -> list[int]:
         """Numbers of the batches on which the inputs' drift is measured: evenly spaced, at least one."""
-        algorithm = self.config.algo_config
+        algorithm = self.config.codes
         if not isinstance(algorithm, GPTQConfig) or algorithm.drift == 0:
             return []
         count = max(1, round(algorithm.drift_data * batches))
@@ -78,14 +85,14 @@ class Walk:
     def _with_data(
         self,
         calibration: CalibrationSet,
-        states: HiddenStates,
+        hidden: HiddenStates,
         reference_states: HiddenStates,
         finished: dict[int, list[dict[str, Any]]],
     ) -> list[dict[str, Any]]:
         calls: list[list[BlockCall]] = []
         drift_batches = self.drift_batches(len(calibration.batches))
         for index, inputs in enumerate(self.model.enter(list(calibration.batches), self.device)):
-            states.put(index, inputs.hidden)
+            hidden.put(index, inputs.hidden)
             if index in drift_batches:
                 reference_states.put(index, inputs.hidden)
             calls.append(inputs.calls)
@@ -95,7 +102,7 @@ class Walk:
         for index in range(len(self.model)):
             block_calls = [batch_calls[index] for batch_calls in calls]
             if index in finished:
-                self._pass_through(index, states, block_calls)
+                self._pass_through(index, hidden, block_calls)
                 if drift_batches:
                     with self.model.loaded(index, self.device) as block, torch.no_grad():
                         forward = self._forward(block, reference_states, block_calls)
@@ -104,14 +111,14 @@ class Walk:
                 rows += finished[index]
                 self.progress.block_done(index, None)
                 continue
-            rows += self._quantize_block(index, states, reference_states, drift_batches, block_calls, masks, strategy)
+            rows += self._quantize_block(index, hidden, reference_states, drift_batches, block_calls, masks, strategy)
             trim_heap()
         return rows
 
     def _quantize_block(
         self,
         index: int,
-        states: HiddenStates,
+        hidden: HiddenStates,
         reference_states: HiddenStates,
         drift_batches: list[int],
         calls: list[BlockCall],
@@ -126,15 +133,18 @@ class Walk:
             if drift_batches:
                 # shares its tensors with the block until those are replaced by quantized ones
                 original = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+                detach(original)
                 reference_forward = self._forward(original, reference_states, calls)
                 reference = Reference(original, groups, drift_batches, reference_forward, reference_states.put)
 
-            def finish(stage: Stage) -> None:
+            def decide(stage: Stage) -> None:
                 self._quantize(index, stage, results)
 
-            forward = self._forward(block, states, calls)
-            StagedForward(block, groups, masks, forward, finish, reference).run(states.put, strategy)
-        return self._write(index, results)
+            stages = stages_of(block, groups, decide)
+            forward = self._forward(block, hidden, calls)
+            calibrations = calibration_stops(block, self.model.groups)
+            StagedForward(stages, masks, forward, reference, calibrations).run(hidden.put, strategy)
+            return self._write(index, results)
 
     def _without_data(self, finished: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -145,10 +155,13 @@ class Walk:
                 continue
             results: dict[str, LinearResult] = {}
             with self.model.loaded(index, self.device) as block:
-                for order, group in enumerate(self.plan.block_groups[index]):
-                    members = {name: block.get_submodule(name) for name in group}
-                    self._quantize(index, Stage(order, members), results)  # type: ignore[arg-type]
-            rows += self._write(index, results)
+
+                def decide(stage: Stage) -> None:
+                    self._quantize(index, stage, results)  # noqa: B023 (called here and now)
+
+                for stage in stages_of(block, self.plan.block_groups[index], decide):
+                    stage.finish()
+                rows += self._write(index, results)
         return rows
 
     def _quantize(self, index: int, stage: Stage, results: dict[str, LinearResult]) -> None:
@@ -158,9 +171,9 @@ class Walk:
         members = []
         for name, linear in stage.members.items():
             spec = self.plan.spec(prefix + name)
-            dtype = spec.stored_scale_dtype(info[f"{prefix}{name}.weight"].dtype)
+            dtype = info[f"{prefix}{name}.weight"].dtype
             members.append(Member(prefix + name, linear.weight.data, spec, dtype))
-        for name, result in quantize_stage(members, stage.statistics, self.config.algo_config).items():
+        for name, result in quantize_stage(members, stage.statistics, self.config.codes).items():
             results[name] = result
             linear = stage.members[name.removeprefix(prefix)]
             linear.weight = nn.Parameter(result.weight.dequantize(), requires_grad=False)
@@ -172,28 +185,51 @@ class Walk:
     def _write(self, index: int, results: dict[str, LinearResult]) -> list[dict[str, Any]]:
         quantized = {f"{name}.weight": result.weight for name, result in results.items()}
         rest = [name for name in self.model.block_tensors(index) if name not in quantized]
-        write_part(block_file(self.directory.path, index), quantized, self.model.source.read(rest))
+        activations = {name: quantizer.state() for name, quantizer in self._quantizers(index).items()}
+        write_part(block_file(self.directory.path, index), quantized, self.model.source.read(rest), activations)
         rows = [linear_row(name, index, result) for name, result in results.items()]
         self.directory.record(index, rows)
         energy = sum(result.energy for result in results.values())
         self.progress.block_done(index, sum(r.error for r in results.values()) / energy if energy else 0.0)
         return rows
 
-    def _pass_through(self, index: int, states: HiddenStates, calls: list[BlockCall]) -> None:
+    def _pass_through(self, index: int, hidden: HiddenStates, calls: list[BlockCall]) -> None:
         """Hidden states through a block that an earlier run finished."""
         part = NativePart(block_file(self.directory.path, index))
 
         def read() -> dict[str, Tensor]:
             return {name: part.read(name, torch.float32) for name in self.model.block_tensors(index)}
 
+        known = part.activations()
+        for name, quantizer in self._quantizers(index).items():
+            quantizer.load(known[name])
         with self.model.loaded(index, self.device, read) as block, torch.no_grad():
-            forward = self._forward(block, states, calls)
+            forward = self._forward(block, hidden, calls)
             for batch in range(len(calls)):
-                states.put(batch, forward(batch))
+                hidden.put(batch, forward(batch))
 
-    def _forward(self, block: nn.Module, states: HiddenStates, calls: list[BlockCall]) -> Callable[[int], Tensor]:
+    def _attach(self) -> None:
+        """Quantize activations from here on, as the engine will."""
+        configs = {name: linear.config for name, linear in self.plan.linears.items() if linear.config is not None}
+        info = self.model.source.info()
+        dtypes = {info[f"{name}.weight"].dtype for name in configs}
+        groups = [
+            [f"{self.model.block_name(index)}.{name}" for name in group]
+            for index in range(len(self.model))
+            for group in self.model.groups
+        ]
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        attach(self.model.linears(), configs, groups, dtype)
+        if self.plan.attention is not None:
+            attention.attach(self.model.skeleton, self.plan.attention, dtype=dtype)
+
+    def _quantizers(self, index: int) -> dict[str, ActivationQuantizer]:
+        """Those of one block's activations, by module and slot."""
+        return quantizers(self.model.skeleton, self.model.block_name(index) + ".")
+
+    def _forward(self, block: nn.Module, hidden: HiddenStates, calls: list[BlockCall]) -> Callable[[int], Tensor]:
         def forward(batch: int) -> Tensor:
-            return self.model.call_block(block, states.get(batch).to(self.device), calls[batch])
+            return self.model.call_block(block, hidden.get(batch).to(self.device), calls[batch])
 
         return forward
 

@@ -1,0 +1,319 @@
+"""One search for the scales of input channels: AWQ and SmoothQuant differ only in what they count as error.
+
+AWQ: Lin et al. 2023, arXiv:2306.00978. SmoothQuant: Xiao et al. 2022, arXiv:2211.10438. Linears that share an input X
+compute the same from X / s with W · s. Dividing the channels that carry much by s > 1 makes their columns of W larger
+than the others of their group, so they are rounded finer (AWQ), and takes outliers out of the activations
+(SmoothQuant). Both methods look along one family of curves,
+
+    s = x^α / w^(1 − α)   (duo)      or      s = x^α,
+
+x and w being the size of each channel in the input and in the weights, and keep the α with the least error of the
+output. That error needs no forward. With Δ = Q(W·s)/s − W, e = Q(X/s) − X/s and H = XᵀX it is
+
+    tr(Δ H Δᵀ)     for weights that are rounded to the nearest code,
+    Σ_j Δ_j² p_j   for weights that GPTQ follows: what is left of a column's error when later columns make up for it
+                   costs p_j, the squared diagonal of H's Cholesky factor (the variance of channel j given the later
+                   ones). Scaling does not change p in the units of W, so one factorization serves all candidates.
+    ‖e (W·s)ᵀ‖²    more where activations are quantized, on a sample of tokens: rounding of activations depends on
+                   the single token and cannot be had from H. The error of the weights still comes from H, which has
+                   seen all tokens; the two are uncorrelated but for the little that e repeats of X, so they add up.
+
+What makes it cheap: evenly spaced rows stand for all of them, and ranges come from minimum and maximum (and two more
+where the spec searches). No scaling at all is always among the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewbit.config.algorithms import ScaleSearchConfig, SmoothQuantConfig
+from fewbit.config.spec import ACCUMULATING_OBSERVERS, QuantizationSpec
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.numerics import matmul, scales
+from fewbit.numerics.scale_format import nearest_power_of_two, unit_for
+
+ROWS = 128  # of all members together that the error is measured on; twice as many where that takes no product with H
+WORTH_IT = 0.98  # of the loss before: what gains less is within the estimate's own error
+# Shares of the range that are tried where the spec searches its scales, by how those are stored. Floats are as fine
+# everywhere, so a row that few channels dominate gains much from a scale at which these fall on the grid.
+SHARES = {"float": (1.0, 0.9, 0.8), "e4m3": (1.0, 0.85, 1.5), "pof2": (1.0, 0.5), "e8m0": (1.0, 0.5, 2.0)}
+SHARES_OF_FLOATS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+DAMPING = 0.01  # of mean(diag H), as GPTQ's default
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """What was found: the input is divided by `scale`, the weights' columns are multiplied by it."""
+
+    scale: Tensor
+    """[in] float32."""
+    loss: float
+    """Estimated squared error of the output with this scale …"""
+    loss_before: float
+    """… and with none."""
+    alpha: float | None = None
+    """Exponent that was best; None where nothing was better than no scaling (`scale` is all ones)."""
+    duo: bool = False
+    """Whether the weights' sizes took part."""
+
+
+def search_scales(
+    weights: Sequence[Tensor],
+    specs: Sequence[QuantizationSpec],
+    moment: Tensor,
+    config: ScaleSearchConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    input_spec: QuantizationSpec | None = None,
+    sample: Tensor | None = None,
+    tokens: int | None = None,
+    tie: Tensor | None = None,
+    power_of_two: bool = False,
+    compensated: bool = False,
+    rows: int | None = None,
+) -> ScaleSearch:
+    """Scale of the input channels of linears that share one input.
+
+    Args:
+        weights: [out, in] float32 each.
+        specs: how each of them will be quantized.
+        moment: H = XᵀX [in, in] float32 of the unscaled input.
+        config: what is searched. SmoothQuantConfig counts the activations' error as well, if `input_spec` and
+            `sample` are given.
+        dtype: what the checkpoint holds the weights in, which their scales may be stored in.
+        input_spec: how the input will be quantized.
+        sample: some tokens of the input [tokens, in] float32.
+        tokens: how many tokens H holds; needed with `sample`.
+        tie: [in] int64; channels with the same number get the same scale (the query heads that share a value head).
+        power_of_two: only powers of two, which rescale stored numbers exactly.
+        compensated: GPTQ will find the codes.
+        rows: how many rows the error is measured on.
+
+    Returns no scaling (all ones) unless that gains at least 2 % of the loss.
+    """
+    targets = _targets(weights, specs, dtype, rows or (2 * ROWS if compensated else ROWS))
+    smooth = isinstance(config, SmoothQuantConfig)
+    activation = None
+    if smooth and input_spec is not None and sample is not None:
+        if tokens is None:
+            raise ValueError("a token sample stands for all tokens of H: give their number")
+        activation = _Activation(sample, _scoring_spec(input_spec), tokens / sample.shape[0])
+    objective = _Objective(moment, column_costs(moment) if compensated else None, activation)
+
+    before = objective.loss(targets, torch.ones_like(moment[0]))
+    best = ScaleSearch(torch.ones_like(moment[0]), before, before)
+    x = moment.diagonal().clamp(min=0).sqrt()
+    if activation is not None:
+        x = activation.sample.abs().amax(0)
+    w = torch.stack([_column_size(*pair, smooth) for pair in zip(weights, specs, strict=True)]).amax(0)
+    for alpha, duo, scale in _candidates(x, w, config, tie):
+        if power_of_two:
+            scale = nearest_power_of_two(scale)
+        loss = objective.loss(targets, scale)
+        if loss < min(best.loss, WORTH_IT * before):
+            best = ScaleSearch(scale, loss, before, alpha, duo)
+    return best
+
+
+def transform_moment(moment: Tensor, scale: Tensor) -> Tensor:
+    """H (or the drift) of the scaled input: (X/s)ᵀ(X/s) = H / (s sᵀ). [in, in], a new tensor."""
+    by = scale.reciprocal()
+    transformed: Tensor = moment * by.unsqueeze(1) * by
+    return transformed
+
+
+def column_costs(moment: Tensor) -> Tensor:
+    """p [in] float32: what a squared error of each column costs when columns are quantized by falling diag(H) and
+    those still to come make up for it.
+
+    With the columns in that order and J their reversal, J H J = L Lᵀ, and p is diag(L)²: the part of a channel's
+    second moment that later channels do not explain. Falls back to diag(H) where H cannot be factored.
+    """
+    diagonal = moment.diagonal()
+    reverse = diagonal.argsort(descending=True, stable=True).flip(0)
+    damped = moment[reverse][:, reverse]
+    damped.diagonal().add_(DAMPING * diagonal.mean())
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+        return diagonal.clone()
+    costs = torch.empty_like(diagonal)
+    costs[reverse] = lower.diagonal().square()
+    return costs
+
+
+def _candidates(
+    x: Tensor, w: Tensor, config: ScaleSearchConfig, tie: Tensor | None
+) -> Iterator[tuple[float, bool, Tensor]]:
+    """(α, duo, s [in]); channels that carry nothing or meet no weight keep 1, the others 1 in the geometric mean."""
+    if tie is not None:
+        x, w = _tied(x, tie), _tied(w, tie)
+    live = (x > 0) & (w > 0)
+    if not bool(live.any()):
+        return
+    log_x, log_w = x[live].log(), w[live].log()
+    alphas = [step / (config.n_grid - 1) for step in range(config.n_grid)] if config.alpha is None else [config.alpha]
+    for duo in (True, False) if config.duo_scale == "both" else (bool(config.duo_scale),):
+        for alpha in alphas:
+            log_s = alpha * log_x - (1 - alpha) * log_w if duo else alpha * log_x
+            scale = torch.ones_like(x)
+            scale[live] = (log_s - log_s.mean()).exp()
+            yield alpha, duo, scale.clamp_(config.scale_clamp_min, 1 / config.scale_clamp_min)
+
+
+def _tied(x: Tensor, tie: Tensor) -> Tensor:
+    """Root mean square over the channels that are tied, at each of them. [in] → [in]"""
+    count = int(tie.max()) + 1
+    total = torch.zeros(count, dtype=x.dtype, device=x.device).index_add_(0, tie, x.square())
+    size: Tensor = (total / torch.bincount(tie, minlength=count)).sqrt()
+    return size[tie]
+
+
+def _column_size(weight: Tensor, spec: QuantizationSpec, smooth: bool) -> Tensor:
+    """How large each column is [in]: SmoothQuant takes its largest magnitude, which is what coarsens a row's scale;
+    AWQ the mean magnitude in units of its group's largest, which is what rounding is relative to."""
+    magnitude = weight.abs()
+    if smooth:
+        return magnitude.amax(0)
+    _, columns = spec.tiling.tile(*weight.shape)
+    grouped = magnitude.unflatten(1, (-1, columns))  # [out, groups, columns]
+    largest = grouped.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (grouped / largest).mean(0).flatten()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Rows of one linear that stand for all of it."""
+
+    rows: Tensor
+    """[rows, in]."""
+    low: Tensor | None
+    """[tiles along out, in]: least of each column over the rows of a tile; None where tiles are a row high."""
+    high: Tensor | None
+    tile_of_row: Tensor | None
+    """[rows] index into `low`."""
+    extreme: Tensor
+    """[in]: largest magnitude of each column of the whole weight."""
+    columns: int
+    """Of a tile."""
+    spec: QuantizationSpec
+    dtype: torch.dtype
+    stands_for: float
+    """Rows of the linear per row here."""
+
+    def deviation(self, scale: Tensor, importance: Tensor) -> Tensor:
+        """Δ = Q(W·s)/s − W of the rows [rows, in], on the grid with the least Σ Δ² · importance [in] of each tile."""
+        fmt = self.spec.format
+        unit = 1.0
+        if self.spec.scale_type == "e4m3":
+            unit = unit_for(float((self.extreme * scale).max()), fmt)
+        format = self.spec.scale_format(self.dtype, unit)
+        rule = self.spec.grid_rule(format)
+        scaled = (self.rows * scale).unflatten(1, (-1, self.columns))  # [rows, groups, columns]
+        weights = (importance / scale.square()).view(-1, self.columns)
+        if self.low is None or self.high is None:
+            low, high = scaled.aminmax(dim=-1)
+        else:
+            low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
+            high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)
+        best = least = None
+        for share in self._shares():
+            stored, zero = rule.from_range(share * low, share * high)
+            value = format.value(stored)
+            if self.tile_of_row is not None:
+                value = value[self.tile_of_row]
+                zero = None if zero is None else zero[self.tile_of_row]
+            delta = scales.fake_quantize(scaled, value, zero, fmt, self.spec.round_method).sub_(scaled)
+            if len(self._shares()) == 1:
+                best = delta
+                break
+            error = delta.square().mul_(weights).sum(-1, keepdim=True)
+            if best is None or least is None:
+                best, least = delta, error
+            else:
+                best, least = torch.where(error < least, delta, best), torch.minimum(error, least)
+        assert best is not None
+        return best.flatten(1) / scale
+
+    def _shares(self) -> tuple[float, ...]:
+        """Where rows share a scale, or integers have many codes, the range that covers is the best or close to it."""
+        spec = self.spec
+        if spec.observer not in ("search", "mse") or self.tile_of_row is not None or spec.dtype in ("int8", "uint8"):
+            return (1.0,)
+        if spec.format.kind == "float" and spec.scale_type == "float":
+            return SHARES_OF_FLOATS
+        return SHARES.get(spec.scale_type, (1.0,))
+
+
+def _targets(
+    weights: Sequence[Tensor], specs: Sequence[QuantizationSpec], dtype: torch.dtype, rows: int
+) -> list[_Target]:
+    total = sum(weight.shape[0] for weight in weights)
+    targets = []
+    for weight, spec in zip(weights, specs, strict=True):
+        if spec.format.is_cast:
+            continue
+        out = weight.shape[0]
+        count = min(out, max(1, round(rows * out / total)))
+        chosen = torch.arange(count, device=weight.device) * out // count
+        tile_rows, columns = spec.tiling.tile(*weight.shape)
+        low = high = tile_of_row = None
+        if tile_rows > 1:
+            by_tile = weight.unflatten(0, (-1, tile_rows))
+            low, high = by_tile.amin(1), by_tile.amax(1)
+            tile_of_row = chosen // tile_rows
+        extreme = weight.abs().amax(0) if spec.scale_type == "e4m3" else weight[0]
+        picked = weight[chosen].float()
+        targets.append(_Target(picked, low, high, tile_of_row, extreme, columns, spec, dtype, out / count))
+    return targets
+
+
+@dataclass(frozen=True)
+class _Activation:
+    sample: Tensor
+    """[tokens, in]."""
+    spec: QuantizationSpec
+    stands_for: float
+    """Tokens of H per token here."""
+
+    def deviation(self, scale: Tensor) -> Tensor:
+        """e = Q(x/s) − x/s of the sample [tokens, in]."""
+        scaled = self.sample / scale
+        quantized: Tensor = ActivationQuantizer(self.spec)(scaled)
+        return quantized.sub_(scaled)
+
+
+def _scoring_spec(spec: QuantizationSpec) -> QuantizationSpec:
+    """The same grid with a range that the sample tells: a static scale is not known before its input is scaled."""
+    slow = (*ACCUMULATING_OBSERVERS, "mse")
+    return replace(spec, is_dynamic=True, observer="minmax" if spec.observer in slow else spec.observer)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What a scale costs."""
+
+    moment: Tensor
+    costs: Tensor | None
+    """p of the columns where GPTQ follows."""
+    activation: _Activation | None
+
+    def loss(self, targets: list[_Target], scale: Tensor) -> float:
+        """Estimated squared error of the outputs."""
+        importance = self.moment.diagonal() if self.costs is None else self.costs
+        noise = None if self.activation is None else self.activation.deviation(scale)
+        total = 0.0
+        for target in targets:
+            delta = target.deviation(scale, importance)
+            if self.costs is None:
+                error = matmul.linear(self.moment, delta).mul_(delta.T).sum(dtype=torch.float64)
+            else:
+                error = delta.square_().sum(0, dtype=torch.float64) @ self.costs.double()
+            if noise is not None and self.activation is not None:
+                spread = matmul.linear(noise, target.rows * scale)
+                error = error + spread.square_().sum(dtype=torch.float64) * self.activation.stands_for
+            total += float(error) * target.stands_for
+        return total

@@ -1,0 +1,247 @@
+"""Static scales of activations: what many batches have in common.
+
+An observer sees one batch after another and then says which scale to store. One small class for each way:
+
+    minmax           the range of everything that was seen
+    moving-average   the ranges of the batches, averaged: after the first, each batch moves the range by 1 % of the
+                     way to its own (as torch's MovingAverageMinMaxObserver does). The only one whose result depends
+                     on how the data is batched and ordered
+    percentile       the range without its outermost values, symmetric: those of largest magnitude, otherwise half of
+                     them on either side
+    mse, histogram   the range whose grid has the least squared error. Two names of one observer: for batches that are
+                     gone, the error can only be measured on a histogram
+
+Percentiles and errors come from a histogram whose bins do not depend on the data (float_histogram.py), so they are
+the same, bit for bit, however the data is batched. Values are known to 0.1 % (less well beyond 128 scales per
+activation: 3 % at 4096); the two ends of the range are known exactly. Ranges become scales as everywhere
+(numerics/scales.py): on the format's real grid, with the scale as it will be stored.
+
+A dynamic NVFP4 input has a second-level scale that calibration must find: for it, every observer is minmax.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from fewbit.calibration.float_histogram import FloatHistogram
+from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import CalibrationError, ConfigError
+from fewbit.numerics.grouping import Tiling
+from fewbit.numerics.scale_format import unit_for
+from fewbit.numerics.scales import PIECE, GridRule
+from fewbit.tensor import QuantizedActivation
+
+MOVING_AVERAGE_WEIGHT = 0.01  # of the newest batch
+# Shares of the range that are tried: from √2 of it (a power of two may have to be the next one up) down to 1/256, then
+# around the best. Heavy tails are clipped hard at few bits; the error of floats goes up and down within an octave.
+OCTAVES = (*(0.5 - step / 16 for step in range(32)), *(-1.5 - step / 4 for step in range(27)))
+FINER_OCTAVES = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
+
+
+class Observer(ABC):
+    """Accumulates batches of one activation; see `make_observer`."""
+
+    def __init__(self, spec: QuantizationSpec, dtype: torch.dtype = torch.float32) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.low: Tensor | None = None
+        """The range's lower end so far, [tiles along rows, tiles along columns]; None before the first batch."""
+        self.high: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> None:
+        self.update(x)
+
+    def update(self, x: Tensor) -> None:
+        """Take a batch [..., channels] of any float dtype into account; an empty one changes nothing."""
+        if x.numel() == 0:
+            return
+        # a dynamic spec finds the scales of its tiles later; only their second level, one per tensor, is observed
+        tiling = Tiling(rows=0, columns=0) if self.spec.is_dynamic else self.spec.tiling
+        tiles = tiling.split(x.detach().reshape(-1, x.shape[-1]).float())
+        if self.low is not None and self.low.shape != tiles.shape[:-1]:
+            raise CalibrationError(
+                f"a batch of {tuple(x.shape)} has {tuple(tiles.shape[:-1])} scales, batches before it had "
+                f"{tuple(self.low.shape)}; a static {self.spec.qscheme} scale needs batches of one width"
+            )
+        self.accumulate(tiles, *tiles.aminmax(dim=-1))
+
+    def accumulate(self, tiles: Tensor, low: Tensor, high: Tensor) -> None:
+        """Take tiles [rows, columns, n] float32 and their range [rows, columns] into account."""
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def result(self, name: str = "an activation") -> QuantizedActivation:
+        """What calibration found. CalibrationError, which names the activation, if there is nothing to go by.
+
+        Where some tiles were always zero (dead channels), they get the range of the whole tensor.
+        """
+        if self.low is None or self.high is None:
+            raise CalibrationError(
+                f"{name} saw no data in calibration, so its static scale is unknown; "
+                "use calibration data that reaches it, is_dynamic=True, or exclude it"
+            )
+        low, high = self.low, self.high
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise CalibrationError(f"{name} holds NaN or infinity in calibration; is the model damaged?")
+        zero = (low == 0) & (high == 0)
+        if bool(zero.all()):
+            raise CalibrationError(
+                f"{name} was zero throughout calibration, so its static scale is unknown; "
+                "use other calibration data, is_dynamic=True, or exclude it"
+            )
+        low, high = torch.where(zero, low.min(), low), torch.where(zero, high.max(), high)
+        unit = 1.0
+        if self.spec.scale_type == "e4m3":
+            unit = unit_for(float(torch.maximum(high, -low).max()), self.spec.format)
+        if self.spec.is_dynamic:
+            return QuantizedActivation(self.spec, global_scale=unit)
+        scale, zero_point = self.find(self.spec.grid_rule(self.spec.scale_format(self.dtype, unit)), low, high)
+        return QuantizedActivation(self.spec, scale, zero_point, unit)
+
+    @abstractmethod
+    def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Stored scale and zero point given the range of all data."""
+
+
+class MinMaxObserver(Observer):
+    """The range of everything."""
+
+    def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        return rule.from_range(low, high)
+
+
+class MovingAverageObserver(MinMaxObserver):
+    """The average of the batches' ranges, `weight` being that of the newest."""
+
+    def __init__(
+        self, spec: QuantizationSpec, dtype: torch.dtype = torch.float32, weight: float = MOVING_AVERAGE_WEIGHT
+    ) -> None:
+        super().__init__(spec, dtype)
+        self.weight = weight
+
+    def accumulate(self, tiles: Tensor, low: Tensor, high: Tensor) -> None:
+        self.low = low if self.low is None else self.low + self.weight * (low - self.low)
+        self.high = high if self.high is None else self.high + self.weight * (high - self.high)
+
+
+class HistogramObserver(Observer):
+    """Base of those that need more than the range."""
+
+    histogram: FloatHistogram | None = None
+    count: int = 0
+    """Values of each tile."""
+
+    def accumulate(self, tiles: Tensor, low: Tensor, high: Tensor) -> None:
+        super().accumulate(tiles, low, high)
+        if self.histogram is None:
+            self.histogram = FloatHistogram(low.numel(), low.device)
+        self.histogram.add(tiles.reshape(low.numel(), -1))
+        self.count += tiles.shape[-1]
+
+    def seen(self) -> FloatHistogram:
+        assert self.histogram is not None, "result() comes after data"
+        return self.histogram
+
+
+class PercentileObserver(HistogramObserver):
+    """The range that holds `spec.percentile` percent of the values."""
+
+    def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        last = self.count - 1
+        outside = (100.0 - rule.percentile) / 100.0 * last
+        histogram = self.seen()
+        if rule.symmetric:
+            inside = histogram.magnitude_at(last - round(outside)).view_as(low)
+            inside = torch.minimum(inside, torch.maximum(high, -low))
+            return rule.from_range(-inside, inside)
+        bottom = histogram.value_at(round(outside / 2), upper=False).view_as(low)
+        top = histogram.value_at(last - round(outside / 2), upper=True).view_as(low)
+        return rule.from_range(torch.maximum(bottom, low), torch.minimum(top, high))
+
+
+class LeastErrorObserver(HistogramObserver):
+    """The range with the least squared error."""
+
+    def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        points, counts = self.seen().points()
+        ends = low.flatten(), high.flatten()
+        at_once = max(1, PIECE // max(1, points.numel()))
+        scales, zeros = [], []
+        for start in range(0, low.numel(), at_once):
+            piece = slice(start, start + at_once)
+            part_low, part_high = ends[0][piece], ends[1][piece]
+            # no value lies outside the range, whatever the width of the bins at its ends
+            tiles = points.expand(part_low.numel(), -1).clamp(part_low.unsqueeze(-1), part_high.unsqueeze(-1))
+            scale, zero = least_error(rule, tiles, counts[piece], part_low, part_high)
+            scales.append(scale)
+            zeros.append(zero)
+        zero_point = None if rule.symmetric else torch.cat([zero for zero in zeros if zero is not None]).view_as(low)
+        return torch.cat(scales).view_as(low), zero_point
+
+
+def least_error(
+    rule: GridRule, tiles: Tensor, importance: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Stored scale [tiles] and zero point of the range, within [low, high], that has the least weighted error.
+
+    `tiles`, `importance` [tiles, n] float32, `low`, `high` [tiles]. Shares of the range are tried from large to small,
+    for affine grids then of each end alone. The whole range is tried first, so the result is never worse than minmax.
+    """
+    shares = [torch.zeros_like(low), torch.zeros_like(high)]  # octaves of the best range, relative to the whole one
+    stored, zero = rule.from_range(low, high)
+    scale = rule.scale.value(stored)
+    error = rule.error(tiles, scale, zero, importance)
+
+    def consider(octaves_low: Tensor, octaves_high: Tensor) -> None:
+        nonlocal scale, zero, error
+        stored, other_zero = rule.from_range(low * octaves_low.exp2(), high * octaves_high.exp2())
+        other = rule.scale.value(stored)
+        other_error = rule.error(tiles, other, other_zero, importance)
+        better = other_error < error
+        scale, error = torch.where(better, other, scale), torch.where(better, other_error, error)
+        if zero is not None and other_zero is not None:
+            zero = torch.where(better, other_zero, zero)
+        shares[:] = [torch.where(better, octaves_low, shares[0]), torch.where(better, octaves_high, shares[1])]
+
+    for octaves in OCTAVES:
+        consider(torch.full_like(low, octaves), torch.full_like(high, octaves))
+    if not rule.symmetric:
+        for octaves in OCTAVES:
+            consider(torch.full_like(low, octaves), shares[1])
+        for octaves in OCTAVES:
+            consider(shares[0], torch.full_like(high, octaves))
+    for step in FINER_OCTAVES:
+        around_low, around_high = shares
+        for signed in (-step, step):
+            consider(around_low + signed, around_high + signed)
+            if not rule.symmetric:
+                consider(around_low + signed, around_high)
+                consider(around_low, around_high + signed)
+    return rule.scale.store(scale), zero
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "minmax": MinMaxObserver,
+    "moving-average": MovingAverageObserver,
+    "percentile": PercentileObserver,
+    "histogram": LeastErrorObserver,
+    "mse": LeastErrorObserver,
+}
+
+
+def make_observer(spec: QuantizationSpec, dtype: torch.dtype = torch.float32) -> Observer:
+    """The observer that `spec` asks for, for a model whose weights are of `dtype` (which scales are then stored in).
+
+    It works for every granularity whose scales stay the same from batch to batch. ConfigError if the spec needs no
+    data, or its observer is for weights.
+    """
+    if not spec.needs_data:
+        raise ConfigError(f"an activation of {spec.dtype} with is_dynamic={spec.is_dynamic} has nothing to calibrate")
+    if spec.is_dynamic:
+        return MinMaxObserver(spec, dtype)
+    if spec.observer not in OBSERVERS:
+        raise ConfigError(f"observer {spec.observer} is for weights; static activations take {', '.join(OBSERVERS)}")
+    return OBSERVERS[spec.observer](spec, dtype)

@@ -1,0 +1,263 @@
+"""Recorded files become a calibration set: what a block was called with, one item per sequence.
+
+A recording is a table of lists: {"model_input": [prefill, decode step, decode step, …], "model_pos_embed": […], …}.
+A step is a tensor, or a tuple of tensors. In safetensors a step is named KEY:STEP or KEY:STEP:PART, and the metadata
+say how many there are. The steps of one sequence are joined along its tokens, since what enters a causal block is the
+same whether the tokens came at once or one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fewbit import io
+from fewbit.checkpoint.files import write_safetensors
+from fewbit.errors import CalibrationError, CheckpointError
+
+Step = Tensor | tuple[Tensor, ...]
+Recording = Mapping[str, Sequence[Step]]
+Item = dict[str, Any]
+"""{"input_tensor": [batch, tokens, channels], "kwargs": {…}} and, if they were recorded, "input_ids"."""
+
+INPUT, POSITION_EMBEDDINGS, POSITION_IDS = "model_input", "model_pos_embed", "model_position_ids"
+INPUT_IDS, ATTENTION_MASK, OUTPUT, LINEAR_INPUT = (
+    "model_input_ids",
+    "model_attention_mask",
+    "model_output",
+    "linear_input",
+)
+FORMAT = "fewbit-recording"
+SUFFIXES = (".safetensors", *io.TORCH_SUFFIXES, *io.PICKLE_SUFFIXES)
+
+
+def write_recording(recording: Recording, path: Path, *, allow_pickle: bool = False) -> None:
+    """Store a recording as safetensors, or by another suffix as `io.dump` does."""
+    if path.suffix != ".safetensors":
+        io.dump({key: list(steps) for key, steps in recording.items()}, path, allow_pickle=allow_pickle)
+        return
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, list[int]] = {}
+    for key, steps in recording.items():
+        parts[key] = [len(step) if isinstance(step, tuple) else 0 for step in steps]
+        for number, step in enumerate(steps):
+            named = {f":{part}": tensor for part, tensor in enumerate(step)} if isinstance(step, tuple) else {"": step}
+            tensors |= {f"{key}:{number}{suffix}": tensor for suffix, tensor in named.items()}
+    write_safetensors(path, tensors, {"format": FORMAT, "steps": json.dumps(parts)})
+
+
+def read_recording(
+    path: str | Path, keys: Iterable[str] | None = None, steps: range | None = None, *, allow_pickle: bool = False
+) -> dict[str, list[Step]]:
+    """What was recorded under `keys` (all if None) in `steps` (all if None); a key that is not there is left out.
+
+    Raises CheckpointError for a file that cannot be read, CalibrationError for one that holds no recording.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return _checked(io.load(path, allow_pickle=allow_pickle), path, keys, steps)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CalibrationError(f"{path} holds no recording; DataRecorder.save_inputs writes one")
+            found: dict[str, list[Step]] = {}
+            for key, parts in json.loads(metadata["steps"]).items():
+                if keys is None or key in keys:
+                    found[key] = [
+                        tuple(file.get_tensor(f"{key}:{number}:{part}") for part in range(parts[number]))
+                        if parts[number]
+                        else file.get_tensor(f"{key}:{number}")
+                        for number in (range(len(parts)) if steps is None else steps)
+                    ]
+            return found
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+class DefaultDataset(Dataset[Item]):
+    """Recorded sequences, read when they are asked for.
+
+    Args:
+        files: a directory of recordings, files, or recordings in memory (`DataRecorder.recorded`).
+        num_samples: how many sequences to choose at random by `seed`; None, or more than there are, takes all.
+        key: what to take as input: "model_input", "model_input.NAME" of a named module, "linear_input.NAME", …
+        allow_pickle: read pickles, which can run code.
+    """
+
+    def __init__(
+        self,
+        files: str | Path | Sequence[str | Path | Recording],
+        num_samples: int | None = None,
+        seed: int = 0,
+        *,
+        key: str = INPUT,
+        allow_pickle: bool = False,
+    ) -> None:
+        self.key = key
+        self._allow_pickle = allow_pickle
+        sequences = [
+            (source, steps)
+            for source in _sources(files)
+            for steps in _sequences(self._read(source, (key, *self._beside(POSITION_IDS))), key, source)
+        ]
+        if num_samples is not None and num_samples < 1:
+            raise CalibrationError(f"num_samples must be at least 1, not {num_samples}")
+        if num_samples is not None and num_samples < len(sequences):
+            order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+            sequences = [sequences[index] for index in order[:num_samples].sort().values.tolist()]
+        self._chosen = sequences
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Item:
+        """One sequence.
+
+        input_tensor: [batch, tokens, channels], prefill and decode steps joined.
+        kwargs: what was recorded of position_ids [batch, tokens], position_embeddings (a tuple of
+        [batch, tokens, head_dim]) and, where tokens are padding, attention_mask bool [batch, tokens].
+        input_ids: [batch, tokens], if they were recorded.
+        """
+        source, steps = self._chosen[index]
+        keys = (self.key, *self._beside(POSITION_IDS, POSITION_EMBEDDINGS, INPUT_IDS, ATTENTION_MASK))
+        recording = self._read(source, keys, steps)
+        for name, found in recording.items():
+            if len(found) != len(steps):
+                raise _unlike_steps(source, self.key, name)
+        inputs = _joined(recording[self.key], 1)
+        item: Item = {"input_tensor": inputs, "kwargs": {}}
+        for name, found in recording.items():
+            if name.startswith(POSITION_IDS):
+                item["kwargs"]["position_ids"] = _for_batch(_joined(found, -1), inputs.shape[0])
+            elif name.startswith(POSITION_EMBEDDINGS):
+                item["kwargs"]["position_embeddings"] = _embeddings(found, inputs.shape[0])
+            elif name == INPUT_IDS:
+                item["input_ids"] = _joined(found, 1)
+            elif name == ATTENTION_MASK:
+                mask = found[-1]  # the last step's covers those before it
+                if isinstance(mask, Tensor) and mask.shape == inputs.shape[:2] and not bool(mask.all()):
+                    item["kwargs"]["attention_mask"] = mask.bool()
+        return item
+
+    def _beside(self, *keys: str) -> list[str]:
+        """Keys of what was recorded in the same calls; none of them for inputs of linears."""
+        if self.key == INPUT:
+            return list(keys)
+        if not self.key.startswith(f"{INPUT}."):
+            return []
+        suffix = self.key.removeprefix(INPUT)
+        return [key + suffix if key in (POSITION_IDS, POSITION_EMBEDDINGS) else key for key in keys]
+
+    def _read(
+        self, source: Path | Recording, keys: Sequence[str], steps: range | None = None
+    ) -> dict[str, list[Step]]:
+        if isinstance(source, Path):
+            return read_recording(source, keys, steps, allow_pickle=self._allow_pickle)
+        return _checked(source, "the recording", keys, steps)
+
+
+def build_calib_dataset_inputs(
+    files_or_dir: str | Path | Sequence[str | Path | Recording],
+    num_samples: int | None = None,
+    seed: int = 0,
+    *,
+    key: str = INPUT,
+    allow_pickle: bool = False,
+) -> list[Item]:
+    """The items of a DefaultDataset in memory: the inputs of `run_gptq_for_sequential_layers`."""
+    dataset = DefaultDataset(files_or_dir, num_samples, seed, key=key, allow_pickle=allow_pickle)
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def _sources(files: str | Path | Sequence[str | Path | Recording]) -> list[Path | Recording]:
+    if isinstance(files, Mapping):
+        return [files]
+    if not isinstance(files, str | Path):
+        sources = [source if isinstance(source, Mapping) else Path(source) for source in files]
+    elif Path(files).is_dir():
+        sources = [path for path in sorted(Path(files).iterdir()) if path.suffix in SUFFIXES]
+    else:
+        sources = [Path(files)]
+    if not sources:
+        raise CalibrationError(f"there are no recordings in {files}; DataRecorder.save_inputs writes them")
+    return sources
+
+
+def _sequences(recording: Recording, key: str, source: Path | Recording) -> list[range]:
+    """Which steps make up one sequence each.
+
+    With position ids a step goes on where every row's positions do; without them where there is one token per row.
+    """
+    if not recording.get(key):
+        name = source if isinstance(source, Path) else "the recording"
+        raise CalibrationError(f"{name} holds no {key!r}; register it with the DataRecorder before the model runs")
+    steps = recording[key]
+    positions = next((steps for name, steps in recording.items() if name != key), None)
+    if positions is not None and len(positions) != len(steps):
+        raise _unlike_steps(source, key, POSITION_IDS)
+    starts = []
+    for number, step in enumerate(steps):
+        assert isinstance(step, Tensor)
+        before = steps[number - 1]
+        assert isinstance(before, Tensor)
+        if number == 0 or step.ndim != 3 or step.shape[0] != before.shape[0]:
+            goes_on = False
+        elif positions is not None:
+            here, there = positions[number], positions[number - 1]
+            assert isinstance(here, Tensor)
+            assert isinstance(there, Tensor)
+            goes_on = here.shape[:-1] == there.shape[:-1] and bool((here[..., 0] == there[..., -1] + 1).all())
+        else:
+            goes_on = step.shape[1] == 1
+        if not goes_on:
+            starts.append(number)
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(steps)], strict=True)]
+
+
+def _checked(data: Any, name: object, keys: Iterable[str] | None, steps: range | None) -> dict[str, list[Step]]:
+    """A recording that may have been made by something else; tuples may be lists there."""
+    if not isinstance(data, Mapping) or not all(isinstance(found, list | tuple) for found in data.values()):
+        raise CalibrationError(f"{name} holds no recording: a table of lists of tensors, like DataRecorder's")
+    found = {}
+    for key, recorded in data.items():
+        if keys is None or key in keys:
+            chosen = recorded if steps is None else recorded[steps.start : steps.stop]
+            found[key] = [step if isinstance(step, Tensor) else tuple(step) for step in chosen]
+            parts = [part for step in found[key] for part in ([step] if isinstance(step, Tensor) else step)]
+            if not all(isinstance(part, Tensor) for part in parts):
+                raise CalibrationError(f"{name} holds no recording: there is more than tensors in {key!r}")
+    return found
+
+
+def _unlike_steps(source: Path | Recording, key: str, other: str) -> CalibrationError:
+    name = source if isinstance(source, Path) else "the recording"
+    return CalibrationError(
+        f"{name} does not hold as many steps of {other!r} as of {key!r}; register both before the model runs"
+    )
+
+
+def _embeddings(steps: Sequence[Step], batch: int) -> Tensor | tuple[Tensor, ...]:
+    """Position embeddings of a sequence: cosine and sine [batch, tokens, head_dim], or whatever the model has."""
+    if isinstance(steps[0], Tensor):
+        return _for_batch(_joined(steps, -2), batch)
+    return tuple(_for_batch(_joined(part, -2), batch) for part in zip(*steps, strict=True))
+
+
+def _joined(steps: Sequence[Any], dim: int) -> Tensor:
+    """Steps one after another along the tokens."""
+    return steps[0] if len(steps) == 1 else torch.cat(list(steps), dim)
+
+
+def _for_batch(x: Tensor, batch: int) -> Tensor:
+    """A tensor that all rows share, for each of them: [1, …] → [batch, …]."""
+    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x

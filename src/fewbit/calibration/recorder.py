@@ -1,0 +1,299 @@
+"""Records what flows through a module while the user runs their own generation or evaluation loop.
+
+    with DataRecorder(model) as recorder:            # the first block's input and positions, and the token ids
+        model.generate(**prompt)
+        recorder.save_inputs("recordings")
+
+Every call of a module is a step: a prefill and its decode steps are kept as a list, as they come. `recorded.py` reads
+the files.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fewbit.calibration.recorded import (
+    ATTENTION_MASK,
+    INPUT,
+    INPUT_IDS,
+    LINEAR_INPUT,
+    OUTPUT,
+    POSITION_EMBEDDINGS,
+    POSITION_IDS,
+    SUFFIXES,
+    Step,
+    write_recording,
+)
+from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
+from fewbit.models.forward_manager import first_tensor
+
+Modules = str | nn.Module | Sequence[str | nn.Module] | None
+"""A module or its name in the model; several of them; or None for what the method says."""
+
+
+class DataRecorder:
+    """Copies what goes in and out of modules, without changing it.
+
+    One module is recorded under "model_input", "model_output" …; of a list of modules each under "model_input.NAME".
+
+    Args:
+        model: any module; those to be recorded are inside it.
+        device: where recorded tensors are kept.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self.recorded: dict[str, list[Step]] = {}
+        """What was recorded since the last `clear_inputs`: steps by key."""
+        self._hooks: dict[str, tuple[str, RemovableHandle]] = {}
+        """Kind and hook by key."""
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def register_input_hooks(self, modules: Modules = None) -> None:
+        """Record the first input of modules (default: the first block). Key: model_input."""
+        for suffix, module in self._chosen(modules, first=True):
+            self._before(INPUT, INPUT + suffix, module, _first_input)
+
+    def register_pos_embed_hooks(self, modules: Modules = None) -> None:
+        """Record the position embeddings and position ids that blocks are called with (default: the first block).
+
+        A rotary embedding works as well: its output is recorded. Keys: model_pos_embed, model_position_ids.
+        """
+        for suffix, module in self._chosen(modules, first=True):
+            if "position_embeddings" in inspect.signature(module.forward).parameters:
+                self._before(
+                    POSITION_EMBEDDINGS,
+                    POSITION_EMBEDDINGS + suffix,
+                    module,
+                    lambda module, arguments: _parts(arguments.get("position_embeddings")),
+                )
+            elif _has_linears(module):
+                raise ArchitectureError(
+                    f"{type(module).__name__} takes no position_embeddings, so none can be recorded"
+                )
+            else:
+                self._after(POSITION_EMBEDDINGS, POSITION_EMBEDDINGS + suffix, module, _parts)
+            self._before(
+                POSITION_EMBEDDINGS,
+                POSITION_IDS + suffix,
+                module,
+                lambda module, arguments: _tensor(arguments.get("position_ids")),
+            )
+
+    def register_linear_input_hooks(self, modules: Modules = None) -> None:
+        """Record the input of every linear in modules (default: in the model). Keys: linear_input.NAME."""
+        for _, module in self._chosen(modules, whole=True):
+            linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
+            if not linears:
+                raise ArchitectureError(f"there is no linear in {type(module).__name__}, so no input can be recorded")
+            for linear in linears:
+                self._before(LINEAR_INPUT, f"{LINEAR_INPUT}.{self._names[linear]}", linear, _first_input)
+
+    def register_input_ids_hooks(self, modules: Modules = None) -> None:
+        """Record token ids, and the attention mask that tells padding (default: of the model's own call).
+
+        Keys: model_input_ids, model_attention_mask (an empty tensor for a step without one).
+        """
+        for suffix, module in self._chosen(modules, whole=True):
+            self._before(
+                INPUT_IDS,
+                INPUT_IDS + suffix,
+                module,
+                lambda module, arguments: _tensor(arguments.get("input_ids")),
+            )
+            self._before(INPUT_IDS, ATTENTION_MASK + suffix, module, lambda module, arguments: _mask(arguments))
+
+    def register_output_hooks(self, modules: Modules = None) -> None:
+        """Record the (first) output tensor of modules (default: the last block). Key: model_output."""
+        for suffix, module in self._chosen(modules, first=False):
+            self._after(OUTPUT, OUTPUT + suffix, module, first_tensor)
+
+    def save_inputs(self, path: str | Path, *, allow_pickle: bool = False) -> Path:
+        """Store what was recorded in a file, or in the next free sample-NUMBER.safetensors of a directory.
+
+        Returns the file. Other suffixes than .safetensors are those of `fewbit.io.dump`; .pkl needs `allow_pickle`.
+        CalibrationError if nothing was recorded.
+        """
+        # not every model hands its blocks position ids, and not every expert sees a token
+        required = [key for key in self.recorded if not key.startswith((LINEAR_INPUT, POSITION_IDS))]
+        missing = [key for key in required if not self.recorded[key]]
+        if missing or not any(self.recorded.values()):
+            what = f"for {missing[0]!r}" if missing else "(no hook is registered)" if not self.recorded else "at all"
+            raise CalibrationError(f"nothing was recorded {what}; run the model between registering hooks and saving")
+        path = Path(path)
+        if path.suffix not in SUFFIXES:
+            if path.is_file():
+                raise ConfigError(f"{path} is a file; give a directory, or a file that ends in {', '.join(SUFFIXES)}")
+            path.mkdir(parents=True, exist_ok=True)
+            path = _next_file(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_recording({key: steps for key, steps in self.recorded.items() if steps}, path, allow_pickle=allow_pickle)
+        return path
+
+    def clear_inputs(self) -> None:
+        """Forget what was recorded; hooks stay."""
+        for steps in self.recorded.values():
+            steps.clear()
+
+    def remove_input_hooks(self) -> None:
+        """Stop recording inputs. What was recorded stays, here and below."""
+        self._remove(INPUT)
+
+    def remove_pos_embed_hooks(self) -> None:
+        """Stop recording position embeddings and position ids."""
+        self._remove(POSITION_EMBEDDINGS)
+
+    def remove_linear_input_hooks(self) -> None:
+        """Stop recording the inputs of linears."""
+        self._remove(LINEAR_INPUT)
+
+    def remove_input_ids_hooks(self) -> None:
+        """Stop recording token ids."""
+        self._remove(INPUT_IDS)
+
+    def remove_output_hooks(self) -> None:
+        """Stop recording outputs."""
+        self._remove(OUTPUT)
+
+    def remove_hooks(self) -> None:
+        """Stop recording."""
+        for kind in {kind for kind, _ in self._hooks.values()}:
+            self._remove(kind)
+
+    def __enter__(self) -> DataRecorder:
+        """Record; if nothing was registered, what a calibration set needs: input, positions, token ids."""
+        if not self._hooks:
+            block = _blocks(self.model)[0]
+            self.register_input_hooks(block)
+            if "position_embeddings" in inspect.signature(block.forward).parameters:
+                self.register_pos_embed_hooks(block)
+            if "input_ids" in inspect.signature(self.model.forward).parameters:
+                self.register_input_ids_hooks()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove_hooks()
+
+    def _chosen(self, modules: Modules, *, first: bool = True, whole: bool = False) -> Iterator[tuple[str, nn.Module]]:
+        """Modules to record, each with what its keys end in."""
+        if modules is None:
+            yield "", self.model if whole else _blocks(self.model)[0 if first else -1]
+        elif isinstance(modules, str | nn.Module):
+            yield "", self._module(modules)
+        else:
+            for module in map(self._module, modules):
+                yield f".{self._names[module]}", module
+
+    def _module(self, module: str | nn.Module) -> nn.Module:
+        if isinstance(module, nn.Module):
+            if module not in self._names:
+                raise ArchitectureError(f"this {type(module).__name__} is no part of the {type(self.model).__name__}")
+            return module
+        try:
+            return self.model.get_submodule(module)
+        except AttributeError:
+            names = [name for name in self._names.values() if name]
+            close = nearest(module, names) if len(names) < 1000 else ""
+            raise ArchitectureError(f"{type(self.model).__name__} has no module {module!r}{close[:200]}") from None
+
+    def _before(
+        self, kind: str, key: str, module: nn.Module, find: Callable[[nn.Module, dict[str, Any]], Step | None]
+    ) -> None:
+        """Record what `find` takes from the arguments of a call."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._keep(key, find(module, _arguments(module, args, kwargs)))
+
+        self._add(kind, key, lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, kind: str, key: str, module: nn.Module, find: Callable[[Any], Step | None]) -> None:
+        """Record what `find` takes from the output of a call."""
+        self._add(
+            kind,
+            key,
+            lambda: module.register_forward_hook(lambda module, args, output: self._keep(key, find(output))),
+        )
+
+    def _add(self, kind: str, key: str, register: Callable[[], RemovableHandle]) -> None:
+        if key in self._hooks:
+            raise ConfigError(f"{key!r} is recorded already; give several modules as one list, or remove its hooks")
+        self.recorded.setdefault(key, [])
+        self._hooks[key] = (kind, register())
+
+    def _remove(self, kind: str) -> None:
+        for key in [key for key, (kind_of_key, _) in self._hooks.items() if kind_of_key == kind]:
+            self._hooks.pop(key)[1].remove()
+
+    def _keep(self, key: str, step: Step | None) -> None:
+        if isinstance(step, tuple):
+            self.recorded[key].append(tuple(self._copy(part) for part in step))
+        elif step is not None:
+            self.recorded[key].append(self._copy(step))
+
+    def _copy(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.device, copy=True).contiguous()
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, in order."""
+    try:
+        named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # the forward was replaced by something that does not say what it takes
+        named = {f"argument {number}": value for number, value in enumerate(args)}
+    return {**named, **kwargs}
+
+
+def _first_input(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+    values = [part for value in arguments.values() for part in (value if isinstance(value, tuple) else (value,))]
+    found = next((value for value in values if isinstance(value, Tensor)), None)
+    if found is None:
+        raise CalibrationError(f"{type(module).__name__} was called without a tensor, so there is no input to record")
+    return found
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _parts(value: Any) -> Step | None:
+    if isinstance(value, list | tuple):
+        return tuple(part for part in value if isinstance(part, Tensor))
+    return _tensor(value)
+
+
+def _mask(arguments: Mapping[str, Any]) -> Tensor:
+    mask = arguments.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else torch.empty(0, dtype=torch.bool)
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of like layers with the most parameters."""
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and _has_linears(module)
+    ]
+    if not lists:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no list of like blocks; say which modules to record, by name or as modules"
+        )
+    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _next_file(directory: Path) -> Path:
+    """sample-00000.safetensors, or the number after the last one there is."""
+    numbers = [int(number) for path in directory.glob("sample-*") if (number := path.stem.partition("-")[2]).isdigit()]
+    return directory / f"sample-{max(numbers, default=-1) + 1:05d}.safetensors"

@@ -1,0 +1,182 @@
+"""The methods and their options. A recipe lists them in order: at most one search for scales, then one for codes.
+
+Quark's and llm-compressor's names for options are understood (`damp_percent`, `desc_act`, `scaling_layers` …).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fewbit.config.validation import config_class
+from fewbit.errors import ConfigError, nearest
+
+
+@config_class
+class ScalingLayer:
+    """Linears that share an input, and the layer before them whose output channels can be divided."""
+
+    prev_op: str
+    """Norm or linear before them, by its name inside a block ("input_layernorm", "self_attn.v_proj")."""
+    layers: tuple[str, ...]
+    """The linears, by their names inside a block."""
+
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(
+        lambda fields: {
+            name: value
+            for name, value in fields.items()
+            # Quark says here where to measure the loss; here it follows from H
+            if name not in ("inp", "module2inspect", "has_kwargs", "condition", "help")
+        }
+    )
+
+
+@config_class
+class RTNConfig:
+    """Round to nearest: every weight goes to the nearest code of its group's grid."""
+
+    name: Literal["rtn"] = "rtn"
+
+
+def _translate_gptq(fields: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(fields)
+    for theirs in ("damp_percent", "damp"):
+        if theirs in fields:
+            fields["damping"] = fields.pop(theirs)
+    if "blocksize" in fields:
+        fields["block_size"] = fields.pop("blocksize")
+    if "desc_act" in fields:
+        fields["order"] = "activation" if fields.pop("desc_act") else "none"
+    if "quantization_order" in fields:
+        fields["order"] = {"default": "none"}.get(fields["quantization_order"], fields.pop("quantization_order"))
+    if fields.pop("static_groups", True) is False and fields.get("order", "activation") != "none":
+        raise ConfigError("static_groups=False moves columns between groups (g_idx), which no engine reads any more")
+    if fields.pop("true_sequential", True) is False:
+        raise ConfigError("true_sequential=False is not offered: calibration here is always true-sequential")
+    for theirs in ("inside_layer_modules", "model_decoder_layers", "embedding_layers"):
+        fields.pop(theirs, None)  # found in the architecture
+    return fields
+
+
+@config_class
+class GPTQConfig:
+    """GPTQ (Frantar et al. 2022): columns one after another, the error of each moved into those still to come."""
+
+    name: Literal["gptq"] = "gptq"
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to H's diagonal, as a share of its mean; raised tenfold while H cannot be factored."""
+    order: Literal["activation", "none", "group-aware"] = "activation"
+    """Order in which columns get their codes. activation: by falling diag(H); groups stay where they are (no g_idx).
+    group-aware: groups by their mean diag(H), columns by diag(H) inside a group. none: left to right."""
+    block_size: Annotated[int, Field(gt=0)] = 128
+    """Columns per lazy update: speed only, the result does not depend on it but for rounding."""
+    drift: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the inputs' drift that the weights make up for: the inputs come from quantized layers and are not what
+    they would be in the full-precision model. 0.5 is much more accurate, but the full-precision forward then runs
+    beside the quantized one, which takes about 1.9 times as long. 0 turns it off."""
+    drift_data: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the calibration batches on which the drift is measured; less is faster."""
+    refits: Annotated[int, Field(ge=0, le=10)] = 1
+    """How often the codes are found again after the scales were fitted to them (observer "search" only)."""
+
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_gptq)
+
+
+def _translate_search(fields: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(fields)
+    for theirs, ours in (("duo_scaling", "duo_scale"), ("smoothing_strength", "alpha")):
+        if theirs in fields:
+            fields[ours] = fields.pop(theirs)
+    for theirs in ("model_decoder_layers", "embedding_layers"):
+        fields.pop(theirs, None)  # found in the architecture
+    return fields
+
+
+@config_class
+class AWQConfig:
+    """Scales of input channels by the weights' quantization error (Lin et al. 2023, arXiv:2306.00978)."""
+
+    name: Literal["awq"] = "awq"
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Exponent of the activations in s = x^alpha / w^(1 − alpha); None searches it."""
+    duo_scale: bool | Literal["both"] = "both"
+    """Whether the weights take part (w's exponent 1 − alpha) or not (0); "both" tries either."""
+    n_grid: Annotated[int, Field(ge=2, le=100)] = 10
+    """Values of alpha that are tried between 0 and 1."""
+    clip: bool = False
+    """Also search the range of each group by the same loss, before codes are found. (The observer "search" of a spec
+    and GPTQ do that anyway.)"""
+    scale_clamp_min: Annotated[float, Field(gt=0)] = 1e-4
+    """No channel is scaled by less."""
+    scaling_layers: tuple[ScalingLayer, ...] | None = None
+    """Which layer before which linears is scaled; None takes what the architecture says."""
+
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_search)
+
+
+@config_class
+class SmoothQuantConfig:
+    """Scales of input channels by the error of weights and activations (Xiao et al. 2022, arXiv:2211.10438)."""
+
+    name: Literal["smoothquant"] = "smoothquant"
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Exponent of the activations in s = x^alpha / w^(1 − alpha); None searches it."""
+    duo_scale: bool | Literal["both"] = True
+    """As for AWQ."""
+    n_grid: Annotated[int, Field(ge=2, le=100)] = 10
+    """Values of alpha that are tried between 0 and 1."""
+    scale_clamp_min: Annotated[float, Field(gt=0)] = 1e-3
+    """No channel is scaled by less."""
+    sample_tokens: Annotated[int, Field(gt=0)] = 512
+    """Tokens of the input that are kept to measure the activations' error on."""
+    scaling_layers: tuple[ScalingLayer, ...] | None = None
+    """Which layer before which linears is scaled; None takes what the architecture says."""
+
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_search)
+
+
+CodeConfig = RTNConfig | GPTQConfig
+ScaleSearchConfig = AWQConfig | SmoothQuantConfig
+AlgorithmConfig = RTNConfig | GPTQConfig | AWQConfig | SmoothQuantConfig
+ALGORITHMS: dict[str, type[RTNConfig] | type[GPTQConfig] | type[AWQConfig] | type[SmoothQuantConfig]] = {
+    "rtn": RTNConfig,
+    "gptq": GPTQConfig,
+    "awq": AWQConfig,
+    "smoothquant": SmoothQuantConfig,
+}
+
+
+def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
+    """Algorithms from a name, names joined by "+" ("awq+gptq"), a name with options ({name: gptq, damping: 0.02}), a
+    config object, or a list of these. ConfigError for an order that makes no sense."""
+    parts = value if isinstance(value, list | tuple) else value.split("+") if isinstance(value, str) else [value]
+    found = tuple(_algorithm(part) for part in parts)
+    searches = [config for config in found if isinstance(config, ScaleSearchConfig)]
+    codes = [config for config in found if isinstance(config, CodeConfig)]
+    if len(searches) > 1 or len(codes) > 1:
+        names = ", ".join(config.name for config in found)
+        raise ConfigError(f"algorithms {names}: at most one searches scales (awq, smoothquant), one codes (rtn, gptq)")
+    return (*searches, *codes) if codes else (*searches, RTNConfig())
+
+
+def _algorithm(value: Any) -> AlgorithmConfig:
+    if isinstance(value, AlgorithmConfig):
+        return value
+    if isinstance(value, str):
+        options: dict[str, Any] = {"name": value}
+    elif isinstance(value, Mapping):
+        options = dict(value)
+    else:
+        raise ConfigError(f"algorithm must be a name or a table of fields, not {value!r}")
+    name = options.get("name")
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
+    return ALGORITHMS[name](**options)
+
+
+def as_plain(configs: tuple[AlgorithmConfig, ...]) -> list[dict[str, Any]]:
+    """Plain data that `algorithm_configs` reads back."""
+    return [dataclasses.asdict(config) for config in configs]

@@ -1,0 +1,179 @@
+"""The names of AMD Quark's configuration, understood by fewbit's own classes.
+
+`QuantizationSpec(dtype=Dtype.int8, observer_cls=PerTensorMinMaxObserver, scale_type=ScaleType.float, …)` is what
+Quark's users write. There is one implementation: enumerations are strings, observers are names, and the translations
+below turn fields into those of config/spec.py before they are checked. Quark 0.13's new class names are aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from fewbit.errors import ConfigError
+
+
+class Dtype(StrEnum):
+    """Element formats by Quark's names."""
+
+    int8 = "int8"
+    uint8 = "uint8"
+    int4 = "int4"
+    uint4 = "uint4"
+    int3 = "int3"
+    int2 = "int2"
+    uint2 = "uint2"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    fp8_e5m2 = "e5m2"
+    fp8_e4m3 = "e4m3"
+    fp6_e3m2 = "e3m2"
+    fp6_e2m3 = "e2m3"
+    fp4 = "e2m1"
+    mx = "mx"
+    mx6 = "mx6"
+    mx9 = "mx9"
+    bfp16 = "bfp16"
+
+
+class QSchemeType(StrEnum):
+    """What shares a scale."""
+
+    per_tensor = "per_tensor"
+    per_channel = "per_channel"
+    per_group = "per_group"
+
+
+class ScaleType(StrEnum):
+    """How scales are stored."""
+
+    float = "float"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    pof2 = "pof2"
+
+
+class RoundType(StrEnum):
+    """How elements are rounded: each does what its name says, on every path."""
+
+    round = "round"
+    floor = "floor"
+    half_even = "half_even"
+
+
+@dataclass(frozen=True)
+class ObserverClass:
+    """An observer by Quark's class name: fewbit's observer and the granularity it is for."""
+
+    name: str
+    observer: str
+    qscheme: str | None = None
+
+
+PlaceholderObserver = ObserverClass("PlaceholderObserver", "placeholder")
+PerTensorMinMaxObserver = ObserverClass("PerTensorMinMaxObserver", "minmax", "per_tensor")
+PerChannelMinMaxObserver = ObserverClass("PerChannelMinMaxObserver", "minmax", "per_channel")
+PerGroupMinMaxObserver = ObserverClass("PerGroupMinMaxObserver", "minmax", "per_group")
+PerBlockMXObserver = ObserverClass("PerBlockMXObserver", "minmax", "per_group")
+PerTensorPercentileObserver = ObserverClass("PerTensorPercentileObserver", "percentile", "per_tensor")
+PerTensorMSEObserver = ObserverClass("PerTensorMSEObserver", "mse", "per_tensor")
+PerTensorHistogramObserver = ObserverClass("PerTensorHistogramObserver", "histogram", "per_tensor")
+
+_SHORT_DTYPES = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp6_e3m2": "e3m2", "fp6_e2m3": "e2m3", "fp4": "e2m1"}
+_BLOCK_DTYPES: dict[str, dict[str, Any]] = {
+    "mx6": {"dtype": "int5", "group_size": 2, "scale_type": "microexponent", "exponent_mode": "floor"},
+    "mx9": {"dtype": "int8", "group_size": 2, "scale_type": "microexponent", "exponent_mode": "floor"},
+    "bfp16": {"dtype": "int8", "group_size": 8, "scale_type": "e8m0", "exponent_mode": "even"},
+}
+_BLOCK_SIZES = {"mx6": (16, 2), "mx9": (16, 2), "bfp16": (8,)}  # the format's; pairs share a scale inside 16
+_SCALE_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+
+
+def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a spec by Quark's names or fewbit's → fewbit's."""
+    fields = dict(fields)
+    _observer(fields)
+    dtype = str(fields["dtype"]) if "dtype" in fields else None
+    if dtype == "mx":
+        element = str(fields.pop("mx_element_dtype", None) or "")
+        if not element:
+            raise ConfigError("dtype mx needs mx_element_dtype, e.g. Dtype.fp4")
+        fields |= {"dtype": element, "scale_type": "e8m0", "qscheme": "per_group"}
+        fields.setdefault("group_size", 32)
+    elif dtype in _BLOCK_DTYPES:
+        given, block = fields.get("group_size"), _BLOCK_DTYPES[dtype]
+        if given is not None and given not in _BLOCK_SIZES[dtype]:
+            raise ConfigError(
+                f"group_size {given} contradicts dtype {dtype}, whose blocks are {_BLOCK_SIZES[dtype][0]}"
+            )
+        fields |= block | {"qscheme": "per_group"}
+    elif fields.pop("mx_element_dtype", None) is not None:
+        raise ConfigError("mx_element_dtype goes with dtype mx")
+    if "dtype" in fields:
+        fields["dtype"] = _SHORT_DTYPES.get(str(fields["dtype"]), str(fields["dtype"]))
+        if fields["dtype"] in ("bfloat16", "float16"):  # a cast: nothing else need be said
+            fields = {"qscheme": "per_tensor", "observer": "placeholder"} | fields
+    for name in ("qscheme", "round_method", "scale_type"):
+        if name in fields:
+            fields[name] = str(fields[name])
+    scale_type = fields.get("scale_type")
+    if scale_type in _SCALE_TYPES:
+        fields |= {"scale_type": "float", "scale_dtype": _SCALE_TYPES[scale_type]}
+    if (scale_format := fields.pop("scale_format", None)) is not None:
+        fields["scale_type"] = "float" if scale_format == "float32" else scale_format
+    if (mode := fields.pop("scale_calculation_mode", None)) is not None:
+        fields["exponent_mode"] = mode
+    if fields.get("group_size") == -1:  # the whole axis along which groups would run
+        fields |= {"group_size": None, "qscheme": "per_channel"}
+        if (axis := fields.get("ch_axis")) is not None:  # groups run along it; a channel's scale is for its entries
+            fields["ch_axis"] = {0: 1, -2: 1, 1: 0, -1: 0}.get(axis, axis)
+    if fields.pop("zero_point_type", "int32") not in ("int32", None):
+        raise ConfigError("zero_point_type must be int32: zero points are codes here")
+    if fields.pop("qat_spec", None) is not None:
+        raise ConfigError("qat_spec: fewbit quantizes after training and has no quantization-aware training")
+    if fields.pop("is_scale_quant", None):
+        raise ConfigError('is_scale_quant: give the spec of the elements scale_type="e4m3" instead of a list of two')
+    if isinstance(fields.get("first_stage"), Mapping):
+        fields["first_stage"] = translate_spec(dict(fields["first_stage"]))
+    return fields
+
+
+def _observer(fields: dict[str, Any]) -> None:
+    """observer_cls, a class's name or an ObserverClass, becomes `observer`, and must fit the granularity."""
+    given = fields.pop("observer_cls", None)
+    if given is None:
+        return
+    if "observer" in fields:
+        raise ConfigError("give either observer or observer_cls, not both")
+    if isinstance(given, str):
+        known = {value.name: value for value in globals().values() if isinstance(value, ObserverClass)}
+        if given not in known:
+            raise ConfigError(f"unknown observer_cls {given!r}; known: {', '.join(known)}")
+        given = known[given]
+    if not isinstance(given, ObserverClass):
+        raise ConfigError(f"observer_cls must be one of fewbit's observers, not {given!r}")
+    qscheme = fields.setdefault("qscheme", given.qscheme or "per_tensor")
+    if given.qscheme is not None and str(qscheme) != given.qscheme:
+        raise ConfigError(f"observer_cls {given.name} contradicts qscheme {qscheme}; it is for {given.qscheme}")
+    fields["observer"] = given.observer
+
+
+def translate_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a QuantizationConfig: a list of specs becomes one spec of two stages or two levels of scales."""
+    return {
+        name: _joined(name, value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in fields.items()
+        if name != "target_device"
+    }
+
+
+def _joined(name: str, specs: Sequence[Any]) -> Any:
+    if len(specs) != 2:
+        raise ConfigError(f"{name}: a list holds two specs (first and second stage), not {len(specs)}")
+    first, second = specs
+    if isinstance(first, Mapping) or isinstance(second, Mapping):
+        raise ConfigError(f"{name}: write the second stage with first_stage inside instead of a list")
+    return replace(second, first_stage=first)

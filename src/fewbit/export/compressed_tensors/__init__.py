@@ -1,0 +1,32 @@
+"""compressed-tensors, the format of vLLM and transformers: integers, FP8, NVFP4 and MX, activations and KV cache.
+
+layouts.py      a weight's codes and scales as the format's tensors, and back
+scheme.py       specs in the format's words, and back; which layout a weight has
+config.py       the quantization_config of config.json; what is refused
+activations.py  static scales of activations and KV cache as tensors, and back
+sharing.py      fused linears have one global scale
+readers.py      what is to be known about loading an export
+write.py, read.py, verify.py
+"""
+
+from __future__ import annotations
+
+from fewbit.export.compressed_tensors.config import NAME, check, quantization_config
+from fewbit.export.compressed_tensors.layouts import LAYOUTS
+from fewbit.export.compressed_tensors.read import CompressedTensorsSource
+from fewbit.export.compressed_tensors.readers import notes
+from fewbit.export.compressed_tensors.scheme import layout_for
+from fewbit.export.compressed_tensors.verify import verify
+from fewbit.export.compressed_tensors.write import write
+
+__all__ = [
+    "LAYOUTS",
+    "NAME",
+    "CompressedTensorsSource",
+    "check",
+    "layout_for",
+    "notes",
+    "quantization_config",
+    "verify",
+    "write",
+]

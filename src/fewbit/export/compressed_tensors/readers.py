@@ -1,0 +1,45 @@
+"""What readers make of an export, where it is not what one expects.
+
+Measured with transformers 5.23 and compressed-tensors 0.20; vLLM's as its source says. transformers' default mode
+keeps weights packed until the first forward and then makes them dense; activations and KV cache are fake-quantized.
+dequantize=True makes weights dense on loading and forgets activations and KV cache.
+"""
+
+from __future__ import annotations
+
+from fewbit.export.compressed_tensors.config import ATTENTION_SLOTS, Specs, layout_of
+
+NVFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp8-quantized"
+DECODED_TO_BFLOAT16 = {NVFP4, MXFP8, "mxfp4-pack-quantized", "mxfp6-pack-quantized"}
+
+NOTES = {
+    "wrong experts": "transformers loads NVFP4 experts WRONG without a word, leaving out their global scale: use vLLM",
+    "experts": "transformers cannot load experts with zero points, FP8 blocks or MXFP8: use vLLM",
+    "bfloat16": "transformers decodes FP4 and MX weights to bfloat16: load with dtype=torch.bfloat16, others fail",
+    "mixed": "transformers cannot load several formats with dequantize=True; its default mode can",
+    "activations": "transformers' default mode quantizes activations and KV cache as the engine does; with "
+    "dequantize=True it leaves them out without a word",
+    "cache": "vLLM quantizes its KV cache to symmetric FP8 only; transformers emulates this one",
+}
+
+
+def notes(weights: Specs, activations: Specs | None = None) -> list[str]:
+    """What a user should know about loading an export of these, by names as in `config.check`; often nothing."""
+    activations = activations or {}
+    layouts = {name: layout_of(name, spec, activations).name for name, spec in weights.items()}
+    experts = {name: spec for name, spec in weights.items() if ".experts." in name}
+    cache = [spec for name, spec in activations.items() if name.rpartition(".")[2] in ATTENTION_SLOTS]
+    failing = [
+        name
+        for name, spec in experts.items()
+        if not spec.symmetric or spec.qscheme == "per_block" or layouts[name] == MXFP8
+    ]
+    apply = {
+        "wrong experts": any(layouts[name] == NVFP4 for name in experts),
+        "experts": bool(failing),
+        "bfloat16": not DECODED_TO_BFLOAT16.isdisjoint(layouts.values()),
+        "mixed": len(set(layouts.values())) > 1,
+        "activations": bool(activations),
+        "cache": any(spec.format.is_integer for spec in cache),
+    }
+    return [NOTES[name] for name, applies in apply.items() if applies]

@@ -1,0 +1,68 @@
+"""Writes a finished run as a compressed-tensors checkpoint: a shard per block, one block in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fewbit.checkpoint.files import copy_side_files, write_json, write_safetensors
+from fewbit.checkpoint.native import NativeCheckpoint, NativePart
+from fewbit.checkpoint.source import INDEX_FILE
+from fewbit.errors import ConfigError
+from fewbit.export.compressed_tensors.activations import encode_activation
+from fewbit.export.compressed_tensors.config import NAME, kv_cache, layout_of, quantization_config
+from fewbit.export.compressed_tensors.layouts import Tensors
+from fewbit.export.compressed_tensors.sharing import unshared
+
+KV_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
+"""By these compressed-tensors knows an attention module that has a cache."""
+
+
+def write(checkpoint: NativeCheckpoint, directory: Path) -> None:
+    """Write the export into an existing empty directory. ConfigError for a run that the format cannot hold."""
+    weights = {name: spec for name, (spec, _) in checkpoint.quantized.items()}
+    activations = {name: found.spec for name, found in checkpoint.activations().items()}
+    config = quantization_config(weights, activations, checkpoint.manifest["unquantized_linears"])
+    _check_whole_cache(checkpoint, kv_cache(activations)[1])
+    if fault := unshared(checkpoint):
+        raise ConfigError(f"{NAME}: {fault}")
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(checkpoint.parts, start=1):
+        shard = f"model-{number:05d}-of-{len(checkpoint.parts):05d}.safetensors"
+        tensors = part_tensors(part)
+        write_safetensors(directory / shard, tensors, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+    copy_side_files(checkpoint.directory, directory)
+    described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    write_json(directory / "config.json", described | {"quantization_config": config})
+
+
+def part_tensors(part: NativePart) -> Tensors:
+    """Everything that the export holds of one part of a run."""
+    activations = part.activations()
+    specs = {name: found.spec for name, found in activations.items()}
+    tensors = {name: part.read(name) for name in part.dense}
+    for name, (spec, _) in part.quantized.items():
+        module = name.removesuffix(".weight")
+        encoded = layout_of(name, spec, specs).encode(part.read_quantized(name))
+        tensors |= {f"{module}.{key}": tensor for key, tensor in encoded.items()}
+    for name, activation in activations.items():
+        tensors |= encode_activation(name, activation)
+    return tensors
+
+
+def _check_whole_cache(checkpoint: NativeCheckpoint, quantized: list[str]) -> None:
+    """One entry says how the cache of all layers is quantized, so all of them must be."""
+    if not quantized:
+        return
+    for name in checkpoint.info():
+        owner, _, projection = name.removesuffix(".weight").rpartition(".")
+        if projection in KV_PROJECTIONS and owner not in quantized:
+            raise ConfigError(
+                f"{NAME}: the KV cache of {owner!r} is not quantized; the format has all layers' or none"
+            )

@@ -1,0 +1,230 @@
+"""Which channels of a model can be scaled: from the family's data, from the recipe, or found by looking.
+
+A scaling is right if dividing the producer and multiplying the readers leaves the block's output as it was, so that is
+what is tried: 8 tokens pass the first block before and after, with powers of two as scales, which float arithmetic
+carries through exactly. A reader that was left out, an activation function in between, a norm with an offset: each
+shows in the output. What is found or given is used only if it passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fewbit.config.algorithms import ScalingLayer
+from fewbit.errors import ConfigError, nearest
+from fewbit.models.architecture import Scaling
+from fewbit.models.blockwise import BlockInputs, BlockwiseModel
+from fewbit.models.folding import channel_map, fold
+
+TOLERANCE = 1e-4  # of the block's contribution; a reader that was left out changes it by a large part
+OTHERS_TRIED = 4  # parameters that may or may not be readers: all their subsets are tried
+WHAT_TO_WRITE = (
+    'scaling_layers = [{"prev_op": "input_layernorm", "layers": ["self_attn.q_proj", "self_attn.k_proj", '
+    '"self_attn.v_proj"]}, …], with names inside a block'
+)
+
+
+def scalings(model: BlockwiseModel, given: Sequence[ScalingLayer] | None = None) -> tuple[Scaling, ...]:
+    """What can be scaled in each block of the model.
+
+    Args:
+        given: what the recipe says instead of the family's data.
+
+    Raises ConfigError for a layer that is not there, one that cannot be scaled, or if nothing can be.
+    """
+    if given is not None:
+        with _probe(model) as probe:
+            return tuple(_from_recipe(model, probe, layer) for layer in given)
+    fitting = tuple(scaling for scaling in model.architecture.scalings if _fits(model, scaling))
+    if fitting:
+        return fitting
+    with _probe(model) as probe:
+        found = tuple(_found(model, probe))
+    if not found:
+        raise ConfigError(
+            f"no layer of {model.architecture.name} was found whose output channels could be scaled; "
+            f"write which: {WHAT_TO_WRITE}"
+        )
+    return found
+
+
+def head_dim(model: BlockwiseModel) -> int:
+    """Channels per head of attention."""
+    config = model.config.get_text_config()
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
+
+
+def _fits(model: BlockwiseModel, scaling: Scaling) -> bool:
+    """Whether the producer's channels can be told apart in the readers."""
+    block = model.blocks[0]
+    rows = _weight(block, scaling.producer).shape[0]
+    try:
+        channel_map(_weight(block, scaling.readers[0]).shape[-1], rows, head_dim(model))
+    except ValueError:
+        return False
+    return True
+
+
+def _weight(block: nn.Module, name: str) -> Tensor:
+    weight = block.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The first block with its weights, and a forward through it."""
+
+    block: nn.Module
+    tensors: Mapping[str, Tensor]
+    forward: Callable[[Mapping[str, Tensor]], Tensor]
+    """The block's output when some of its tensors are replaced."""
+    hidden: Tensor
+    head_dim: int
+
+    def passes(self, scaling: Scaling) -> bool:
+        """Whether the scaling leaves the block's output as it is."""
+        channels = self.tensors[f"{scaling.producer}.weight"].shape[0]
+        chooser = torch.Generator().manual_seed(0)
+        exponents = torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, (channels,), generator=chooser)]
+        try:
+            changed, _ = fold(self.tensors, scaling, torch.exp2(exponents).to(self.hidden.device), self.head_dim)
+        except ValueError:
+            return False
+        before = self.forward({})
+        error = (self.forward(changed) - before).norm()
+        return bool(error <= TOLERANCE * (before - self.hidden).norm())
+
+    def settled(self, scaling: Scaling) -> Scaling | None:
+        """The scaling with the kind of norm, and those of its possible other readers, with which it passes."""
+        is_norm = self.tensors[f"{scaling.producer}.weight"].ndim == 1
+        for count in range(len(scaling.others), -1, -1):
+            for others in combinations(scaling.others, count):
+                for offset in (False, True) if is_norm else (False,):
+                    candidate = replace(scaling, others=others, offset=offset)
+                    if self.passes(candidate):
+                        return candidate
+        return None
+
+
+@contextmanager
+def _probe(model: BlockwiseModel) -> Iterator[_Probe]:
+    (inputs,) = model.enter([{"input_ids": torch.arange(8).unsqueeze(0)}])
+    with model.loaded(0) as block, torch.no_grad():
+        tensors = {name: parameter.data for name, parameter in block.named_parameters()}
+
+        def forward(changed: Mapping[str, Tensor]) -> Tensor:
+            return _call(block, inputs, changed)
+
+        yield _Probe(block, tensors, forward, inputs.hidden, head_dim(model))
+
+
+def _call(block: nn.Module, inputs: BlockInputs, changed: Mapping[str, Tensor]) -> Tensor:
+    output = functional_call(block, dict(changed), (inputs.hidden,), inputs.calls[0])
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def _from_recipe(model: BlockwiseModel, probe: _Probe, layer: ScalingLayer) -> Scaling:
+    """A scaling as the recipe gives it; what it calls layers may be modules other than linears."""
+    named = (layer.prev_op, *layer.layers)
+    for block in model.blocks:
+        known = [name for name, _ in block.named_modules() if name]
+        for name in named:
+            if name not in known:
+                raise ConfigError(f"scaling_layers: a block has no module {name!r}{nearest(name, known)}")
+    if f"{layer.prev_op}.weight" not in probe.tensors:
+        raise ConfigError(f"scaling_layers: prev_op {layer.prev_op!r} has no weight of its own; name a norm or linear")
+    linears = tuple(name for name in layer.layers if isinstance(probe.block.get_submodule(name), nn.Linear))
+    if not linears:
+        raise ConfigError(f"scaling_layers: none of {list(layer.layers)} is a linear, so nothing would be quantized")
+    channels = _weight(probe.block, linears[0]).shape[-1]
+    others = [
+        parameter for name in layer.layers if name not in linears for parameter in _matrices(probe, name, channels)
+    ]
+    scaling = probe.settled(Scaling(layer.prev_op, linears, tuple(others)))
+    if scaling is None:
+        raise ConfigError(
+            f"scaling_layers: with {layer.prev_op!r} divided and {list(layer.layers)} multiplied a block gives another "
+            f"output; name every layer that reads {layer.prev_op!r} (routers and gates, too), and only a prev_op whose "
+            "channels reach them without an activation function in between"
+        )
+    return scaling
+
+
+def _matrices(probe: _Probe, module: str, channels: int) -> list[str]:
+    """Parameters that a module itself owns and that may be multiplied with `channels` channels."""
+    return [
+        f"{module}.{name}"
+        for name, parameter in probe.block.get_submodule(module).named_parameters(recurse=False)
+        if parameter.ndim > 1 and parameter.shape[-1] == channels
+    ]
+
+
+def _found(model: BlockwiseModel, probe: _Probe) -> Iterator[Scaling]:
+    """Scalings that pass: norms whose output linears read as it is, then linears whose channels reach a group."""
+    made, read = _watched(probe)
+    linears = {name for name, module in probe.block.named_modules() if isinstance(module, nn.Linear)}
+    left = [group for group in model.groups if group]
+    for producer, output in made.items():
+        if producer in linears or probe.tensors[f"{producer}.weight"].ndim != 1:
+            continue
+        readers = tuple(name for name in read if name in linears and _same_memory(read[name], output))
+        if not readers:
+            continue
+        others = [
+            parameter
+            for name, x in read.items()
+            if name not in linears and _same_memory(x, output)
+            for parameter in _matrices(probe, name, output.shape[-1])
+        ]
+        if len(others) > OTHERS_TRIED:
+            continue
+        if scaling := probe.settled(Scaling(producer, readers, tuple(others))):
+            left = [group for group in left if not set(group) <= set(readers)]
+            yield scaling
+    order = list(read)
+    for group in left:
+        earlier = [name for name in order[: order.index(group[0])] if name in linears and name not in group]
+        for producer in reversed(earlier):
+            scaling = Scaling(producer, group)
+            if _fits(model, scaling) and probe.passes(scaling):
+                yield scaling
+                break
+
+
+def _watched(probe: _Probe) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What modules with a weight of their own gave out, and what modules with parameters were given, in order."""
+    made: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def note(_module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            if f"{name}.weight" in probe.tensors and isinstance(output, Tensor):
+                made[name] = output
+            if inputs and isinstance(inputs[0], Tensor):
+                read.setdefault(name, inputs[0])
+
+        return note
+
+    owners = {name.rpartition(".")[0] for name in probe.tensors}
+    hooks = [probe.block.get_submodule(name).register_forward_hook(watch(name)) for name in owners]
+    try:
+        probe.forward({})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return made, read
+
+
+def _same_memory(x: Tensor, output: Tensor) -> bool:
+    """Whether x is the output or a view of all of it. (Both are held, so an address stands for one tensor.)"""
+    return x.data_ptr() == output.data_ptr() and x.numel() == output.numel() and x.shape[-1] == output.shape[-1]

@@ -1,0 +1,142 @@
+"""Fake quantization of activations: what an engine with quantized activations would compute, in float32.
+
+x [..., tokens, channels] is cut into tiles by the same rule as weights (grouping.py). A dynamic spec takes each tile's
+scale from the tensor at hand; a static one from calibration, during which the quantizer lets x pass and hands it to
+its `observer`. No gradient flows through: there is no training here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import CalibrationError, ConfigError
+from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.numerics import scales
+from fewbit.numerics.scale_format import ScaleFormat, unit_for
+from fewbit.tensor import QuantizedActivation
+
+
+class ActivationQuantizer(KeepsDtypes):
+    """Quantizes and dequantizes a tensor; float in, same dtype out.
+
+    Args:
+        spec: how. A static spec needs `state` (or calibration, see `observer`) before it can quantize.
+        state: what calibration found, if it is known.
+        dtype: what scales are stored in where the spec leaves it to the checkpoint.
+        persistent: what calibration found is part of `state_dict` and loads from one. (Blocks of a BlockwiseModel have
+            exactly their checkpoint's tensors, so there it is not.)
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        spec: QuantizationSpec,
+        state: QuantizedActivation | None = None,
+        dtype: torch.dtype = torch.float32,
+        persistent: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dtype = dtype
+        self.persistent = persistent
+        self.observer: Callable[[Tensor], Any] | None = None
+        """While set, x is handed to it and returned as it is."""
+        self.global_scale: float | None = None
+        self.register_buffer("scale", None, persistent=persistent)
+        self.register_buffer("zero_point", None, persistent=persistent)
+        if state is not None:
+            self.load(state)
+
+    def load(self, state: QuantizedActivation) -> None:
+        """Take what calibration found."""
+        self.scale, self.zero_point = state.scale, state.zero_point
+        self.global_scale = state.global_scale if self.spec.scale_type == "e4m3" else None
+
+    def state(self) -> QuantizedActivation:
+        """What has to be stored."""
+        return QuantizedActivation(self.spec, self.scale, self.zero_point, self.global_scale or 1.0)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether something is missing that only data can tell."""
+        return self.spec.needs_data and self.scale is None and self.global_scale is None
+
+    def format(self, x: Tensor) -> ScaleFormat:
+        """How scales are stored; without calibration the second level of e4m3 comes from x, too."""
+        unit = self.global_scale
+        if self.spec.scale_type == "e4m3" and unit is None:
+            unit = unit_for(float(x.abs().max()), self.spec.format)
+        return self.spec.scale_format(self.dtype, unit or 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(x)
+            if self.observer is not None:  # it may have found the scale meanwhile and taken itself away
+                return x
+        quantized = self._fake(x)
+        if self.spec.residual:
+            quantized = quantized + self._fake(x - quantized)
+        return quantized
+
+    def find_scale(self, tiles: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor | None]:
+        """Stored scale and zero point of tiles [rows, columns, n]: found now, or known from calibration."""
+        if self.spec.is_dynamic:
+            return self.spec.grid_rule(format).find(tiles.float())
+        if self.scale is None:
+            raise CalibrationError(
+                f"a static activation ({self.spec.summary}) has no scale yet; run data through the model inside "
+                "`with fewbit.calibrate(model):` first, or use is_dynamic=True"
+            )
+        return self.scale, self.zero_point
+
+    def split(self, matrix: Tensor) -> Tensor:
+        """Matrix [rows, channels] → tiles [rows, columns, n]; ConfigError if they do not cover it exactly."""
+        try:
+            return self.spec.tiling.split(matrix)
+        except ValueError as error:
+            raise ConfigError(f"an activation cannot be quantized {self.spec.summary}: {error}") from None
+
+    @torch.no_grad()
+    def _fake(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.format.is_cast:
+            return x.to(spec.format.code_dtype).to(x.dtype)
+        if x.numel() == 0:  # an expert without tokens
+            return x
+        matrix = x.reshape(-1, x.shape[-1])
+        tiles = self.split(matrix)
+        format = self.format(x)
+        stored, zero = self.find_scale(tiles, format)
+        values = scales.fake_quantize(tiles, format.value(stored), zero, spec.format, spec.round_method)
+        return spec.tiling.merge(values, *matrix.shape).reshape(x.shape).to(x.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.persistent and self.global_scale is not None:
+            destination[prefix + "global_scale"] = torch.tensor([self.global_scale])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """A fresh quantizer knows neither that there is a scale nor its shape: it takes what is there."""
+        _, unexpected, _ = lists
+        if self.persistent:
+            for name in ("scale", "zero_point"):
+                if (found := state_dict.get(prefix + name)) is not None:
+                    setattr(self, name, found.clone())
+            if (unit := state_dict.get(prefix + "global_scale")) is not None:
+                self.global_scale = float(unit)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        if self.persistent and prefix + "global_scale" in unexpected:
+            unexpected.remove(prefix + "global_scale")
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"{spec.dtype}, {spec.qscheme}, {'dynamic' if spec.is_dynamic else 'static'}"

@@ -1,0 +1,318 @@
+"""Quantizes key, value, query and probabilities inside attention, after rotary embeddings.
+
+transformers' attention modules look their computation up by the name in their config (`_attn_implementation`).
+`attach` puts quantizers on the modules and one of fewbit's names into the config; nothing of a model's own code is
+replaced. Under such a name a module without quantizers computes exactly what it did before, masks included.
+
+    "fewbit"         over "sdpa"
+    "fewbit-eager"   over the family's own eager attention (families that have no other)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fewbit.config.spec import AttentionConfig, QuantizationSpec
+from fewbit.errors import ArchitectureError, ConfigError
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.tensor import QuantizedActivation
+
+IMPLEMENTATION = "fewbit"
+IMPLEMENTATION_OVER = {"sdpa": IMPLEMENTATION, "eager": "fewbit-eager"}
+SLOTS = ("key", "value", "query", "probabilities")
+ATTRIBUTE = "attention_quantizers"
+"""Where an attention module holds its AttentionQuantizers."""
+
+_REGISTRY, _EAGER = (
+    "ALL_ATTENTION_FUNCTIONS",
+    "eager_attention_forward",
+)  # in every modeling file that has the interface
+_CACHED = "_fewbit_quantized_by_cache"
+_PREVIOUS = {name: previous for previous, name in IMPLEMENTATION_OVER.items()}
+
+
+class HeadsQuantizer(ActivationQuantizer):
+    """An ActivationQuantizer for tensors with heads [batch, heads, tokens, channels].
+
+    Granularities become tilings of a matrix, which is also what an `observer` gets:
+
+        per_tensor    [batch · heads · tokens, channels], one scale [1, 1]
+        per_channel   [batch · tokens · channels, heads], a scale per head [1, heads]
+        per_token     [batch · tokens, heads · channels], a scale per token [batch · tokens, 1]
+        per_group     [batch · heads · tokens, channels], scales [batch · heads · tokens, groups]
+
+    `pad`: channels may be no multiple of the group size; zeros fill the last group while its scale is found.
+    """
+
+    def __init__(
+        self,
+        spec: QuantizationSpec,
+        state: QuantizedActivation | None = None,
+        dtype: torch.dtype = torch.float32,
+        pad: bool = False,
+    ) -> None:
+        _check(spec)
+        if spec.qscheme == "per_channel":
+            spec = replace(spec, ch_axis=1)  # heads are the matrix's columns
+        super().__init__(spec, state, dtype)
+        self.pad = pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(self.to_matrix(x))
+            if self.observer is not None:  # it may have found the scale meanwhile and taken itself away
+                return x
+        channels = x.shape[-1]
+        if self.pad and self.spec.group_size is not None and channels % self.spec.group_size:
+            x = nn.functional.pad(x, (0, -channels % self.spec.group_size))
+        quantized = self.from_matrix(super().forward(self.to_matrix(x)), x.shape)
+        return quantized[..., :channels].contiguous()  # one layout, so one rounding, whatever the granularity
+
+    def to_matrix(self, x: Tensor) -> Tensor:
+        """[batch, heads, tokens, channels] → the matrix whose tiles share scales."""
+        if self.spec.qscheme == "per_channel":
+            return x.permute(0, 2, 3, 1).flatten(0, 2)
+        if self.spec.qscheme == "per_token":
+            return x.transpose(1, 2).flatten(2).flatten(0, 1)
+        return x.reshape(-1, x.shape[-1])
+
+    def from_matrix(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Inverse of `to_matrix` for a tensor of `shape`."""
+        batch, heads, tokens, channels = shape
+        if self.spec.qscheme == "per_channel":
+            return matrix.reshape(batch, tokens, channels, heads).permute(0, 3, 1, 2)
+        if self.spec.qscheme == "per_token":
+            return matrix.reshape(batch, tokens, heads, channels).transpose(1, 2)
+        return matrix.reshape(shape)
+
+
+class AttentionQuantizers(nn.Module):
+    """What one attention module quantizes; a slot that is None is left as it is."""
+
+    key: HeadsQuantizer | None
+    value: HeadsQuantizer | None
+    query: HeadsQuantizer | None
+    probabilities: HeadsQuantizer | None
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        states: Mapping[str, QuantizedActivation] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        for slot, spec in config.specs.items():
+            state = (states or {}).get(slot)
+            quantizer = None
+            if spec is not None:
+                quantizer = HeadsQuantizer(spec, state, dtype, pad=slot == "probabilities")
+            setattr(self, slot, quantizer)
+
+    def slots(self) -> dict[str, HeadsQuantizer]:
+        """The quantizers that there are, by slot."""
+        return {slot: quantizer for slot in SLOTS if (quantizer := getattr(self, slot)) is not None}
+
+    def states(self) -> dict[str, QuantizedActivation]:
+        """What has to be stored, by slot."""
+        return {slot: quantizer.state() for slot, quantizer in self.slots().items()}
+
+
+def register() -> None:
+    """Make fewbit's implementations, and the masks they take, known to transformers. Once or often: no difference."""
+    masks = AttentionMaskInterface()
+    for previous, name in IMPLEMENTATION_OVER.items():
+        AttentionInterface.register(name, partial(_attention, previous))
+        AttentionMaskInterface.register(name, masks[previous])
+
+
+def attach(
+    model: nn.Module,
+    config: AttentionConfig,
+    states: Mapping[str, QuantizedActivation] | None = None,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+) -> dict[str, AttentionQuantizers]:
+    """Quantize inside every attention module of a transformers model or of one of its blocks.
+
+    Args:
+        model: with weights or without.
+        states: what calibration found, by MODULE.key, MODULE.value, MODULE.query, MODULE.probabilities; other names
+            are left to others. Static specs without a state have to be calibrated (`observer`) before they quantize.
+        dtype: what scales are stored in where the spec leaves it to the checkpoint.
+        prefix: full name of `model` if it is a block, e.g. "model.layers.0".
+
+    Returns the quantizers by the full names of the modules they are on. Quantizers that were there are replaced.
+    ArchitectureError if the model's attention cannot be reached.
+    """
+    modules = attention_modules(model, prefix)
+    if not modules:
+        raise ArchitectureError(
+            f"{type(model).__name__} has no attention that goes through transformers' attention interface, so its "
+            "keys and values cannot be quantized; leave attention (the KV cache) out of the recipe"
+        )
+    implementations = {name: _implementation_for(name, module, config) for name, module in modules.items()}
+    attached = {name: AttentionQuantizers(config, states_of(name, states), dtype) for name in modules}
+    register()
+    for name, module in modules.items():
+        setattr(module, ATTRIBUTE, attached[name])
+        _config(module)._attn_implementation = implementations[name]
+    return attached
+
+
+def detach(model: nn.Module) -> None:
+    """Take the quantizers of a model or block off.
+
+    A whole model gets its implementation back, too. A block shares its config with other blocks, whose quantizers
+    would silently stop working; without quantizers of its own it computes what it did before either way.
+    """
+    for module in model.modules():
+        if hasattr(module, ATTRIBUTE):
+            delattr(module, ATTRIBUTE)
+    if isinstance(model, PreTrainedModel):
+        for module in attention_modules(model).values():
+            name = _config(module)._attn_implementation
+            _config(module)._attn_implementation = _PREVIOUS.get(name, name)
+
+
+def attention_modules(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """Attention modules of the decoder that can be reached, by their full names; `prefix` is that of `model`.
+
+    They look their implementation up by name, and have a layer's index (a place in the KV cache).
+    """
+    return {
+        f"{prefix}.{name}".strip("."): module
+        for name, module in model.named_modules()
+        if getattr(module, "layer_idx", None) is not None
+        and hasattr(getattr(module, "config", None), "_attn_implementation")
+        and _REGISTRY in _forward(module).__code__.co_names
+    }
+
+
+def states_of(module: str, states: Mapping[str, QuantizedActivation] | None) -> dict[str, QuantizedActivation]:
+    """Of states by MODULE.key, MODULE.value …, one module's by slot."""
+    return {slot: states[f"{module}.{slot}"] for slot in SLOTS if states and f"{module}.{slot}" in states}
+
+
+def mark_as_cached(x: Tensor) -> Tensor:
+    """Note on keys or values that a cache has quantized them, so that attention can refuse to do it again."""
+    setattr(x, _CACHED, True)
+    return x
+
+
+def _attention(
+    previous: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls under fewbit's names. query [batch, heads, queries, channels], key and value [batch, KV
+    heads, tokens, channels] → output [batch, queries, heads, channels], and probabilities where they are computed."""
+    quantizers: AttentionQuantizers | None = getattr(module, ATTRIBUTE, None)
+    if quantizers is None:
+        return _previous(module, previous)(module, query, key, value, attention_mask, **kwargs)
+    for slot, x in (("key", key), ("value", value)):
+        if getattr(quantizers, slot) is not None and hasattr(x, _CACHED):
+            raise ConfigError(
+                f"the cache has quantized {slot}s already and attention is set to do it again; "
+                "use QuantizedCache on a model without quantized keys and values (detach), or a plain cache"
+            )
+    query = query if quantizers.query is None else quantizers.query(query)
+    key = key if quantizers.key is None else quantizers.key(key)
+    value = value if quantizers.value is None else quantizers.value(value)
+    if quantizers.probabilities is None:
+        return _previous(module, previous)(module, query, key, value, attention_mask, **kwargs)
+
+    if previous == "sdpa":
+        attention_mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
+    # The family's own code computes probabilities (soft caps, sinks …). One channel of value: the product is not used.
+    _, weights = _previous(module, "eager")(module, query, key, value[..., :1], attention_mask, **kwargs)
+    assert weights is not None
+    weights = quantizers.probabilities(weights)
+    output = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _additive_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> Tensor | None:
+    """The mask of sdpa (True: attend; None: causal unless there is one query) as eager attention adds it to logits."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and query.shape[2] > 1 and causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+def _config(module: nn.Module) -> Any:
+    return module.config
+
+
+def _forward(module: nn.Module) -> Any:
+    """The undecorated forward of a module's class."""
+    return inspect.unwrap(type(module).forward)
+
+
+def _previous(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What the module's own file understands by an implementation's name."""
+    names = _forward(module).__globals__
+    found: Callable[..., tuple[Tensor, Tensor | None]] = names[_REGISTRY].get(name, names.get(_EAGER))
+    return found
+
+
+def _implementation_for(name: str, module: nn.Module, config: AttentionConfig) -> str:
+    """The name under which a module is to run, after a look at whether it can and at what does not fit its heads."""
+    current = _config(module)._attn_implementation or "eager"
+    previous = _PREVIOUS.get(current, current)
+    if previous not in IMPLEMENTATION_OVER:
+        raise ConfigError(
+            f"{name} runs attention implementation {previous!r}, inside which nothing can be quantized; load the "
+            "model with attn_implementation='sdpa'"
+        )
+    code = _forward(module)
+    if previous in _flat(code.__code__.co_consts):
+        raise ArchitectureError(
+            f"{name} ({type(module).__name__}) does something of its own under {previous!r}, which would be lost with "
+            "quantized attention; leave attention (the KV cache) out of the recipe"
+        )
+    if _EAGER not in code.__globals__ and (previous == "eager" or config.probabilities is not None):
+        raise ArchitectureError(
+            f"{name} ({type(module).__name__}) has no eager attention, whose probabilities could be quantized; leave "
+            "probabilities out of the recipe"
+        )
+    head_dim = getattr(module, "head_dim", None)
+    for slot in ("key", "value", "query"):
+        spec: QuantizationSpec | None = getattr(config, slot)
+        if spec is not None and spec.group_size and isinstance(head_dim, int) and head_dim % spec.group_size:
+            raise ConfigError(
+                f"attention {slot}: group_size {spec.group_size} does not divide {name}'s {head_dim} channels"
+            )
+    return IMPLEMENTATION_OVER[previous]
+
+
+def _flat(constants: Any) -> list[Any]:
+    nested = [_flat(item) if isinstance(item, tuple | frozenset) else [item] for item in constants]
+    return [item for items in nested for item in items]
+
+
+def _check(spec: QuantizationSpec) -> None:
+    """ConfigError for what has no meaning for tensors with heads."""
+    if spec.qscheme == "per_block":
+        raise ConfigError("attention: qscheme per_block is for matrices; use per_group, per_token or per_channel")
+    if spec.qscheme == "per_channel" and spec.ch_axis not in (None, 1):
+        raise ConfigError(f"attention: per_channel is a scale per head (ch_axis 1), not along ch_axis {spec.ch_axis}")
+    if spec.qscheme == "per_group" and spec.ch_axis not in (None, 1, -1):
+        raise ConfigError(f"attention: groups run along a head's channels, not along ch_axis {spec.ch_axis}")
+    if spec.first_stage is not None:
+        raise ConfigError("attention: first_stage is for weights; use residual, or leave it out")

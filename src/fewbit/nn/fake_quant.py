@@ -1,0 +1,225 @@
+"""Linears and convolutions that compute with quantized values, held as floats: what a format costs, before packing.
+
+    FakeQuantLinear.from_module(linear, "W4A8-g64")                               a scheme's name
+    FakeQuantLinear.from_module(linear, weight=spec, input_tensors=spec)          or specs
+    W8A8FakeLinear.from_module(linear), W4A16FakeLinear.from_module(linear, group_size=64)
+
+The module keeps the float weight, which it shares with the linear it came from, as its parameter, so state dicts load
+as before, and the quantized values beside it. Static activations need calibration: `fewbit.calibrate` (ptq.py), or any
+callable as `input_quantizer.observer`. Convolutions' weights [out, in / groups, k …] are quantized as [out, rest],
+and a convolution's input has its channels moved to the last axis first: per_token is a scale per pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, Self, TypeVar
+
+from torch import Tensor, nn
+
+from fewbit.config.schemes import scheme_config, with_group_size
+from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.errors import ConfigError
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.quantizer import quantize_matrix
+from fewbit.numerics import matmul
+from fewbit.tensor import QuantTensor
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FakeQuant(nn.Module):
+    """What FakeQuantLinear and the convolutions have in common. `weight` and `bias` come from the other base class."""
+
+    preset: ClassVar[str | None] = None
+    """Scheme of a ready-made class."""
+    config: QuantizationConfig
+    weight: Tensor
+    bias: Tensor | None
+    input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
+    _known: tuple[object, Tensor] | None
+    """The weight's identity and its quantized values."""
+
+    def set_config(self, config: QuantizationConfig) -> None:
+        """Quantize by `config` from now on; what calibration found is forgotten."""
+        for field, slot in (("input_tensors", "input_quantizer"), ("output_tensors", "output_quantizer")):
+            spec: QuantizationSpec | None = getattr(config, field)
+            quantizer = None if spec is None else ActivationQuantizer(spec, dtype=self.weight.dtype, persistent=True)
+            self.register_module(slot, quantizer)
+        self.config = config
+        self._known = None
+
+    def quantized_weight(self) -> QuantTensor | None:
+        """The weight as a matrix [out, rest], quantized now; None if the config leaves it."""
+        if self.config.weight is None:
+            return None
+        return quantize_matrix(self.weight.flatten(1), self.config.weight)
+
+    def fake_weight(self) -> Tensor:
+        """What the module multiplies by: the weight's quantized values, same shape and dtype.
+
+        Found once, and again when the weight has changed. A change through `weight.data` is not seen; call
+        `set_config` after one.
+        """
+        weight = self.weight.detach()
+        if self.config.weight is None:
+            return weight
+        identity = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+        if self._known is None or self._known[0] != identity:
+            found = self.quantized_weight()
+            assert found is not None
+            self._known = (identity, found.dequantize(weight.dtype).view_as(weight))
+        return self._known[1]
+
+    def fake_bias(self) -> Tensor | None:
+        """The bias, quantized as one row [1, out] if the config says so."""
+        if self.bias is None or self.config.bias is None:
+            return None if self.bias is None else self.bias.detach()
+        row = quantize_matrix(self.bias.unsqueeze(0), self.config.bias, "the bias")
+        return row.dequantize(self.bias.dtype).squeeze(0)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self._known = None  # `.to(…)` moves the weight; its quantized values are found again where it is then
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def extra_repr(self) -> str:
+        weight = self.config.weight.summary if self.config.weight is not None else "as it is"
+        return f"{super().extra_repr()}, weight {weight}"
+
+
+class FakeQuantLinear(FakeQuant, nn.Linear):
+    """y = Q_out(Q_in(x) · Q(W)ᵀ + b)."""
+
+    @classmethod
+    def from_module(
+        cls,
+        linear: nn.Linear,
+        config: QuantizationConfig | str | None = None,
+        *,
+        weight: QuantizationSpec | None = None,
+        input_tensors: QuantizationSpec | None = None,
+        output_tensors: QuantizationSpec | None = None,
+        bias: QuantizationSpec | None = None,
+        group_size: int | None = None,
+    ) -> Self:
+        """The same linear, fake-quantized. `linear` stays as it is and shares its parameters.
+
+        Args:
+            config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given.
+            weight, input_tensors, output_tensors, bias: specs that replace the config's.
+            group_size: of the weight; −1 is one scale per output channel.
+
+        ConfigError if nothing is to be quantized or the spec does not fit the weight.
+        """
+        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
+        return _adopt(made, linear, _resolve(config or cls.preset, specs, group_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out] in x's dtype."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        product = matmul.linear(x.reshape(-1, self.in_features), self.fake_weight().to(x.dtype))
+        if (bias := self.fake_bias()) is not None:
+            product = product + bias.to(x.dtype)
+        out = product.view(*x.shape[:-1], self.out_features)
+        return out if self.output_quantizer is None else self.output_quantizer(out)
+
+
+class FakeQuantConv(FakeQuant):
+    """What the convolutions have in common."""
+
+    @classmethod
+    def from_module(
+        cls,
+        conv: nn.Conv1d | nn.Conv2d,
+        config: QuantizationConfig | str | None = None,
+        *,
+        weight: QuantizationSpec | None = None,
+        input_tensors: QuantizationSpec | None = None,
+        output_tensors: QuantizationSpec | None = None,
+        bias: QuantizationSpec | None = None,
+        group_size: int | None = None,
+    ) -> Self:
+        """The same convolution, fake-quantized; arguments as in FakeQuantLinear.from_module."""
+        made = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device="meta",
+        )
+        specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
+        return _adopt(made, conv, _resolve(config or cls.preset, specs, group_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, channels, …] or [channels, …]."""
+        x = self._quantize(x, self.input_quantizer)
+        bias = self.fake_bias()
+        bias = bias if bias is None else bias.to(x.dtype)
+        out = self._conv_forward(x, self.fake_weight().to(x.dtype), bias)  # type: ignore[operator]
+        return self._quantize(out, self.output_quantizer)
+
+    def _quantize(self, x: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
+        if quantizer is None:
+            return x
+        channels = 1 - self.weight.ndim  # the axis before the spatial ones, of which the weight has all but two
+        quantized: Tensor = quantizer(x.movedim(channels, -1)).movedim(-1, channels)
+        return quantized
+
+
+class FakeQuantConv1d(FakeQuantConv, nn.Conv1d):
+    """A fake-quantized nn.Conv1d."""
+
+
+class FakeQuantConv2d(FakeQuantConv, nn.Conv2d):
+    """A fake-quantized nn.Conv2d."""
+
+
+def _resolve(
+    config: QuantizationConfig | str | None, specs: dict[str, QuantizationSpec | None], group_size: int | None
+) -> QuantizationConfig:
+    base = scheme_config(config) if isinstance(config, str) else config or QuantizationConfig()
+    resolved = replace(base, **{name: spec for name, spec in specs.items() if spec is not None})
+    if resolved == QuantizationConfig():
+        raise ConfigError("nothing to quantize: name a scheme, or a spec for weight, input_tensors or output_tensors")
+    return resolved if group_size is None else with_group_size(resolved, group_size)
+
+
+def _adopt(made: M, module: nn.Module, config: QuantizationConfig) -> M:
+    """Give `made` the parameters of `module` and its config; finds the quantized weight, so that errors come now."""
+    assert isinstance(made, FakeQuant)
+    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    made.weight = module.weight
+    made.bias = module.bias
+    made.train(module.training)
+    made.set_config(config)
+    made.fake_weight()
+    return made
+
+
+def _preset(name: str, scheme: str) -> type[FakeQuantLinear]:
+    """A FakeQuantLinear whose config is a scheme's unless another is given."""
+    fields = {"preset": scheme, "__doc__": f"FakeQuantLinear of scheme {scheme}.", "__module__": __name__}
+    return type(name, (FakeQuantLinear,), fields)
+
+
+W8A8FakeLinear = _preset("W8A8FakeLinear", "W8A8")
+W8A8StaticFakeLinear = _preset("W8A8StaticFakeLinear", "W8A8_STATIC")
+W8A16FakeLinear = _preset("W8A16FakeLinear", "W8A16")
+W4A16FakeLinear = _preset("W4A16FakeLinear", "W4A16")
+W4A8FakeLinear = _preset("W4A8FakeLinear", "W4A8")
+W4A4FakeLinear = _preset("W4A4FakeLinear", "W4A4")
+W4AFP8FakeLinear = _preset("W4AFP8FakeLinear", "W4AFP8")
+FP8FakeLinear = _preset("FP8FakeLinear", "FP8_DYNAMIC")
+FP8StaticFakeLinear = _preset("FP8StaticFakeLinear", "FP8")
+NVFP4FakeLinear = _preset("NVFP4FakeLinear", "NVFP4")
+MXFP4FakeLinear = _preset("MXFP4FakeLinear", "MXFP4")
+MXFP8FakeLinear = _preset("MXFP8FakeLinear", "MXFP8")

@@ -1,0 +1,139 @@
+"""A linear in integers alone: int8 in, int8 · int8 products added up in int32, a shift, int8 out.
+
+If every scale is a power of two (scale_type "pof2": s = 2^−e), y = s_x · s_w · Σ x̂ŵ + b goes back to the grid of the
+output without a multiplication (Jacob et al. 2018, arXiv:1712.05877, needs a fixed-point one, because its scales are
+arbitrary):
+
+    Σ x̂ŵ + b̂          int32, in units of s_x · s_w = 2^−(e_x + e_w); the bias is rounded to these units
+    ≫ e_x + e_w − e_y   to units of s_y; a negative shift goes left. Ties to even, then saturate
+
+An output channel may have its own weight scale, and so its own shift. A negative weight scale negates the sum. Several
+such linears follow each other on codes: the output's scale of one is the input's scale of the next. What is a
+comparison on codes can stay between them (ReLU is a maximum with 0, max-pooling, reshapes); an addition of two
+activations must first shift one to the scale of the other.
+
+What cannot be done so, and stays in float: everything that is not linear or piecewise linear. SiLU, GELU, sigmoid,
+tanh and softmax need exponentials, RMSNorm and LayerNorm a square root and a division by data, and a gate
+(SiLU(g) · u) or attention multiplies two activations. Rotary embeddings multiply by sines and cosines: fixed-point
+constants would do, shifts do not. An LLM's block is therefore islands of integers between float operations; networks of
+linears, convolutions and ReLU can be integers from end to end.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import CalibrationError, ConfigError
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.fake_quant import FakeQuantLinear
+
+INT32 = torch.iinfo(torch.int32)
+
+
+class IntegerLinear(nn.Module):
+    """int8 codes [..., in] → codes [..., out] (int8) with integer additions, multiplications and shifts.
+
+    codes: int8 [out, in]. bias: int32 [out], in units of s_x · s_w. shift: int32 [out]. sign: int32 [out], ±1.
+    input_scale, output_scale: the powers of two that in- and output codes are multiplied with.
+    """
+
+    codes: Tensor
+    bias: Tensor
+    shift: Tensor
+    sign: Tensor
+
+    def __init__(
+        self,
+        codes: Tensor,
+        bias: Tensor,
+        shift: Tensor,
+        sign: Tensor,
+        input_scale: float,
+        output_scale: float,
+        output_bits: int = 8,
+    ) -> None:
+        super().__init__()
+        for name, tensor in (("codes", codes), ("bias", bias), ("shift", shift), ("sign", sign)):
+            self.register_buffer(name, tensor)
+        self.input_scale, self.output_scale, self.output_bits = input_scale, output_scale, output_bits
+
+    @classmethod
+    def from_module(cls, module: FakeQuantLinear) -> Self:
+        """The integers behind a calibrated FakeQuantLinear.
+
+        Its weight (per tensor or per channel), inputs and outputs (static, per tensor) must be symmetric integers with
+        scale_type "pof2". It computes what the module computes, exactly, where the module's float sums are exact
+        (|Σ| < 2^24 in float32) and its bias lies on the grid; a bias elsewhere is rounded to it.
+        """
+        weight = module.quantized_weight()
+        if weight is None:
+            raise ConfigError("an integer-only linear needs a quantized weight; name a spec for weight")
+        if weight.scale.shape[1] != 1:
+            raise ConfigError(f"the sum over inputs needs one scale per output, not {weight.spec.summary}")
+        if not (weight.spec.format.is_integer and weight.spec.symmetric and weight.spec.scale_type == "pof2"):
+            raise ConfigError(f"weight {weight.spec.summary}: use a symmetric integer dtype and scale_type pof2")
+        if module.in_features > 2**16:
+            raise ConfigError(f"{module.in_features} products of int8 may not fit into int32; 65536 do")
+        input_exponent = _exponent(module.input_quantizer, "input_tensors")
+        output_exponent = _exponent(module.output_quantizer, "output_tensors")
+        scale = weight.scale_value.flatten().expand(module.out_features)
+        exponent = torch.frexp(scale.abs()).exponent - 1 + input_exponent  # of the sum's units, one per output
+        bias = torch.zeros(module.out_features, dtype=torch.int32, device=scale.device)
+        if (floats := module.fake_bias()) is not None:
+            units = torch.ldexp(floats.double(), -exponent).round()
+            bias = units.clamp(INT32.min, INT32.max).to(torch.int32)
+        assert module.output_quantizer is not None
+        return cls(
+            weight.codes,
+            bias,
+            (output_exponent - exponent).to(torch.int32),
+            scale.sign().to(torch.int32),
+            2.0**input_exponent,
+            2.0**output_exponent,
+            module.output_quantizer.spec.bits,
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int8 [..., in] → int8 [..., out]. CPU: torch multiplies matrices of int32 only there."""
+        total = codes.to(torch.int32) @ self.codes.to(torch.int32).T  # int32, as int8 matrix units add up
+        return requantize(total * self.sign + self.bias, self.shift, self.output_bits)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of a float input [..., in]: where the integers begin."""
+        return torch.round(x / self.input_scale).clamp(-128, 127).to(torch.int8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values (float32) of output codes: where the integers end."""
+        return codes.float() * self.output_scale
+
+
+def requantize(total: Tensor, shift: Tensor, bits: int = 8) -> Tensor:
+    """total · 2^−shift to the nearest integer, ties to even, saturated to `bits` (≤ 8) signed bits: int8.
+
+    `total` int32 [..., out], `shift` int32 [out]. Integer operations only.
+    """
+    right = shift.clamp(0, 31)
+    floor = total >> right
+    rest = total - (floor << right)
+    half = torch.where(right > 0, 1 << (right - 1).clamp(min=0), 1)  # without a shift there is no rest
+    up = (rest > half) | ((rest == half) & (floor & 1 == 1))
+    rounded = floor + up.to(floor.dtype)
+    smallest, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    left = (-shift).clamp(0, bits)  # beyond that everything but 0 saturates
+    return (rounded.clamp(smallest, largest) << left).clamp(smallest, largest).to(torch.int8)
+
+
+def _exponent(quantizer: ActivationQuantizer | None, field: str) -> int:
+    """log2 of a calibrated activation's scale; errors for what is no shift."""
+    if quantizer is None:
+        raise ConfigError(f"an integer-only linear needs quantized in- and outputs; name a spec for {field}")
+    spec = quantizer.spec
+    pure = spec.format.is_integer and spec.symmetric and spec.scale_type == "pof2" and not spec.residual
+    if not pure or spec.is_dynamic or spec.qscheme != "per_tensor" or spec.round_method != "half_even":
+        raise ConfigError(f"{field} {spec.summary}: use a static, symmetric per_tensor integer with scale_type pof2")
+    if quantizer.scale is None:
+        raise CalibrationError(f"{field} has no scale yet; run data through the model inside fewbit.calibrate first")
+    return int(torch.frexp(quantizer.scale.float()).exponent) - 1

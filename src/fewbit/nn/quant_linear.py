@@ -1,0 +1,126 @@
+"""A linear that holds its weight as packed codes and runs.
+
+Codes and zero points lie packed in int32 words (numerics/packing.py), scales as they are stored. The forward
+dequantizes some rows at a time and multiplies by them, so of the float weight only a few megabytes exist at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.config.spec import QuantizationSpec
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.nn.quantizer import quantize_matrix, weight_spec
+from fewbit.numerics import matmul
+from fewbit.tensor import QuantTensor
+
+CHUNK_ELEMENTS = 2**21  # weights that are dequantized at a time: 8 MB of float32
+
+
+class QuantLinear(KeepsDtypes):
+    """y = x · Ŵᵀ + b with Ŵ = (codes − zero_point) · scale, in x's dtype.
+
+    Buffers: `codes` int32 [out, words] (a cast's are its own dtype [out, in]), `scale` as stored [tiles along out,
+    tiles along in], `zero_point` int32 [tiles along out, words] for affine specs, `global_scale` [1] for e4m3 scales.
+    `input_quantizer` and `output_quantizer`, where set, fake-quantize what comes in and goes out.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+    input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.spec = weight.spec
+        for name, tensor in weight.to_tensors().items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.input_quantizer = self.output_quantizer = None
+
+    @classmethod
+    def from_module(
+        cls,
+        linear: nn.Linear,
+        bits: int = 4,
+        method: str = "per-block",
+        group_size: int | None = None,
+        symmetric: bool = True,
+        spec: QuantizationSpec | None = None,
+        **options: Any,
+    ) -> Self:
+        """Round a linear's weight to the nearest codes and pack them.
+
+        Args:
+            bits, method, group_size, symmetric: see nn/quantizer.py. per-channel: a scale for each output channel.
+                group_size of per-block is 128 unless given.
+            spec: the whole spec instead of these.
+            options: other fields of QuantizationSpec, e.g. observer="minmax", dtype="e4m3".
+        """
+        if spec is None:
+            if group_size is None and method.replace("_", "-").lower() in ("per-block", "per-group"):
+                group_size = 128
+            spec = weight_spec(bits, method, group_size, symmetric, **options)
+        return cls(quantize_matrix(linear.weight, spec), linear.bias)
+
+    @classmethod
+    def from_quant_tensor(cls, weight: QuantTensor, bias: Tensor | None = None) -> Self:
+        """Of a weight that any algorithm has quantized, e.g. `NativeCheckpoint.read_quantized(name)`."""
+        return cls(weight, bias)
+
+    @property
+    def quantized(self) -> QuantTensor:
+        """The weight, unpacked."""
+        return self._rows(0, self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias as they are held."""
+        held = [buffer for buffer in self._buffers.values() if buffer is not None]
+        return sum(tensor.nbytes for tensor in held) + (0 if self.bias is None else self.bias.nbytes)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [out, in]."""
+        return self.quantized.dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        matrix = x.reshape(-1, self.in_features)
+        products = [
+            matmul.linear(matrix, self._rows(start, stop).dequantize(x.dtype)) for start, stop in self._chunks()
+        ]
+        out = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.output_quantizer is None else self.output_quantizer(out)
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """Ranges of rows of about CHUNK_ELEMENTS weights that cut no tile. (A tile of all rows may be cut: its scale
+        goes with every piece.)"""
+        tile = self.spec.tiling.rows or 1
+        step = max(1, CHUNK_ELEMENTS // (self.in_features * tile)) * tile
+        starts = range(0, self.out_features, step)
+        return [(start, min(start + step, self.out_features)) for start in starts]
+
+    def _rows(self, start: int, stop: int) -> QuantTensor:
+        """Some rows of the weight."""
+        tile = self.spec.tiling.rows
+        scales = slice(start // tile, stop // tile) if tile else slice(None)
+        tensors = {"codes": self.codes[start:stop], "scale": self.scale[scales]}
+        for name in QuantTensor.stored_names(self.spec)[2:]:
+            tensor = getattr(self, name)
+            tensors[name] = tensor[scales] if name == "zero_point" else tensor
+        return QuantTensor.from_tensors(tensors, self.spec, (stop - start, self.in_features))
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec.summary}"

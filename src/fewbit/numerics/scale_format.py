@@ -1,0 +1,128 @@
+"""How scales are stored, and what a wanted scale becomes when it is.
+
+Every search scores the scale that will be stored, so all of them go through `ScaleFormat.store`:
+
+    float            float32, float16 or bfloat16, sign allowed
+    pof2             a power of two in one of those dtypes, so that scaling is a shift
+    e4m3             one byte per group times one `unit` for the whole tensor (NVFP4)
+    e8m0             one byte: a bare power of two (OCP MX v1.0)
+    microexponent    a byte per 16 elements and a bit per pair below it (MX6, MX9: Rouhani et al. 2023,
+                     arXiv:2302.08007)
+
+The unit of e4m3 is a power of two. Formats disagree whether it multiplies (ModelOpt) or divides (compressed-tensors);
+a power of two is exact both ways, and e4m3's exponent leaves room for the half binade that may cost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewbit.numerics.formats import FORMATS, NumberFormat
+
+ScaleType = Literal["float", "pof2", "e4m3", "e8m0", "microexponent"]
+ExponentMode = Literal["floor", "ceil", "rceil", "even"]
+
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127
+E4M3_SMALLEST = 2.0**-9
+PAIRS = 8  # of elements that share a microexponent's byte
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """How the scales of one tensor are stored: value = stored · unit."""
+
+    type: ScaleType = "float"
+    dtype: torch.dtype = torch.float32
+    """Stored dtype: a float dtype, float8_e4m3fn or float8_e8m0fnu."""
+    unit: float = 1.0
+    """Second level, one per tensor; a power of two."""
+
+    @property
+    def is_power_of_two(self) -> bool:
+        return self.type in ("pof2", "e8m0", "microexponent")
+
+    @property
+    def may_be_negative(self) -> bool:
+        return self.type in ("float", "pof2")
+
+    def store(self, scale: Tensor) -> Tensor:
+        """The stored form of wanted scales (float32). Never zero: where nothing is to be scaled, 1 takes its place
+        (e4m3: the smallest there is)."""
+        if self.type == "e4m3":
+            steps = FORMATS["e4m3"].round_((scale / self.unit).float())
+            return steps.clamp_(min=E4M3_SMALLEST).to(torch.float8_e4m3fn)
+        if self.is_power_of_two:
+            scale = nearest_power_of_two(scale)
+            if self.type == "microexponent":  # before zeros become 1: a pair of zeros lifts no other
+                scale = _share_exponents(scale)
+            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        stored = scale.to(self.dtype)
+        return stored if self.type == "e8m0" else torch.where(stored == 0, torch.ones_like(stored), stored)
+
+    def value(self, stored: Tensor) -> Tensor:
+        """What a stored scale stands for, float32."""
+        return stored.float() if self.unit == 1.0 else stored.float() * self.unit
+
+    def round(self, scale: Tensor) -> Tensor:
+        """The value of a wanted scale once stored, float32."""
+        return self.value(self.store(scale))
+
+
+def unit_for(magnitude: float, fmt: NumberFormat) -> float:
+    """Second-level scale of a tensor whose largest magnitude is given: the largest e4m3 scale (448) times the largest
+    element just covers it, rounded up to a power of two."""
+    if not magnitude > 0:
+        return 1.0
+    exponent = math.ceil(math.log2(magnitude / (FORMATS["e4m3"].largest * fmt.largest)))
+    return 2.0 ** min(max(exponent, SMALLEST_EXPONENT), LARGEST_EXPONENT)
+
+
+def nearest_power_of_two(scale: Tensor) -> Tensor:
+    """The power of two with the nearest logarithm, keeping the sign; zero stays zero. float32 → float32."""
+    mantissa, exponent = torch.frexp(scale)  # |mantissa| in [0.5, 1)
+    exponent = exponent - 1 + (mantissa.abs() > 0.5**0.5).to(exponent.dtype)
+    power = torch.ldexp(torch.ones_like(scale), exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT))
+    signed: Tensor = power.copysign(scale).masked_fill(scale == 0, 0.0)
+    return signed
+
+
+def block_exponent_scale(magnitude: Tensor, fmt: NumberFormat, mode: ExponentMode) -> Tensor:
+    """Power-of-two scale of blocks with the given largest magnitudes (OCP MX v1.0, §6.3 and what others made of it).
+
+    floor: 2^(floor(log2 amax) − emax), OCP's; elements above the largest saturate. ceil: the next power of two up.
+    rceil: the smallest power of two with which nothing saturates. even: like floor after amax was rounded to the
+    element's mantissa bits, so that the block moves up a binade when its maximum would round there.
+    Blocks of zeros get 1. float32 → float32.
+    """
+    amax = magnitude.float().clamp(min=2.0**SMALLEST_EXPONENT)  # subnormals would underflow below
+    if mode == "rceil":
+        exponent = _ceil_log2(amax / fmt.largest)
+    elif mode == "ceil":
+        exponent = _ceil_log2(amax) - fmt.emax
+    else:
+        if mode == "even":
+            mantissa_bits = fmt.bits - 2 if fmt.is_integer else fmt.mantissa_bits
+            half = 1 << (23 - mantissa_bits - 1)
+            amax = ((amax.view(torch.int32) + half) & ~(2 * half - 1)).view(torch.float32)
+        exponent = torch.frexp(amax).exponent - 1 - fmt.emax
+    scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT))
+    return torch.where(magnitude == 0, torch.ones_like(scale), scale)
+
+
+def _ceil_log2(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)
+    return exponent - (mantissa == 0.5).to(exponent.dtype)
+
+
+def _share_exponents(scale: Tensor) -> Tensor:
+    """Scales of pairs [..., pairs], powers of two: none more than a factor 2 below the largest of its 8 neighbours."""
+    if scale.shape[-1] % PAIRS:
+        raise ValueError(f"{scale.shape[-1]} pairs do not divide into microexponent blocks of {PAIRS}")
+    blocks = scale.unflatten(-1, (-1, PAIRS))
+    shared: Tensor = blocks.maximum(blocks.amax(-1, keepdim=True) / 2)
+    return shared.flatten(-2)

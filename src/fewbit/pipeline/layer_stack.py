@@ -1,0 +1,201 @@
+"""A stack of layers in memory and the batches that pass it: one layer at a time, in float32, then as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewbit.calibration.recorded import Item
+from fewbit.config.algorithms import GPTQConfig
+from fewbit.config.matching import matches
+from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
+from fewbit.models.architecture import Groups
+from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
+from fewbit.pipeline.reference import Reference
+from fewbit.pipeline.stages import linear_of
+
+Inputs = Tensor | Sequence[Tensor | Item]
+"""Batches of the first layer's input [batch, tokens, channels]; with keyword arguments as the items of a
+DefaultDataset: {"input_tensor": …, "kwargs": {…}}. A 2-D attention_mask leaves padding out of the statistics."""
+
+
+@dataclass
+class Batch:
+    """What goes into the next layer."""
+
+    hidden: Tensor
+    """[batch, tokens, channels]."""
+    reference: Tensor
+    """The same in the full-precision model, where that is carried along."""
+    kwargs: dict[str, Any]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Bool [batch, tokens], True where a token counts; None if all do."""
+        mask = self.kwargs.get("attention_mask")
+        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def batches_of(inputs: Inputs) -> list[Batch]:
+    """Batches of recorded inputs; the tensors are not copied, and never written to."""
+    items = [inputs] if isinstance(inputs, Tensor | Mapping) else inputs
+    batches = []
+    for item in items:
+        if isinstance(item, Tensor):
+            batches.append(Batch(item, item, {}))
+        elif isinstance(item, Mapping) and isinstance(item.get("input_tensor"), Tensor):
+            hidden = item["input_tensor"]
+            batches.append(Batch(hidden, hidden, dict(item.get("kwargs") or {})))
+        else:
+            raise CalibrationError(
+                f"an input is a tensor or {{'input_tensor': …, 'kwargs': …}}, not {type(item).__name__}; "
+                "build_calib_dataset_inputs makes them"
+            )
+    if not batches:
+        raise CalibrationError("there are no inputs; record some with DataRecorder and build_calib_dataset_inputs")
+    return batches
+
+
+def linears_of(layers: Sequence[nn.Module], prefix: str, exclude: Sequence[str]) -> list[dict[str, str]]:
+    """Per layer {name inside the layer: full name} of its linears. ConfigError for a pattern that matches none."""
+    root = f"{prefix}." if prefix else ""
+    found = [
+        {
+            name: f"{root}{index}" + (f".{name}" if name else "")
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        for index, layer in enumerate(layers)
+    ]
+    everything = [full for names in found for full in names.values()]
+    if not everything:
+        raise ArchitectureError("there is no linear in the layers, so there is nothing to quantize")
+    for pattern in exclude:
+        if not any(matches(pattern, full) for full in everything):
+            raise ConfigError(f"exclude: {pattern!r} matches no linear{nearest(pattern, everything)[:300]}")
+    return [
+        {name: full for name, full in names.items() if not any(matches(pattern, full) for pattern in exclude)}
+        for names in found
+    ]
+
+
+def check_shapes(layers: Sequence[nn.Module], linears: Sequence[Mapping[str, str]], spec: QuantizationSpec) -> None:
+    """ConfigError for the first linear that the spec's groups or blocks do not divide."""
+    for layer, names in zip(layers, linears, strict=True):
+        for name, full in names.items():
+            shape = linear_of(layer, name).weight.shape
+            try:
+                spec.tiling.scale_shape(tuple(shape))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{full!r} cannot be quantized: {error}; choose another size, or exclude it"
+                ) from None
+
+
+def check_rotations(layers: Iterable[nn.Module], batches: Iterable[Batch]) -> None:
+    """ArchitectureError if layers rotate positions in several ways and the inputs hold the embeddings of one."""
+    kinds = set()
+    for layer in layers:
+        attention = attention_of(layer)
+        rope = getattr(attention.config, "rope_parameters", None) if attention is not None else None
+        if attention is not None and isinstance(rope, Mapping) and layer_type(attention) in rope:
+            kinds.add(layer_type(attention))
+    recorded = [batch.kwargs.get("position_embeddings") for batch in batches]
+    if len(kinds) > 1 and any(not isinstance(embeddings, Mapping | None) for embeddings in recorded):
+        raise ArchitectureError(
+            f"these layers rotate positions in {len(kinds)} ways ({', '.join(sorted(map(str, kinds)))}), but the "
+            "inputs hold one kind of position_embeddings; give {layer type: embeddings}, or quantize the model with "
+            "fewbit.quantize, which calls every layer as the model does"
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All batches through one layer."""
+
+    layer: nn.Module
+    batches: Sequence[Batch]
+    run: LayerForwardManager
+
+    def forward(self, index: int) -> Tensor:
+        """The output for one batch, float32 on the layer's device."""
+        batch = self.batches[index]
+        return self._call(self.layer, batch.hidden, batch.kwargs)
+
+    def emit(self, index: int, output: Tensor) -> None:
+        """Make an output the next layer's input."""
+        batch = self.batches[index]
+        batch.hidden = output.to(batch.hidden.device)
+
+    def reference(self, groups: Groups, config: GPTQConfig) -> Reference | None:
+        """The same layer in full precision, if the drift of the inputs is wanted. Call it before weights change."""
+        if config.drift == 0:
+            return None
+        # shares its parameters with the layer, which gets others when it is quantized
+        original = copy.deepcopy(self.layer, {id(p): p for p in self.layer.parameters()})
+
+        def forward(index: int) -> Tensor:
+            batch = self.batches[index]
+            return self._call(original, batch.reference, batch.kwargs)
+
+        def emit(index: int, output: Tensor) -> None:
+            self.batches[index].reference = output.to(self.batches[index].hidden.device)
+
+        count = max(1, round(config.drift_data * len(self.batches)))
+        chosen = sorted({number * len(self.batches) // count for number in range(count)})  # evenly spaced
+        return Reference(original, groups, chosen, forward, emit)
+
+    def _call(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        like = next(iter(layer.parameters()), hidden)
+        hidden, kwargs = _like(hidden, like), _like(kwargs, like)
+        return self.run.forward(layer, hidden, **kwargs)
+
+
+@contextmanager
+def computing(layer: nn.Module) -> Iterator[None]:
+    """The layer in float32 (float64 stays) and without dropout; afterwards its tensors have their dtypes again."""
+    tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.is_floating_point() and x.element_size() < 4]
+    dtypes = [x.dtype for x in tensors]
+    training = {module: module.training for module in layer.modules()}
+    for x in tensors:
+        x.data = x.data.float()
+    layer.eval()
+    try:
+        yield
+    finally:
+        for x, dtype in zip(tensors, dtypes, strict=True):
+            x.data = x.data.to(dtype)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def replacing_weights(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """New weights may be given to the linears; if all goes well, their old parameters take the values over."""
+    parameters = {linear: linear.weight for linear in linears}
+    try:
+        yield
+    except BaseException:
+        for linear, parameter in parameters.items():
+            linear.weight = parameter
+        raise
+    for linear, parameter in parameters.items():
+        parameter.data = linear.weight.data
+        linear.weight = parameter
+
+
+def _like(value: Any, like: Tensor) -> Any:
+    """Tensors of a nested structure on the device of `like`, floats in its dtype."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _like(item, like) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_like(item, like) for item in value)
+    return value

@@ -1,0 +1,178 @@
+"""Quantizes any stack of layers in memory, one after another, from recorded inputs: decoder layers, a ViT's encoder …
+
+Every layer is run by `models/forward_manager.py`, in a staged forward (staged.py): linears that share an input are
+quantized together, those behind them see what the quantized ones give, and so does the next layer. Linears, and which
+of them share an input, are found by looking on while recorded inputs pass the layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fewbit.config.algorithms import CodeConfig, GPTQConfig, RTNConfig
+from fewbit.config.schemes import scheme_config
+from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.config.validation import config_class
+from fewbit.errors import ConfigError
+from fewbit.models.forward_manager import LayerForwardManager, forward_manager
+from fewbit.models.memory import trim_heap
+from fewbit.pipeline.layer_stack import (
+    Inputs,
+    Pass,
+    batches_of,
+    check_rotations,
+    check_shapes,
+    computing,
+    linears_of,
+    replacing_weights,
+)
+from fewbit.pipeline.probe import shared_inputs
+from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
+from fewbit.pipeline.staged import StagedForward, Strategy
+from fewbit.pipeline.stages import Stage, linear_of
+
+logger = logging.getLogger("fewbit")
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@config_class
+class SequentialGPTQConfig:
+    """GPTQ in one object: bits, granularity and the method's options, for `run_gptq_for_sequential_layers`."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    group_size: Annotated[int, Field(gt=0)] = 64
+    """Neighbours along a row that share a scale; per-block only."""
+    method: Literal["per-tensor", "per-token", "per-channel", "per-block"] = "per-block"
+    """What shares a scale in a weight [out, in]: all of it, a row, a column, or `group_size` neighbours of a row."""
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Added to H's diagonal, as a share of its mean."""
+    blocksize: Annotated[int, Field(gt=0)] = 128
+    """Columns per lazy update: speed only."""
+
+    @property
+    def spec(self) -> QuantizationSpec:
+        """How the weights are quantized: symmetric integers."""
+        granularity: dict[str, dict[str, Any]] = {
+            "per-tensor": {"qscheme": "per_tensor"},
+            "per-token": {"qscheme": "per_channel"},
+            "per-channel": {"qscheme": "per_channel", "ch_axis": 1},
+            "per-block": {"qscheme": "per_group", "group_size": self.group_size},
+        }
+        return QuantizationSpec(dtype=f"int{self.bits}", **granularity[self.method])
+
+    @property
+    def algorithm(self) -> GPTQConfig:
+        """The method's options."""
+        return GPTQConfig(damping=self.damp, block_size=self.blocksize)
+
+
+def run_gptq_for_sequential_layers(
+    layers: Iterable[nn.Module],
+    inputs: Inputs,
+    spec: QuantizationSpec | QuantizationConfig | SequentialGPTQConfig | str,
+    config: CodeConfig | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    prefix: str = "",
+    strategy: Strategy = "staged",
+    forward: LayerForwardManager = forward_manager,
+) -> dict[str, LinearResult]:
+    """Quantize the linears of `layers` in place: the output of each layer is the input of the next.
+
+    Args:
+        layers: modules in the order of execution, with weights of any float dtype. Afterwards their linears hold
+            dequantized weights in the same dtype, in the same parameters.
+        inputs: what goes into the first layer; see `Inputs`. They are not changed.
+        spec: how weights are quantized: a spec, the name of a weight-only scheme, or a SequentialGPTQConfig, which
+            has the options of the method, too.
+        config: the method and its options; GPTQ by default.
+        exclude: names or wildcards of linears that stay as they are, such as routers ("*.gate").
+        prefix: put before the names of the result, which are INDEX.LINEAR otherwise ("model.layers" makes
+            "model.layers.0.self_attn.q_proj").
+        strategy: "staged" holds the forwards of all batches in memory, "replay" that of one: same result.
+        forward: how layers are run.
+
+    Returns a LinearResult by name for every quantized linear: the QuantTensor, and what it cost.
+    Raises ConfigError for what cannot be honoured, before anything is changed.
+    """
+    weights, algorithm = _resolved(spec, config)
+    stack = list(layers)
+    linears = linears_of(stack, prefix, exclude)
+    check_shapes(stack, linears, weights)
+    batches = batches_of(inputs)
+    check_rotations(stack, batches)
+    results: dict[str, LinearResult] = {}
+    for layer, names in zip(stack, linears, strict=True):
+        results |= _quantize_layer(Pass(layer, batches, forward), names, weights, algorithm, strategy)
+        trim_heap()
+    return results
+
+
+def _quantize_layer(
+    run: Pass, names: Mapping[str, str], spec: QuantizationSpec, algorithm: CodeConfig, strategy: Strategy
+) -> dict[str, LinearResult]:
+    """One layer's linears, given as {name inside the layer: full name}; the batches go on to the next layer."""
+    linears = {name: linear_of(run.layer, name) for name in names}
+    dtypes = {name: linear.weight.dtype for name, linear in linears.items()}
+    results: dict[str, LinearResult] = {}
+
+    def decide(stage: Stage) -> None:
+        members = [
+            Member(name, linear.weight.detach().float(), spec, _scale_dtype(dtypes[name]))
+            for name, linear in stage.members.items()
+        ]
+        for name, result in quantize_stage(members, stage.statistics, algorithm).items():
+            weight = linears[name].weight
+            linears[name].weight = nn.Parameter(result.weight.dequantize(weight.dtype), requires_grad=False)
+            results[names[name]] = result
+            logger.info("%s loss %.4e tokens %d seconds %.2f", names[name], result.loss, result.tokens, result.seconds)
+            if result.fallback is not None:
+                logger.warning("%s fell back: %s", names[name], result.fallback)
+
+    with computing(run.layer), replacing_weights(linears.values()), torch.no_grad():
+        groups = shared_inputs(run.layer, linears, [partial(run.forward, index) for index in range(len(run.batches))])
+        reference = run.reference(groups, algorithm) if isinstance(algorithm, GPTQConfig) else None
+        stages = [Stage(order, {name: linears[name] for name in group}, decide) for order, group in enumerate(groups)]
+        masks = [batch.mask for batch in run.batches]
+        StagedForward(stages, masks, run.forward, reference).run(run.emit, strategy)
+    return results
+
+
+def _resolved(
+    spec: QuantizationSpec | QuantizationConfig | SequentialGPTQConfig | str, config: CodeConfig | None
+) -> tuple[QuantizationSpec, CodeConfig]:
+    """The spec of weights and the method's options."""
+    if isinstance(spec, SequentialGPTQConfig):
+        if config is not None:
+            raise ConfigError("SequentialGPTQConfig holds the method's options; leave config out")
+        return spec.spec, spec.algorithm
+    if config is not None and not isinstance(config, GPTQConfig | RTNConfig):
+        raise ConfigError(f"config is a GPTQConfig or RTNConfig, not {type(config).__name__}")
+    algorithm = config or GPTQConfig()
+    if isinstance(spec, QuantizationSpec):
+        return QuantizationConfig(weight=spec).weight or spec, algorithm  # says what a weight's spec cannot be
+    name = spec if isinstance(spec, str) else "the config"
+    chosen = scheme_config(spec) if isinstance(spec, str) else spec
+    if not isinstance(chosen, QuantizationConfig):
+        raise ConfigError(
+            f"spec is a QuantizationSpec, a scheme's name or a SequentialGPTQConfig, not {type(spec).__name__}"
+        )
+    if chosen.weight is None or any((chosen.input_tensors, chosen.output_tensors, chosen.bias)):
+        raise ConfigError(
+            f"{name} does not quantize weights alone, which is all that can be done in place; give a QuantizationSpec "
+            "for the weights"
+        )
+    return chosen.weight, algorithm
+
+
+def _scale_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """What scales are stored in, unless the spec says so: the weight's dtype, if that is one for scales."""
+    return weight_dtype if weight_dtype in SCALE_DTYPES else torch.float32

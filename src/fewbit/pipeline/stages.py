@@ -1,0 +1,143 @@
+"""Where a block's forward stops: what is gathered there from all batches, and what is decided once all have come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fewbit.calibration.observers import make_observer
+from fewbit.calibration.statistics import Statistics
+from fewbit.errors import ArchitectureError
+from fewbit.models.architecture import Groups
+from fewbit.nn.activation import ActivationQuantizer
+
+Order = tuple[int, int]
+"""Group of linears, and what of it: earlier stops are decided first when batches wait at several."""
+INPUT, WEIGHTS, OUTPUT, ATTENTION = range(4)
+PLACES = {"input_quantizer": INPUT, "output_quantizer": OUTPUT}
+
+
+class Stop(Protocol):
+    """What a suspended forward waits for."""
+
+    order: Order
+    done: bool
+
+    @property
+    def name(self) -> str: ...
+
+    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
+        """Count one batch's tensor; `mask` of its leading shape, bool, leaves padding out."""
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+
+    def finish(self) -> None:
+        """All batches have been counted: decide."""
+
+
+class Stage:
+    """Linears that share an input: when all batches have come, their weights are quantized.
+
+    Args:
+        order: number of the group in the block.
+        members: the linears by name.
+        decide: quantizes them. `statistics` is complete then, or None if no token arrived.
+        raw: count the input as it comes, not as the weight meets it (smoothed, quantized): scales of channels are
+            still to be searched.
+        sample: tokens of the input to keep, evenly spread over the batches' order of arrival.
+    """
+
+    def __init__(
+        self,
+        order: int,
+        members: dict[str, nn.Linear],
+        decide: Callable[[Stage], None],
+        *,
+        raw: bool = False,
+        sample: int = 0,
+    ) -> None:
+        self.order: Order = (order, WEIGHTS)
+        self.members = members
+        self.raw = raw
+        self.done = False
+        self.statistics: Statistics | None = None
+        self._decide = decide
+        self._sample = sample
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.members))
+
+    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
+        if self.statistics is None:
+            self.statistics = Statistics.empty(x.shape[-1], x.device, self._sample)
+        self.statistics.add(x, mask, reference)
+
+    def reset(self) -> None:
+        self.statistics = None
+
+    def finish(self) -> None:
+        if self.statistics is not None:
+            self.statistics.finish(self.name)
+        self._decide(self)
+        self.statistics = None
+        self.done = True
+
+
+class CalibrationStop:
+    """An activation with a static scale: when all batches have come, the scale is fixed."""
+
+    def __init__(self, order: Order, name: str, quantizer: ActivationQuantizer) -> None:
+        self.order = order
+        self.done = False
+        self.name = name
+        self.quantizer = quantizer
+        self._observer = make_observer(quantizer.spec, quantizer.dtype)
+
+    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
+        self._observer.update(x if mask is None else x[mask])
+
+    def reset(self) -> None:
+        self._observer = make_observer(self.quantizer.spec, self.quantizer.dtype)
+
+    def finish(self) -> None:
+        self.quantizer.load(self._observer.result(self.name))
+        self.quantizer.observer = None
+        self.done = True
+
+
+def stages_of(block: nn.Module, groups: Groups, decide: Callable[[Stage], None]) -> list[Stage]:
+    """One stage per group of linears of a block."""
+    return [
+        Stage(order, {name: linear_of(block, name) for name in group}, decide) for order, group in enumerate(groups)
+    ]
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """A linear of a block by its name; ArchitectureError if it is none."""
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureError(f"{type(block).__name__} has no linear {name!r}") from None
+    if not isinstance(module, nn.Linear):
+        raise ArchitectureError(f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a linear")
+    return module
+
+
+def calibration_stops(block: nn.Module, groups: Groups) -> list[CalibrationStop]:
+    """A stop for every activation quantizer of a block that only data can tell its scale, in order of execution."""
+    group_of = {name: number for number, group in enumerate(groups) for name in group}
+    stops = []
+    for path, module in block.named_modules():  # one that linears share comes once
+        if isinstance(module, ActivationQuantizer) and module.needs_calibration:
+            owner, _, slot = path.rpartition(".")
+            if slot in PLACES:
+                order = (group_of.get(owner, len(groups)), PLACES[slot])
+            else:  # inside attention, which runs once the linears of its first group have
+                attention = path.partition(".")[0] + "."
+                order = (min((n for name, n in group_of.items() if name.startswith(attention)), default=0), ATTENTION)
+            stops.append(CalibrationStop(order, path, module))
+    return stops
