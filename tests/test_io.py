@@ -96,6 +96,7 @@ def test_a_torch_file_that_could_not_be_read_back_safely_is_not_written(tmp_path
         ("x.json", b"{"),
         ("x.safetensors", b"\x08\x00"),
         ("x.pt", b"a torch file is another thing"),
+        ("x.pt", b"no torch file"),
         ("x.bin", b""),
         ("y.json", b"\xff"),
     ],

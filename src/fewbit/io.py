@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewbit.errors import CheckpointError, ConfigError, disk_errors_as_sentences
+from fewbit.errors import CheckpointError, ConfigError, FewbitError, disk_errors_as_sentences
 
 T = TypeVar("T")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -41,9 +40,11 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Any:
     read = _format(path, _READERS)
     try:
         return read(path, allow_pickle)
+    except FewbitError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # decoders raise almost anything on damaged bytes
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path} is damaged or no {path.suffix} file ({type(error).__name__}: {reason})"

@@ -1,6 +1,7 @@
 """GPTQ: better than rounding where it should be, the same whatever the blocking, honest about failure."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,13 +11,50 @@ from fewbit.algorithms.gptq import column_order, drifted, gptq, inverse_factor
 from fewbit.algorithms.rtn import rtn
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
+from fewbit.numerics.scale_format import ScaleFormat, unit_for
 from fewbit.numerics.second_moment import quadratic_form
 
+BF16, FP32 = ScaleFormat("float", torch.bfloat16), ScaleFormat("float", torch.float32)
 SYMMETRIC = QuantizationSpec(dtype="int4", group_size=32)
 AFFINE = QuantizationSpec(dtype="uint4", group_size=32, symmetric=False)
 PLAIN = replace(SYMMETRIC, observer="minmax")
 PER_CHANNEL = QuantizationSpec(dtype="int4", qscheme="per_channel")
 PER_TENSOR = QuantizationSpec(dtype="int4", qscheme="per_tensor")
+GRIDS = {
+    "affine": AFFINE,
+    "affine-channel": QuantizationSpec(dtype="uint4", qscheme="per_channel", symmetric=False),
+    "affine-tensor": QuantizationSpec(dtype="uint4", qscheme="per_tensor", symmetric=False),
+    "FP8-tensor": QuantizationSpec(dtype="e4m3", qscheme="per_tensor"),
+    "FP8-channel": QuantizationSpec(dtype="e4m3", qscheme="per_channel"),
+    "FP8-block": QuantizationSpec(dtype="e4m3", qscheme="per_block", block_size=(32, 32)),
+    "E5M2": QuantizationSpec(dtype="e5m2", qscheme="per_channel"),
+    "FP6-e3m2": replace(SYMMETRIC, dtype="e3m2"),
+    "FP6-e2m3": QuantizationSpec(dtype="e2m3", qscheme="per_channel"),
+    "FP4": replace(SYMMETRIC, dtype="e2m1"),
+    "NVFP4": QuantizationSpec(dtype="e2m1", group_size=16, scale_type="e4m3"),
+    "INT4-e4m3": QuantizationSpec(dtype="int4", group_size=16, scale_type="e4m3"),
+    "MXFP4": replace(SYMMETRIC, dtype="e2m1", scale_type="e8m0"),
+    "MXFP6": replace(SYMMETRIC, dtype="e2m3", scale_type="e8m0"),
+    "MXINT8": replace(SYMMETRIC, dtype="int8", scale_type="e8m0"),
+    "MX9": QuantizationSpec(dtype="mx9"),
+    "MX6": QuantizationSpec(dtype="mx6"),
+    "BFP16": QuantizationSpec(dtype="bfp16"),
+    "block": QuantizationSpec(dtype="int4", qscheme="per_block", block_size=(32, 32)),
+    "affine-block": QuantizationSpec(dtype="uint4", qscheme="per_block", block_size=(16, 8), symmetric=False),
+    "columns": QuantizationSpec(dtype="int4", qscheme="per_channel", ch_axis=1),
+    "affine-columns": QuantizationSpec(dtype="uint4", qscheme="per_channel", ch_axis=1, symmetric=False),
+    "groups-of-rows": QuantizationSpec(dtype="int4", group_size=32, ch_axis=0),
+    "pof2": replace(SYMMETRIC, scale_type="pof2"),
+    "affine-pof2": replace(AFFINE, scale_type="pof2"),
+    "pof2-tensor": QuantizationSpec(dtype="int8", qscheme="per_tensor", scale_type="pof2"),
+}
+every_grid = pytest.mark.parametrize("name", GRIDS)
+OF_ROWS = [name for name, spec in GRIDS.items() if spec.tiling.rows == 1]  # no scale is shared by rows
+
+
+def format_of(spec, weight):
+    unit = unit_for(float(weight.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
+    return spec.scale_format(torch.bfloat16, unit)
 
 
 def correlated(rows=96, columns=128, tokens=2048, seed=0):
@@ -38,65 +76,122 @@ def loss(weight, moment, outcome):
 @pytest.mark.parametrize("order", ["activation", "group-aware", "none"])
 def test_gptq_loses_far_less_than_rounding_on_correlated_inputs(spec, order):
     weight, moment = correlated()
-    found = gptq(weight, moment, spec, torch.bfloat16, GPTQConfig(order=order))
-    assert loss(weight, moment, found) < 0.6 * loss(weight, moment, rtn(weight, moment, spec, torch.bfloat16))
+    found = gptq(weight, moment, spec, BF16, GPTQConfig(order=order))
+    assert loss(weight, moment, found) < 0.6 * loss(weight, moment, rtn(weight, moment, spec, BF16))
 
 
 @pytest.mark.parametrize("dtype", ["int2", "int3", "int8"])
 def test_every_width_gains(dtype):
     weight, moment = correlated()
     spec = replace(SYMMETRIC, dtype=dtype)
-    found = gptq(weight, moment, spec, torch.bfloat16, GPTQConfig())
-    assert loss(weight, moment, found) < 0.8 * loss(weight, moment, rtn(weight, moment, spec, torch.bfloat16))
+    found = gptq(weight, moment, spec, BF16, GPTQConfig())
+    assert loss(weight, moment, found) < 0.8 * loss(weight, moment, rtn(weight, moment, spec, BF16))
+
+
+@every_grid
+@pytest.mark.parametrize("observer", ["search", "minmax"])
+@pytest.mark.parametrize("order", ["activation", "none"])
+def test_every_grid_gains(name, observer, order):
+    weight, moment = correlated()
+    spec = replace(GRIDS[name], observer=observer)
+    format = format_of(spec, weight)
+    found = gptq(weight, moment, spec, format, GPTQConfig(order=order))
+    assert loss(weight, moment, found) < 0.5 * loss(weight, moment, rtn(weight, moment, spec, format))
+    assert found.weight.spec == spec
+    assert found.weight.global_scale == format.unit
+
+
+@pytest.mark.parametrize("spec", [SYMMETRIC, AFFINE, replace(SYMMETRIC, dtype="e2m1"), GRIDS["block"]])
+@pytest.mark.parametrize("method", ["round", "floor"])
+def test_every_way_of_rounding_gains(spec, method):
+    weight, moment = correlated()
+    spec = replace(spec, round_method=method)
+    found = gptq(weight, moment, spec, BF16, GPTQConfig())
+    assert loss(weight, moment, found) < 0.5 * loss(weight, moment, rtn(weight, moment, spec, BF16))
+
+
+@every_grid
+def test_what_is_stored_can_be_stored(name):
+    weight, moment = correlated()
+    spec = GRIDS[name]
+    weight[3] = 0
+    weight[:, 32:64] = 0
+    format = format_of(spec, weight)
+    found = gptq(weight, moment, spec, format, GPTQConfig()).weight
+    assert found.scale.dtype == format.dtype
+    assert torch.equal(format.store(found.scale_value).float(), found.scale.float())
+    assert (found.scale.float() != 0).all()
+    assert (found.dequantize()[3] == 0).all()
+    assert torch.isfinite(found.dequantize()).all()
 
 
 def test_scales_chosen_by_the_loss_beat_scales_fixed_before():
     weight, moment = correlated()
-    searched = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig())
-    fixed = gptq(weight, moment, PLAIN, torch.bfloat16, GPTQConfig())
+    searched = gptq(weight, moment, SYMMETRIC, BF16, GPTQConfig())
+    fixed = gptq(weight, moment, PLAIN, BF16, GPTQConfig())
     assert loss(weight, moment, searched) < 0.85 * loss(weight, moment, fixed)
 
 
 @pytest.mark.parametrize("refits", [1, 3])
 def test_refits_never_lose(refits):
     weight, moment = correlated()
-    without = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig(refits=0, order="group-aware"))
-    refitted = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig(refits=refits, order="group-aware"))
+    without = gptq(weight, moment, SYMMETRIC, BF16, GPTQConfig(refits=0, order="group-aware"))
+    refitted = gptq(weight, moment, SYMMETRIC, BF16, GPTQConfig(refits=refits, order="group-aware"))
     assert loss(weight, moment, refitted) <= loss(weight, moment, without) * 1.001
 
 
-@pytest.mark.parametrize("spec", [SYMMETRIC, AFFINE, PLAIN, PER_CHANNEL])
+BLOCKED = GRIDS | {"symmetric": SYMMETRIC, "plain": PLAIN, "channel": PER_CHANNEL}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
 @pytest.mark.parametrize("order", ["activation", "none"])
-def test_the_result_does_not_depend_on_the_block_size(spec, order):
+def test_the_result_does_not_depend_on_the_block_size(name, order):
     weight, moment = correlated()
+    spec = BLOCKED[name]
     losses = []
     codes = []
     for block_size in (32, 128, 1000):
-        found = gptq(weight, moment, spec, torch.float32, GPTQConfig(order=order, block_size=block_size))
+        format = FP32 if spec.scale_type == "float" else format_of(spec, weight)
+        found = gptq(weight, moment, spec, format, GPTQConfig(order=order, block_size=block_size))
         losses.append(loss(weight, moment, found))
         codes.append(found.weight.codes)
     assert max(losses) <= min(losses) * 1.002  # a tie that rounds the other way changes a code, not the loss
     assert all((other != codes[0]).float().mean() < 0.01 for other in codes[1:])
 
 
-def test_rows_are_independent():
+@pytest.mark.parametrize("name", [*OF_ROWS, "symmetric"])
+def test_rows_are_independent(name):
     weight, moment = correlated()
-    whole = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig()).weight
-    half = gptq(weight[:40], moment, SYMMETRIC, torch.bfloat16, GPTQConfig()).weight
+    spec = BLOCKED[name]
+    format = format_of(spec, weight)
+    whole = gptq(weight, moment, spec, format, GPTQConfig()).weight
+    half = gptq(weight[:40], moment, spec, format, GPTQConfig()).weight
     assert (whole.codes[:40] != half.codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["block", "affine-block", "FP8-block", "columns", "FP8-tensor", "NVFP4"])
+def test_how_many_rows_are_worked_on_at_a_time_does_not_matter(name, monkeypatch):
+    weight, moment = correlated(rows=192)
+    spec = GRIDS[name]
+    format = format_of(spec, weight)
+    whole = gptq(weight, moment, spec, format, GPTQConfig()).weight
+    monkeypatch.setattr(import_module("fewbit.algorithms.gptq"), "CHUNK_ELEMENTS", 1)  # 64 rows
+    pieces = gptq(weight, moment, spec, format, GPTQConfig()).weight
+    assert (whole.codes != pieces.codes).float().mean() < 0.01
+    assert torch.equal(whole.scale.float(), pieces.scale.float()) or name == "NVFP4"
 
 
 def test_columns_that_never_fire_do_no_harm():
     weight, moment = correlated()
     moment[:, 5] = moment[5] = 0
-    found = gptq(weight, moment, SYMMETRIC, torch.bfloat16, GPTQConfig())
+    found = gptq(weight, moment, SYMMETRIC, BF16, GPTQConfig())
     assert torch.isfinite(found.weight.dequantize()).all()
-    assert loss(weight, moment, found) < 0.6 * loss(weight, moment, rtn(weight, moment, SYMMETRIC, torch.bfloat16))
+    assert loss(weight, moment, found) < 0.6 * loss(weight, moment, rtn(weight, moment, SYMMETRIC, BF16))
 
 
 def test_zero_moment_cannot_be_factored():
     weight, moment = correlated()
-    assert gptq(weight, torch.zeros_like(moment), SYMMETRIC, torch.bfloat16, GPTQConfig()) is None
+    assert gptq(weight, torch.zeros_like(moment), SYMMETRIC, BF16, GPTQConfig()) is None
 
 
 def test_damping_rises_until_the_factorization_succeeds():

@@ -4,32 +4,68 @@ import pytest
 import torch
 
 from fewbit.checkpoint.files import write_json
-from fewbit.checkpoint.native import MANIFEST, OUTSIDE, NativeCheckpoint, NativePart, block_file, write_part
+from fewbit.checkpoint.native import (
+    FORMAT_VERSION,
+    MANIFEST,
+    OUTSIDE,
+    NativeCheckpoint,
+    NativePart,
+    block_file,
+    write_part,
+)
 from fewbit.checkpoint.source import TensorInfo
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError
-from fewbit.tensor import QuantTensor
+from fewbit.numerics.scale_format import unit_for
+from fewbit.tensor import QuantizedActivation, QuantTensor, quantize
 
 SPECS = {
     "W4": scheme_config("W4A16", 8).weight,
     "W3_ASYM": scheme_config("W3A16_ASYM", -1).weight,
     "W8": QuantizationSpec(dtype="int8", qscheme="per_tensor", scale_dtype="float32"),
     "W2_ASYM_SIGNED": QuantizationSpec(dtype="int2", qscheme="per_group", group_size=20, symmetric=False),
+    "COLUMNS": QuantizationSpec(dtype="int4", qscheme="per_channel", ch_axis=1),
+    "GROUPS_OF_ROWS": QuantizationSpec(dtype="uint4", qscheme="per_group", group_size=3, ch_axis=0, symmetric=False),
+    "FP8": QuantizationSpec(dtype="e4m3", qscheme="per_channel", observer="minmax"),
+    "FP8_BLOCK": QuantizationSpec(dtype="e4m3", qscheme="per_block", block_size=(2, 16), scale_dtype="float32"),
+    "E5M2": QuantizationSpec(dtype="fp8_e5m2", qscheme="per_tensor", observer="percentile", percentile=99.0),
+    "FP6": QuantizationSpec(dtype="e3m2", qscheme="per_group", group_size=8, round_method="round"),
+    "NVFP4": QuantizationSpec(dtype="e2m1", group_size=16, scale_type="e4m3"),
+    "MXFP4": QuantizationSpec(dtype="mx", mx_element_dtype="fp4", group_size=16, exponent_mode="rceil"),
+    "MX6": QuantizationSpec(dtype="mx6"),
+    "MX9": QuantizationSpec(dtype="mx9"),
+    "POF2": QuantizationSpec(dtype="int4", qscheme="per_channel", scale_type="pof2", round_method="floor"),
+    "BF16": QuantizationSpec(dtype="bfloat16"),
+    "FP16": QuantizationSpec(dtype="float16"),
+    "TWO_STAGE": QuantizationSpec(
+        dtype="int4", qscheme="per_channel", first_stage=QuantizationSpec(dtype="e4m3", qscheme="per_tensor")
+    ),
+}
+SHAPE = (6, 80)
+STATIC = QuantizationSpec(dtype="uint8", qscheme="per_tensor", symmetric=False, observer="minmax", clip_ratio=0.9)
+ACTIVATIONS = {
+    "layers.0.W4.input": QuantizedActivation(STATIC, torch.tensor([[0.25]]), torch.tensor([[3]], dtype=torch.uint8)),
+    "layers.0.W4.output": QuantizedActivation(
+        QuantizationSpec(dtype="e4m3", qscheme="per_tensor", observer="histogram"), torch.tensor([[2.0]]).bfloat16()
+    ),
+    "layers.0.NVFP4.input": QuantizedActivation(
+        QuantizationSpec(dtype="e2m1", group_size=16, scale_type="e4m3", observer="minmax", is_dynamic=True),
+        global_scale=2.0**-9,
+    ),
+    "layers.0.attention.key": QuantizedActivation(
+        QuantizationSpec(dtype="int8", qscheme="per_token", observer="minmax", is_dynamic=True, residual=True)
+    ),
+    "layers.0.attention.value": QuantizedActivation(QuantizationSpec(dtype="float16")),
 }
 BLOCKS = 2
 
 
 def quant_tensor(spec: QuantizationSpec, seed: int) -> QuantTensor:
-    generator = torch.Generator().manual_seed(seed)
-    scale_shape = spec.tiling.scale_shape((6, 40))
-
-    def codes(*shape: int) -> torch.Tensor:
-        smallest, largest = int(spec.format.smallest), int(spec.format.largest)
-        return torch.randint(smallest, largest + 1, shape, generator=generator).to(spec.format.code_dtype)
-
-    scale = torch.randn(scale_shape, generator=generator).to(spec.stored_scale_dtype(torch.bfloat16))
-    return QuantTensor(codes(6, 40), scale, None if spec.symmetric else codes(*scale_shape), spec)
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    unit = unit_for(float(weight.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
+    format = spec.scale_format(torch.bfloat16, unit)
+    return quantize(weight, spec, format, *spec.grid_rule(format).find(spec.tiling.split(weight)))
 
 
 def quantized(block: int) -> dict[str, QuantTensor]:
@@ -52,9 +88,10 @@ def dense(prefix: str) -> dict[str, torch.Tensor]:
 
 def write_checkpoint(directory):
     for block in range(BLOCKS):
-        write_part(block_file(directory, block), quantized(block), dense(f"layers.{block}"))
+        flows = {name.replace("layers.0", f"layers.{block}"): flow for name, flow in ACTIVATIONS.items()}
+        write_part(block_file(directory, block), quantized(block), dense(f"layers.{block}"), flows)
     write_part(directory / OUTSIDE, {}, dense("outside"))
-    write_json(directory / MANIFEST, {"format_version": 1, "num_blocks": BLOCKS})
+    write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "num_blocks": BLOCKS})
     return directory
 
 
@@ -62,14 +99,27 @@ def assert_same(one: QuantTensor, other: QuantTensor) -> None:
     assert one.spec == other.spec
     assert torch.equal(one.codes, other.codes)
     assert one.scale.dtype == other.scale.dtype
-    assert torch.equal(one.scale, other.scale)
+    assert torch.equal(one.scale.float(), other.scale.float())
+    assert one.codes.dtype == other.codes.dtype
+    assert one.global_scale == other.global_scale
     assert (one.zero_point is None) == (other.zero_point is None)
     assert one.zero_point is None or torch.equal(one.zero_point, other.zero_point)
 
 
+def assert_same_activations(found: dict[str, QuantizedActivation], expected: dict[str, QuantizedActivation]) -> None:
+    assert set(found) == set(expected)
+    for name, activation in expected.items():
+        assert found[name].spec == activation.spec
+        assert found[name].global_scale == activation.global_scale
+        for field in ("scale", "zero_point"):
+            one, other = getattr(found[name], field), getattr(activation, field)
+            assert (one is None) == (other is None)
+            assert one is None or (one.dtype == other.dtype and torch.equal(one, other))
+
+
 @pytest.fixture
 def part(tmp_path) -> NativePart:
-    write_part(tmp_path / "part.safetensors", quantized(0), dense("layers.0"))
+    write_part(tmp_path / "part.safetensors", quantized(0), dense("layers.0"), ACTIVATIONS)
     return NativePart(tmp_path / "part.safetensors")
 
 
@@ -84,6 +134,13 @@ class TestPart:
             assert read.dtype == tensor.dtype
             assert torch.equal(read, tensor)
 
+    def test_activations_read_back_exactly(self, part):
+        assert_same_activations(part.activations(), ACTIVATIONS)
+
+    def test_a_part_without_activations_has_none(self, tmp_path):
+        write_part(tmp_path / "part.safetensors", quantized(0), dense("layers.0"))
+        assert NativePart(tmp_path / "part.safetensors").activations() == {}
+
     @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
     def test_read_dequantizes(self, part, dtype):
         for name, weight in quantized(0).items():
@@ -93,15 +150,15 @@ class TestPart:
 
     def test_the_file_alone_says_what_it_holds(self, part):
         weights = quantized(0)
-        assert part.quantized == {name: (weight.spec, (6, 40)) for name, weight in weights.items()}
-        assert part.info() == {name: TensorInfo((6, 40), torch.float32) for name in weights} | {
+        assert part.quantized == {name: (weight.spec, SHAPE) for name, weight in weights.items()}
+        assert part.info() == {name: TensorInfo(SHAPE, torch.float32) for name in weights} | {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in dense("layers.0").items()
         }
 
     def test_written_many_times_the_bytes_are_the_same(self, tmp_path):
         written = set()
         for _ in range(16):
-            write_part(tmp_path / "part.safetensors", quantized(0), dense("layers.0"))
+            write_part(tmp_path / "part.safetensors", quantized(0), dense("layers.0"), ACTIVATIONS)
             written.add((tmp_path / "part.safetensors").read_bytes())
         assert len(written) == 1
 
@@ -129,6 +186,14 @@ class TestCheckpoint:
         assert all(torch.equal(read[name], weight.dequantize()) for name, weight in weights.items())
         assert all(torch.equal(read[name], tensor) for name, tensor in others.items())
 
+    def test_activations_of_every_part_are_found(self, tmp_path):
+        expected = {
+            name.replace("layers.0", f"layers.{block}"): flow
+            for block in range(BLOCKS)
+            for name, flow in ACTIVATIONS.items()
+        }
+        assert_same_activations(NativeCheckpoint(write_checkpoint(tmp_path)).activations(), expected)
+
     def test_an_unknown_tensor_is_named(self, tmp_path):
         checkpoint = NativeCheckpoint(write_checkpoint(tmp_path))
         with pytest.raises(CheckpointError, match="no tensor 'absent'"):
@@ -148,13 +213,17 @@ class TestCheckpoint:
         with pytest.raises(CheckpointError, match=f"is not a fewbit run: it has no {MANIFEST}"):
             NativeCheckpoint(tmp_path)
 
-    @pytest.mark.parametrize("version", [0, 2, "1", None])
+    @pytest.mark.parametrize("version", [0, FORMAT_VERSION - 1, FORMAT_VERSION + 1, str(FORMAT_VERSION), None])
     def test_another_format_version_is_refused_and_both_are_named(self, version, tmp_path):
         write_json(write_checkpoint(tmp_path) / MANIFEST, {"format_version": version, "num_blocks": BLOCKS})
-        with pytest.raises(CheckpointError, match=f"written in format {version!r}; this fewbit reads 1"):
+        with pytest.raises(
+            CheckpointError, match=f"written in format {version!r}; this fewbit reads {FORMAT_VERSION}"
+        ):
             NativeCheckpoint(tmp_path)
 
-    @pytest.mark.parametrize("text", ["", '{"format_version": 1', "[]", "null", '{"format_version": 1}'])
+    @pytest.mark.parametrize(
+        "text", ["", f'{{"format_version": {FORMAT_VERSION}', "[]", "null", f'{{"format_version": {FORMAT_VERSION}}}']
+    )
     def test_a_damaged_manifest_is_named(self, text, tmp_path):
         (write_checkpoint(tmp_path) / MANIFEST).write_text(text)
         with pytest.raises(CheckpointError, match=f"{MANIFEST} is damaged"):

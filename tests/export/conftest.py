@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_runs import EVERY, SCHEMES, attention_quantizer, write_run
+from native_runs import EVERY, SCHEMES, write_run
 from transformers import AutoModelForCausalLM
 
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.spec import QuantizationSpec
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.attention import HeadsQuantizer
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ def emulated(dequantized) -> Callable[..., AutoModelForCausalLM]:
             if slot == "input":
                 owner.register_forward_pre_hook(lambda _, inputs, quantize=quantizer: (quantize(inputs[0]),))
             else:
-                setattr(owner, f"fake_{slot}", attention_quantizer(activation))
+                setattr(owner, f"fake_{slot}", HeadsQuantizer(activation.spec, activation))
                 model.config._attn_implementation = "fewbit_fake"
         return model
 

@@ -4,6 +4,7 @@ activation scales from made-up ranges (both sides of a comparison clip alike).""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ SCHEMES: dict[str, tuple[str, QuantizationConfig]] = {
     "MXFP8": ("mxfp8-quantized", scheme(spec("e4m3", "per_group", **MX), dynamic("e4m3", "per_group", **MX))),
     "MXFP8A16": ("mxfp8-quantized", scheme(spec("e4m3", "per_group", **MX))),
 }
-MIXED = {  # by linear; unlike specs inside fused groups are for the format no matter
+MIXED = {  # by linear
     "self_attn.q_proj": "FP8_DYNAMIC",
     "self_attn.k_proj": "FP8_DYNAMIC",
     "self_attn.v_proj": "FP8_DYNAMIC",
@@ -105,9 +106,11 @@ def state(how: QuantizationSpec, dtype: torch.dtype, heads: int | None = None) -
     unit = unit_for(RANGE[1], how.format) if how.scale_type == "e4m3" else 1.0
     if how.is_dynamic:
         return QuantizedActivation(how, global_scale=unit)
-    low, high = (torch.full((heads or 1, 1), end) for end in RANGE)
-    wider = 1 + torch.arange(heads or 1).view(-1, 1) / 4
-    scale, zero = how.grid_rule(how.scale_format(dtype)).from_range(low * wider, high * wider)
+    if heads is not None:
+        how = replace(how, ch_axis=1)  # as HeadsQuantizer says it
+    wider = 1 + torch.arange(heads or 1).view(1, -1) / 4
+    low, high = (end * wider for end in RANGE)
+    scale, zero = how.grid_rule(how.scale_format(dtype)).from_range(low, high)
     return QuantizedActivation(how, scale, zero)
 
 
@@ -155,18 +158,6 @@ def _unit(tensors, prefix: str, linear: str, schemes) -> float | None:
     return unit_for(
         max(float(tensors[f"{prefix}{m}.weight"].abs().max()) for m in members), schemes[linear].weight.format
     )
-
-
-def attention_quantizer(activation: QuantizedActivation):
-    """A function that quantizes [batch, heads, tokens, head_dim] by scales for the tensor or for each head."""
-
-    def quantize(x):
-        scale = activation.scale.float().reshape(1, -1, 1, 1)
-        zero = 0.0 if activation.zero_point is None else activation.zero_point.float().reshape(1, -1, 1, 1)
-        fmt = activation.spec.format
-        return ((fmt.round(x.float() / scale + zero) - zero) * scale).to(x.dtype)
-
-    return quantize
 
 
 def _fake_attention(module, query, key, value, *args, **kwargs):

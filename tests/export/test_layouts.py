@@ -77,6 +77,16 @@ def test_decode_undoes_encode(name):
     assert back.global_scale == made.global_scale
 
 
+def test_blocks_at_the_edges_may_be_partial():
+    layout, config = SCHEMES["FP8_BLOCK"]  # blocks of 32 × 32
+    made, tensors = encoded("FP8_BLOCK", random_matrix(80, 100))
+    assert tensors["weight_scale"].shape == (3, 4)
+    scheme = QuantizationScheme(targets=["Linear"], **module_entry(config.weight, config.input_tensors))
+    weight = BaseCompressor.get_value_from_registry(layout).decompress(tensors, scheme)["weight"]
+    assert torch.equal(weight, made.dequantize())
+    assert torch.equal(LAYOUTS[layout].decode(tensors, made.spec).dequantize(), weight)
+
+
 def spec_of(bits, symmetric, group_size):
     return QuantizationSpec(
         dtype=f"int{bits}" if symmetric else f"uint{bits}",

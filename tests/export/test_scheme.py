@@ -17,6 +17,7 @@ from fewbit.export.compressed_tensors import check, notes, quantization_config
 from fewbit.export.compressed_tensors.activations import decode_activation, encode_activation
 from fewbit.export.compressed_tensors.scheme import activation_args, activation_spec, weight_args, weight_spec
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.tensor import QuantizedActivation
 
 PRESETS = {
     "W4A16": {"group_size": 128},
@@ -199,8 +200,6 @@ def test_weights_alone_are_checked_in_a_call_with_one_argument():
 
 
 def test_static_activations_without_a_scale_are_refused():
-    from fewbit.tensor import QuantizedActivation
-
     with pytest.raises(ConfigError, match="none was calibrated"):
         encode_activation("m.input", QuantizedActivation(STATIC))
     with pytest.raises(CheckpointError, match="input_scale is missing"):
@@ -220,7 +219,7 @@ def test_the_config_has_only_the_keys_that_readers_know():
         for args in (group.get("weights"), group.get("input_activations")):
             assert set(args or ()) <= known
     read = QuantizationConfig.model_validate(config)
-    assert len(read.config_groups) == len(SCHEMES) + 1
+    assert len(read.config_groups) == len(SCHEMES) - 1 + 1  # powers of two are said as floats; the query is one more
     assert sum(scheme.targets == ["Linear"] for scheme in read.config_groups.values()) == 1
     assert read.kv_cache_scheme.strategy == "tensor"
 
@@ -238,8 +237,9 @@ def test_notes_say_what_readers_get_wrong():
         return " ".join(notes({f"{prefix}.weight": config.weight}, inputs | activations))
 
     assert noted("W4A16") == ""
-    assert "dequantize=True it leaves them out" in noted("W8A8")
+    assert "leaves quantized activations and KV cache out" in noted("W8A8")
     assert "dtype=torch.bfloat16" in noted("NVFP4A16")
+    assert "zero points only with dequantize=True" in noted("W3A16_ASYM")
     assert "WRONG" not in noted("NVFP4A16")
     assert "WRONG" in noted("NVFP4A16", "mlp.experts.0.up_proj")
     assert "cannot load experts" in noted("FP8_BLOCK", "mlp.experts.0.up_proj")

@@ -203,12 +203,13 @@ def test_observing_leaves_the_forward_as_it_is_and_static_states_can_be_stored(
     random_model: Callable[..., PreTrainedModel], family: str
 ) -> None:
     model, ids = random_model(family), token_ids()
-    full = logits(model, ids)
+    attach(model, AttentionConfig(query=spec("int8")))
+    unobserved = logits(model, ids)
     config = AttentionConfig(key=STATIC_FP8, value=STATIC_HEADS, query=spec("int8"))
     attached = attach(model, config)
-    assert torch.equal(calibrate(model, attached, ids), full)
+    assert torch.equal(calibrate(model, attached, ids), unobserved)
     quantized = logits(model, ids)
-    assert not torch.equal(quantized, full)
+    assert not torch.equal(quantized, unobserved)
 
     stored = {f"{name}.{slot}": state for name, found in attached.items() for slot, state in found.states().items()}
     first = next(iter(attached))

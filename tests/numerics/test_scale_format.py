@@ -132,8 +132,8 @@ class TestE4M3:
         assert magnitude <= unit * 448 * fmt.largest * (1 + 1e-15)
         assert magnitude > unit / 2 * 448 * fmt.largest * (1 - 1e-15)
 
-    @pytest.mark.parametrize("magnitude", [0.0, math.nan])
-    def test_a_tensor_of_zeros_has_the_unit_one(self, magnitude):
+    @pytest.mark.parametrize("magnitude", [0.0, math.nan, math.inf])
+    def test_a_tensor_that_nothing_can_be_said_about_has_the_unit_one(self, magnitude):
         assert unit_for(magnitude, FORMATS["e2m1"]) == 1.0
 
     def test_the_unit_of_what_just_fits_is_one(self):
@@ -172,13 +172,14 @@ def exponent_by_hand(amax: float, name: str, mode: str) -> int:
     fmt = FORMATS[name]
     emax = math.floor(math.log2(fmt.largest))
     exact = Fraction(amax)
-    floor = next(e for e in range(-160, 160) if Fraction(2) ** e <= exact < Fraction(2) ** (e + 1))
+    floor = math.frexp(amax)[1] - 1
+    assert Fraction(2) ** floor <= exact < Fraction(2) ** (floor + 1)
     if mode == "floor":
         return floor - emax
     if mode == "ceil":
         return floor - emax if exact == Fraction(2) ** floor else floor + 1 - emax
     if mode == "rceil":
-        return next(e for e in range(-170, 170) if exact <= Fraction(fmt.largest) * Fraction(2) ** e)
+        return next(e for e in range(floor - emax - 2, floor + 2) if exact <= Fraction(fmt.largest) * Fraction(2) ** e)
     mantissa_bits = fmt.bits - 2 if fmt.is_integer else fmt.mantissa_bits
     steps = math.floor(exact / Fraction(2) ** floor * 2**mantissa_bits + Fraction(1, 2))  # in [1, 2], half goes up
     return floor + (steps >= 2 ** (mantissa_bits + 1)) - emax

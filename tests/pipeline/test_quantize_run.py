@@ -75,7 +75,7 @@ def test_the_report_has_totals_environment_and_recipe(finished_run, checkpoint, 
     assert {"fewbit", "python", "transformers", "platform", "threads"} <= set(report["environment"])
     assert report["warnings"] == []
     recipe = Config.from_dict(report["recipe"])
-    assert recipe.algo_config.name == algorithm
+    assert [config.name for config in recipe.algo_config] == [algorithm]
     assert recipe.global_quant_config.weight.group_size == 32
     run = report["run"]
     assert run["model"] == str(checkpoint(family))

@@ -158,7 +158,22 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(killed, finished_run, checkpo
     assert_same_run(output, finished_run("llama"), files_of)
 
 
-@pytest.mark.parametrize("arguments", [{"algorithm": "gptq"}, {"activation_memory": 0}, {"calibration": "none"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"algorithm": "gptq"},
+        {"activation_memory": 0},
+        {"calibration": "none"},
+        {"algorithm": "awq+gptq"},
+        {"algorithm": "awq+rtn", "config": {"algorithm": {"name": "awq", "alpha": 0.5, "duo_scale": False}}},
+        {"algorithm": "smoothquant+gptq", "scheme": "W8A8", "group_size": None},
+        {"scheme": "W8A8_STATIC", "group_size": None},
+        {"scheme": "NVFP4", "group_size": None},
+        {"scheme": "W4A16KVFP8"},
+        {"algorithm": {"name": "gptq", "drift": 0.5}, "scheme": "W4A8"},
+    ],
+    ids=str,
+)
 def test_a_killed_run_is_resumed_to_the_same_bytes_with(killed, finished_run, checkpoint, quick, files_of, arguments):
     output = killed(kill_at_stage, 6, **arguments)
     fewbit.quantize(checkpoint("llama"), output=output, resume=True, **quick | arguments)

@@ -37,7 +37,7 @@ from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import matmul
 from fewbit.numerics.formats import NumberFormat, RoundMethod, round_steps_
 from fewbit.numerics.scale_format import ScaleFormat
-from fewbit.numerics.scales import FRACTIONS, GridRule
+from fewbit.numerics.scales import GridRule
 from fewbit.tensor import QuantTensor
 
 LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
@@ -349,7 +349,7 @@ def _candidates(w: Tensor, rule: GridRule) -> Grid:
     if rule.symmetric:
         return Grid(rule.candidates(low, high), None, rule.fmt, rule.rounding)
     span = rule.fmt.largest - rule.fmt.smallest
-    shrink = torch.tensor(FRACTIONS[::3], device=w.device)
+    shrink = torch.tensor(rule.fractions[::3], device=w.device)
     ends = torch.cartesian_prod(shrink, shrink)  # both ends of the range shrink on their own
     low, high = ends[:, :1] * low, ends[:, 1:] * high
     scale = rule.scale.round((high - low) / span)

@@ -18,8 +18,10 @@ output. That error needs no forward. With Δ = Q(W·s)/s − W, e = Q(X/s) − X
                    the single token and cannot be had from H. The error of the weights still comes from H, which has
                    seen all tokens; the two are uncorrelated but for the little that e repeats of X, so they add up.
 
-What makes it cheap: evenly spaced rows stand for all of them, and ranges come from minimum and maximum (and two more
-where the spec searches). No scaling at all is always among the candidates.
+What makes it cheap: evenly spaced rows stand for all of them, and where the spec searches its scales, a few stand for
+those it tries. (They must come near the best one. Where one channel dominates a group, the scale that just meets its
+weight is far better than the next, and a search that overlooks that scales too much.) No scaling at all is always
+among the candidates.
 """
 
 from __future__ import annotations
@@ -35,13 +37,18 @@ from fewbit.config.spec import ACCUMULATING_OBSERVERS, QuantizationSpec
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.numerics import matmul, scales
 from fewbit.numerics.scale_format import nearest_power_of_two, unit_for
+from fewbit.numerics.scales import GridRule
 
-ROWS = 128  # of all members together that the error is measured on; twice as many where that takes no product with H
+ROWS = 128  # of all members together that the error is measured on
 WORTH_IT = 0.98  # of the loss before: what gains less is within the estimate's own error
-# Shares of the range that are tried where the spec searches its scales, by how those are stored. Floats are as fine
-# everywhere, so a row that few channels dominate gains much from a scale at which these fall on the grid.
-SHARES = {"float": (1.0, 0.9, 0.8), "e4m3": (1.0, 0.85, 1.5), "pof2": (1.0, 0.5), "e8m0": (1.0, 0.5, 2.0)}
-SHARES_OF_FLOATS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
+# Shares of the range that are tried where the spec searches its scales, by how those are stored.
+SHARES = {
+    "float": (1.0, 0.9, 0.8, 0.7, 0.6),
+    "e4m3": (1.0, 0.85, 1.5),
+    "pof2": (1.0, 0.5),
+    "e8m0": (1.0, 0.5, 2.0),
+    "microexponent": (1.0,),
+}
 DAMPING = 0.01  # of mean(diag H), as GPTQ's default
 
 
@@ -74,7 +81,7 @@ def search_scales(
     tie: Tensor | None = None,
     power_of_two: bool = False,
     compensated: bool = False,
-    rows: int | None = None,
+    rows: int = ROWS,
 ) -> ScaleSearch:
     """Scale of the input channels of linears that share one input.
 
@@ -95,7 +102,7 @@ def search_scales(
 
     Returns no scaling (all ones) unless that gains at least 2 % of the loss.
     """
-    targets = _targets(weights, specs, dtype, rows or (2 * ROWS if compensated else ROWS))
+    targets = _targets(weights, specs, dtype, rows)
     smooth = isinstance(config, SmoothQuantConfig)
     activation = None
     if smooth and input_spec is not None and sample is not None:
@@ -168,8 +175,8 @@ def _tied(x: Tensor, tie: Tensor) -> Tensor:
     """Root mean square over the channels that are tied, at each of them. [in] → [in]"""
     count = int(tie.max()) + 1
     total = torch.zeros(count, dtype=x.dtype, device=x.device).index_add_(0, tie, x.square())
-    size: Tensor = (total / torch.bincount(tie, minlength=count)).sqrt()
-    return size[tie]
+    tied: Tensor = (total / torch.bincount(tie, minlength=count)).sqrt()[tie]
+    return tied
 
 
 def _column_size(weight: Tensor, spec: QuantizationSpec, smooth: bool) -> Tensor:
@@ -179,7 +186,7 @@ def _column_size(weight: Tensor, spec: QuantizationSpec, smooth: bool) -> Tensor
     if smooth:
         return magnitude.amax(0)
     _, columns = spec.tiling.tile(*weight.shape)
-    grouped = magnitude.unflatten(1, (-1, columns))  # [out, groups, columns]
+    grouped: Tensor = magnitude.unflatten(1, (-1, columns))  # [out, groups, columns]
     largest = grouped.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
     return (grouped / largest).mean(0).flatten()
 
@@ -220,14 +227,12 @@ class _Target:
             low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
             high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)
         best = least = None
-        for share in self._shares():
-            stored, zero = rule.from_range(share * low, share * high)
-            value = format.value(stored)
+        grids = list(self._grids(rule, low, high))
+        for value, zero in grids:
             if self.tile_of_row is not None:
-                value = value[self.tile_of_row]
-                zero = None if zero is None else zero[self.tile_of_row]
+                value, zero = value[self.tile_of_row], None if zero is None else zero[self.tile_of_row]
             delta = scales.fake_quantize(scaled, value, zero, fmt, self.spec.round_method).sub_(scaled)
-            if len(self._shares()) == 1:
+            if len(grids) == 1:
                 best = delta
                 break
             error = delta.square().mul_(weights).sum(-1, keepdim=True)
@@ -238,14 +243,26 @@ class _Target:
         assert best is not None
         return best.flatten(1) / scale
 
-    def _shares(self) -> tuple[float, ...]:
-        """Where rows share a scale, or integers have many codes, the range that covers is the best or close to it."""
+    def _grids(self, rule: GridRule, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Scale values and zero points of the spec's rule, or a few that stand for its search.
+
+        Where rows share a scale the range that covers is the best or close to it.
+        """
         spec = self.spec
-        if spec.observer not in ("search", "mse") or self.tile_of_row is not None or spec.dtype in ("int8", "uint8"):
-            return (1.0,)
-        if spec.format.kind == "float" and spec.scale_type == "float":
-            return SHARES_OF_FLOATS
-        return SHARES.get(spec.scale_type, (1.0,))
+        if rule.rule not in ("search", "mse") or self.tile_of_row is not None:
+            stored, zero = rule.from_range(low, high)
+            yield rule.scale.value(stored), zero
+            return
+        shares = SHARES[spec.scale_type]
+        if spec.symmetric:
+            # of either sign where the grid's ends differ: so the largest weight of a group is met, however it falls
+            for end in rule.ends(low.clamp(max=0), high.clamp(min=0)):
+                for share in shares:
+                    yield rule.scale.round(share * end), None
+            return
+        for share in shares:
+            stored, zero = rule.from_range(share * low, share * high)
+            yield rule.scale.value(stored), zero
 
 
 def _targets(

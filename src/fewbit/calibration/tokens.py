@@ -118,7 +118,8 @@ def tokenize(texts: Iterable[str], tokenizer: Any) -> Tensor:
 def beginning(tokenizer: Any) -> Tensor:
     """Token ids that the tokenizer itself puts before a text: a beginning-of-sequence token [1], or nothing [0].
 
-    Families that were trained with one (Gemma, Llama 3) are not themselves without it, in calibration as in evaluation.
+    Families that were trained with one (Gemma, Llama 3) are not themselves without it, neither in calibration nor in
+    evaluation.
     """
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a", verbose=False).input_ids[:1] == [bos]

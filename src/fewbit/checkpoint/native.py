@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,30 @@ def block_file(directory: Path, index: int) -> Path:
     return directory / "blocks" / f"{index:05d}.safetensors"
 
 
+@dataclass(frozen=True)
+class Smoothing:
+    """What scales were folded into dense tensors, so that a resumed run can compute as the interrupted one did."""
+
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """[in] by module: what its columns were multiplied by and its input would be divided by."""
+    folded: tuple[str, ...] = ()
+    """Tensors that changed for it; the model's own go with dividing the input."""
+
+
 def write_part(
     file: Path,
     quantized: Mapping[str, QuantTensor],
     dense: Mapping[str, Tensor],
     activations: Mapping[str, QuantizedActivation] | None = None,
+    smoothing: Smoothing | None = None,
 ) -> None:
     """Write quantized weights and plain tensors, by their names in the model, to one file atomically.
 
     `activations` are named by module and slot: MODULE.input, MODULE.output, and of attention MODULE.key, MODULE.value,
     MODULE.query.
     """
-    tensors = dict(dense)
+    smoothing = smoothing or Smoothing()
+    tensors = dict(dense) | {f"{name}.smoothing": columns.clone() for name, columns in smoothing.columns.items()}
     specs = {}
     flows = {}
     for name, activation in (activations or {}).items():
@@ -60,7 +72,8 @@ def write_part(
         specs[name] = {"spec": asdict(weight.spec), "shape": list(weight.shape)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in weight.to_tensors().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    described = {"weights": specs, "activations": flows}
+    smoothed = {"modules": sorted(smoothing.columns), "folded": sorted(smoothing.folded)}
+    described = {"weights": specs, "activations": flows, "smoothing": smoothed}
     write_safetensors(file, tensors, {"fewbit": json.dumps(described, sort_keys=True)})
 
 
@@ -78,9 +91,16 @@ class NativePart:
             for name, entry in specs.items()
         }
         self._flows: dict[str, Any] = flows
-        stored = {
-            f"{name}.{part}" for name, (spec, _) in self.quantized.items() for part in QuantTensor.stored_names(spec)
-        } | {f"{name}.{part}" for name, entry in flows.items() for part in entry["stored"]}
+        self._smoothed: dict[str, list[str]] = described.get("smoothing", {"modules": [], "folded": []})
+        stored = (
+            {f"{name}.smoothing" for name in self._smoothed["modules"]}
+            | {
+                f"{name}.{part}"
+                for name, (spec, _) in self.quantized.items()
+                for part in QuantTensor.stored_names(spec)
+            }
+            | {f"{name}.{part}" for name, entry in flows.items() for part in entry["stored"]}
+        )
         self.dense = {name: info for name, info in header.items() if name not in stored}
 
     def info(self) -> dict[str, TensorInfo]:
@@ -110,6 +130,14 @@ class NativePart:
             tensors = {part: stored[f"{name}.{part}"] for part in entry["stored"]}
             found[name] = QuantizedActivation.from_tensors(tensors, QuantizationSpec(**entry["spec"]))
         return found
+
+    def smoothing(self) -> Smoothing:
+        """What was folded."""
+        vectors = self._get([f"{name}.smoothing" for name in self._smoothed["modules"]])
+        return Smoothing(
+            {name.removesuffix(".smoothing"): vector for name, vector in vectors.items()},
+            tuple(self._smoothed["folded"]),
+        )
 
     def _get(self, stored_names: list[str]) -> dict[str, Tensor]:
         with safe_open(self.file, framework="pt", device="cpu") as opened:

@@ -5,7 +5,6 @@ Quark's and llm-compressor's names for options are understood (`damp_percent`, `
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -92,6 +91,10 @@ def _translate_search(fields: dict[str, Any]) -> dict[str, Any]:
             fields[ours] = fields.pop(theirs)
     for theirs in ("model_decoder_layers", "embedding_layers"):
         fields.pop(theirs, None)  # found in the architecture
+    if isinstance(fields.get("scaling_layers"), list | tuple):
+        fields["scaling_layers"] = tuple(
+            ScalingLayer(**layer) if isinstance(layer, Mapping) else layer for layer in fields["scaling_layers"]
+        )
     return fields
 
 
@@ -110,7 +113,7 @@ class AWQConfig:
     """Also search the range of each group by the same loss, before codes are found. (The observer "search" of a spec
     and GPTQ do that anyway.)"""
     scale_clamp_min: Annotated[float, Field(gt=0)] = 1e-4
-    """No channel is scaled by less."""
+    """No channel is scaled by less, nor by more than the inverse."""
     scaling_layers: tuple[ScalingLayer, ...] | None = None
     """Which layer before which linears is scaled; None takes what the architecture says."""
 
@@ -129,7 +132,7 @@ class SmoothQuantConfig:
     n_grid: Annotated[int, Field(ge=2, le=100)] = 10
     """Values of alpha that are tried between 0 and 1."""
     scale_clamp_min: Annotated[float, Field(gt=0)] = 1e-3
-    """No channel is scaled by less."""
+    """No channel is scaled by less, nor by more than the inverse."""
     sample_tokens: Annotated[int, Field(gt=0)] = 512
     """Tokens of the input that are kept to measure the activations' error on."""
     scaling_layers: tuple[ScalingLayer, ...] | None = None
@@ -175,8 +178,3 @@ def _algorithm(value: Any) -> AlgorithmConfig:
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
     return ALGORITHMS[name](**options)
-
-
-def as_plain(configs: tuple[AlgorithmConfig, ...]) -> list[dict[str, Any]]:
-    """Plain data that `algorithm_configs` reads back."""
-    return [dataclasses.asdict(config) for config in configs]

@@ -155,9 +155,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `Config.from_dict(config.to_dict()) == config`."""
-        data = dataclasses.asdict(self)
-        data["exclude"] = list(self.exclude)
-        return data
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
 
     def to_yaml(self) -> str:
         """The recipe as a YAML text that `from_yaml` reads back."""
@@ -175,6 +174,13 @@ def _quantization_config(value: Any, group_size: int | None) -> QuantizationConf
             options[name] = QuantizationSpec(**options[name])
     config = QuantizationConfig(**options)
     return config if group_size is None else with_group_size(config, group_size)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as YAML and JSON have them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:

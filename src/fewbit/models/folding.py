@@ -9,8 +9,8 @@ the block computes, not even by the rounding of the checkpoint's dtype:
     linear     each row is rescaled only if that is exact, which powers of two are (short of the ends of the range);
                the other rows keep 1. Of a quantized linear only the scales change.
 
-So every function that folds into a producer returns the scale that was taken, and it is that which the readers' columns
-are to be multiplied by.
+So every function that folds into a producer returns the scale that was taken, which is the one that the readers'
+columns are to be multiplied by.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ shows in the output. What is found or given is used only if it passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from fewbit.config.algorithms import ScalingLayer
 from fewbit.errors import ConfigError, nearest
-from fewbit.models.architecture import Scaling
+from fewbit.models.architecture import Groups, Scaling
 from fewbit.models.blockwise import BlockInputs, BlockwiseModel
 from fewbit.models.folding import channel_map, fold
 
@@ -41,18 +41,39 @@ def scalings(model: BlockwiseModel, given: Sequence[ScalingLayer] | None = None)
     """
     if given is not None:
         with _probe(model) as probe:
-            return tuple(_from_recipe(model, probe, layer) for layer in given)
-    fitting = tuple(scaling for scaling in model.architecture.scalings if _fits(model, scaling))
+            return tuple(_from_recipe(model.blocks, probe, layer) for layer in given)
+    heads, block = head_dim(model), model.blocks[0]
+    fitting = tuple(scaling for scaling in model.architecture.scalings if _fits(block, scaling, heads))
     if fitting:
         return fitting
+    groups = model.groups  # found by a probe of its own
     with _probe(model) as probe:
-        found = tuple(_found(model, probe))
+        found = tuple(_found(probe, groups))
     if not found:
         raise ConfigError(
             f"no layer of {model.architecture.name} was found whose output channels could be scaled; "
             f"write which: {WHAT_TO_WRITE}"
         )
     return found
+
+
+def scalings_of_block(
+    block: nn.Module,
+    groups: Groups,
+    forward: Callable[[Mapping[str, Tensor]], Tensor],
+    hidden: Tensor,
+    head_dim: int,
+    given: Sequence[ScalingLayer] | None = None,
+) -> tuple[Scaling, ...]:
+    """What can be scaled in one block with weights, of whatever model; empty if nothing can be.
+
+    `forward` runs the block on its input `hidden` with some of its tensors replaced, given by name. `groups` are
+    linears that share an input, in execution order, all of which that forward reaches. `given` as for `scalings`.
+    """
+    probe = _Probe(block, {name: p.data for name, p in block.named_parameters()}, forward, hidden, head_dim)
+    if given is not None:
+        return tuple(_from_recipe([block], probe, layer) for layer in given)
+    return tuple(_found(probe, groups))
 
 
 def head_dim(model: BlockwiseModel) -> int:
@@ -62,12 +83,11 @@ def head_dim(model: BlockwiseModel) -> int:
     return int(given or config.hidden_size // config.num_attention_heads)
 
 
-def _fits(model: BlockwiseModel, scaling: Scaling) -> bool:
-    """Whether the producer's channels can be told apart in the readers."""
-    block = model.blocks[0]
+def _fits(block: nn.Module, scaling: Scaling, heads: int) -> bool:
+    """Whether the producer's channels, in heads of so many, can be told apart in the readers."""
     rows = _weight(block, scaling.producer).shape[0]
     try:
-        channel_map(_weight(block, scaling.readers[0]).shape[-1], rows, head_dim(model))
+        channel_map(_weight(block, scaling.readers[0]).shape[-1], rows, heads)
     except ValueError:
         return False
     return True
@@ -101,7 +121,7 @@ class _Probe:
             return False
         before = self.forward({})
         error = (self.forward(changed) - before).norm()
-        return bool(error <= TOLERANCE * (before - self.hidden).norm())
+        return bool(error < TOLERANCE * (before - self.hidden).norm())
 
     def settled(self, scaling: Scaling) -> Scaling | None:
         """The scaling with the kind of norm, and those of its possible other readers, with which it passes."""
@@ -133,10 +153,10 @@ def _call(block: nn.Module, inputs: BlockInputs, changed: Mapping[str, Tensor]) 
     return first
 
 
-def _from_recipe(model: BlockwiseModel, probe: _Probe, layer: ScalingLayer) -> Scaling:
+def _from_recipe(blocks: Iterable[nn.Module], probe: _Probe, layer: ScalingLayer) -> Scaling:
     """A scaling as the recipe gives it; what it calls layers may be modules other than linears."""
     named = (layer.prev_op, *layer.layers)
-    for block in model.blocks:
+    for block in blocks:
         known = [name for name, _ in block.named_modules() if name]
         for name in named:
             if name not in known:
@@ -153,9 +173,9 @@ def _from_recipe(model: BlockwiseModel, probe: _Probe, layer: ScalingLayer) -> S
     scaling = probe.settled(Scaling(layer.prev_op, linears, tuple(others)))
     if scaling is None:
         raise ConfigError(
-            f"scaling_layers: with {layer.prev_op!r} divided and {list(layer.layers)} multiplied a block gives another "
-            f"output; name every layer that reads {layer.prev_op!r} (routers and gates, too), and only a prev_op whose "
-            "channels reach them without an activation function in between"
+            f"scaling_layers: with {layer.prev_op!r} divided and {list(layer.layers)} multiplied a block gives "
+            f"another output; name every layer that reads {layer.prev_op!r} (routers and gates, too), and only a "
+            "prev_op whose channels reach them without an activation function in between"
         )
     return scaling
 
@@ -169,11 +189,11 @@ def _matrices(probe: _Probe, module: str, channels: int) -> list[str]:
     ]
 
 
-def _found(model: BlockwiseModel, probe: _Probe) -> Iterator[Scaling]:
+def _found(probe: _Probe, groups: Groups) -> Iterator[Scaling]:
     """Scalings that pass: norms whose output linears read as it is, then linears whose channels reach a group."""
     made, read = _watched(probe)
     linears = {name for name, module in probe.block.named_modules() if isinstance(module, nn.Linear)}
-    left = [group for group in model.groups if group]
+    left = list(groups)
     for producer, output in made.items():
         if producer in linears or probe.tensors[f"{producer}.weight"].ndim != 1:
             continue
@@ -196,7 +216,7 @@ def _found(model: BlockwiseModel, probe: _Probe) -> Iterator[Scaling]:
         earlier = [name for name in order[: order.index(group[0])] if name in linears and name not in group]
         for producer in reversed(earlier):
             scaling = Scaling(producer, group)
-            if _fits(model, scaling) and probe.passes(scaling):
+            if _fits(probe.block, scaling, probe.head_dim) and probe.passes(scaling):
                 yield scaling
                 break
 

@@ -66,6 +66,8 @@ class HeadsQuantizer(ActivationQuantizer):
         self.pad = pad
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x
         if self.observer is not None:
             self.observer(self.to_matrix(x))
             if self.observer is not None:  # it may have found the scale meanwhile and taken itself away

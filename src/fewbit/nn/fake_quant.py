@@ -36,7 +36,7 @@ class FakeQuant(nn.Module):
     """Scheme of a ready-made class."""
     config: QuantizationConfig
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor or None, which torch declares differently for linears and convolutions
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
     _known: tuple[object, Tensor] | None
@@ -199,6 +199,14 @@ def _adopt(made: M, module: nn.Module, config: QuantizationConfig) -> M:
     assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
     made.weight = module.weight
     made.bias = module.bias
+    inputs, outputs = (
+        (module.in_features, module.out_features)
+        if isinstance(module, nn.Linear)
+        else (module.in_channels, module.out_channels)
+    )
+    for spec, channels in ((config.input_tensors, inputs), (config.output_tensors, outputs)):
+        if spec is not None and channels % (spec.tiling.columns or channels):
+            raise ConfigError(f"an activation of {channels} channels cannot be quantized {spec.summary}")
     made.train(module.training)
     made.set_config(config)
     made.fake_weight()

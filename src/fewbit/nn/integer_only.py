@@ -13,10 +13,9 @@ comparison on codes can stay between them (ReLU is a maximum with 0, max-pooling
 activations must first shift one to the scale of the other.
 
 What cannot be done so, and stays in float: everything that is not linear or piecewise linear. SiLU, GELU, sigmoid,
-tanh and softmax need exponentials, RMSNorm and LayerNorm a square root and a division by data, and a gate
-(SiLU(g) · u) or attention multiplies two activations. Rotary embeddings multiply by sines and cosines: fixed-point
-constants would do, shifts do not. An LLM's block is therefore islands of integers between float operations; networks of
-linears, convolutions and ReLU can be integers from end to end.
+tanh and softmax need exponentials, RMSNorm and LayerNorm a square root and a division by data. Rotary embeddings
+multiply by sines and cosines: fixed-point constants would do, shifts do not. An LLM's block is therefore islands of
+integers between float operations; networks of linears, convolutions and ReLU can be integers from end to end.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from fewbit.errors import CalibrationError, ConfigError
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.fake_quant import FakeQuantLinear
 
-INT32 = torch.iinfo(torch.int32)
+LARGEST_SUM = 2**30  # of 65536 products of int8; a bias below it cannot make an int32 overflow
 
 
 class IntegerLinear(nn.Module):
@@ -53,12 +52,14 @@ class IntegerLinear(nn.Module):
         sign: Tensor,
         input_scale: float,
         output_scale: float,
+        input_bits: int = 8,
         output_bits: int = 8,
     ) -> None:
         super().__init__()
         for name, tensor in (("codes", codes), ("bias", bias), ("shift", shift), ("sign", sign)):
             self.register_buffer(name, tensor)
-        self.input_scale, self.output_scale, self.output_bits = input_scale, output_scale, output_bits
+        self.input_scale, self.output_scale = input_scale, output_scale
+        self.input_bits, self.output_bits = input_bits, output_bits
 
     @classmethod
     def from_module(cls, module: FakeQuantLinear) -> Self:
@@ -75,17 +76,17 @@ class IntegerLinear(nn.Module):
             raise ConfigError(f"the sum over inputs needs one scale per output, not {weight.spec.summary}")
         if not (weight.spec.format.is_integer and weight.spec.symmetric and weight.spec.scale_type == "pof2"):
             raise ConfigError(f"weight {weight.spec.summary}: use a symmetric integer dtype and scale_type pof2")
-        if module.in_features > 2**16:
+        if module.in_features * 2**14 > LARGEST_SUM:
             raise ConfigError(f"{module.in_features} products of int8 may not fit into int32; 65536 do")
-        input_exponent = _exponent(module.input_quantizer, "input_tensors")
-        output_exponent = _exponent(module.output_quantizer, "output_tensors")
+        inputs = _shiftable(module.input_quantizer, "input_tensors")
+        outputs = _shiftable(module.output_quantizer, "output_tensors")
+        input_exponent, output_exponent = _exponent(inputs, "input_tensors"), _exponent(outputs, "output_tensors")
         scale = weight.scale_value.flatten().expand(module.out_features)
         exponent = torch.frexp(scale.abs()).exponent - 1 + input_exponent  # of the sum's units, one per output
         bias = torch.zeros(module.out_features, dtype=torch.int32, device=scale.device)
         if (floats := module.fake_bias()) is not None:
             units = torch.ldexp(floats.double(), -exponent).round()
-            bias = units.clamp(INT32.min, INT32.max).to(torch.int32)
-        assert module.output_quantizer is not None
+            bias = units.clamp(-LARGEST_SUM, LARGEST_SUM - 1).to(torch.int32)
         return cls(
             weight.codes,
             bias,
@@ -93,7 +94,8 @@ class IntegerLinear(nn.Module):
             scale.sign().to(torch.int32),
             2.0**input_exponent,
             2.0**output_exponent,
-            module.output_quantizer.spec.bits,
+            inputs.spec.bits,
+            outputs.spec.bits,
         )
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class IntegerLinear(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of a float input [..., in]: where the integers begin."""
-        return torch.round(x / self.input_scale).clamp(-128, 127).to(torch.int8)
+        return _saturate(torch.round(x / self.input_scale), self.input_bits)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values (float32) of output codes: where the integers end."""
@@ -121,19 +123,28 @@ def requantize(total: Tensor, shift: Tensor, bits: int = 8) -> Tensor:
     half = torch.where(right > 0, 1 << (right - 1).clamp(min=0), 1)  # without a shift there is no rest
     up = (rest > half) | ((rest == half) & (floor & 1 == 1))
     rounded = floor + up.to(floor.dtype)
-    smallest, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    rounded = torch.where(shift > 31, 0, rounded)  # less than half a step, whatever the total
     left = (-shift).clamp(0, bits)  # beyond that everything but 0 saturates
-    return (rounded.clamp(smallest, largest) << left).clamp(smallest, largest).to(torch.int8)
+    return _saturate(_saturate(rounded, bits).to(torch.int32) << left, bits)
 
 
-def _exponent(quantizer: ActivationQuantizer | None, field: str) -> int:
-    """log2 of a calibrated activation's scale; errors for what is no shift."""
+def _saturate(steps: Tensor, bits: int) -> Tensor:
+    return steps.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
+
+
+def _shiftable(quantizer: ActivationQuantizer | None, field: str) -> ActivationQuantizer:
+    """The quantizer; ConfigError if its scale is no power of two that is known beforehand."""
     if quantizer is None:
         raise ConfigError(f"an integer-only linear needs quantized in- and outputs; name a spec for {field}")
     spec = quantizer.spec
     pure = spec.format.is_integer and spec.symmetric and spec.scale_type == "pof2" and not spec.residual
     if not pure or spec.is_dynamic or spec.qscheme != "per_tensor" or spec.round_method != "half_even":
         raise ConfigError(f"{field} {spec.summary}: use a static, symmetric per_tensor integer with scale_type pof2")
+    return quantizer
+
+
+def _exponent(quantizer: ActivationQuantizer, field: str) -> int:
+    """log2 of a calibrated scale."""
     if quantizer.scale is None:
         raise CalibrationError(f"{field} has no scale yet; run data through the model inside fewbit.calibrate first")
     return int(torch.frexp(quantizer.scale.float()).exponent) - 1

@@ -2,7 +2,8 @@
 
 Every token's keys and values are encoded once, when they arrive, and decoded whenever attention reads them, so memory
 is that of the codes, and a token's grid never depends on later tokens. The result is what attention computes over a
-whole sequence with the same quantizers on the model (nn/attention.py); the two are alternatives.
+whole sequence with the same quantizers on the model (nn/attention.py); the two are alternatives. Equal means up to
+the rounding of products of one token and of many: a key that lies on the edge between two codes may get either.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fewbit.errors import ConfigError
 from fewbit.nn.attention import HeadsQuantizer, attention_modules, mark_as_cached, states_of
 from fewbit.numerics import scales
 from fewbit.numerics.packing import pack, unpack
+from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantizedActivation, from_unsigned
 
 Parts = dict[str, Tensor]
@@ -111,8 +113,8 @@ def _decode_once(quantizer: HeadsQuantizer, parts: Parts, channels: int, stage: 
         stored = quantizer.to_matrix(parts[f"{stage}scale"])
         zero = quantizer.to_matrix(parts[f"{stage}zero_point"]) if f"{stage}zero_point" in parts else None
     assert stored is not None
-    scale = spec.scale_format(quantizer.dtype, quantizer.global_scale or 1.0).value(stored)
-    values = scales.decode(spec.tiling.split(matrix), scale, zero, spec.format)
+    scale = _scale_format(quantizer).value(stored)
+    values = scales.decode(quantizer.split(matrix), scale, zero, spec.format)
     return quantizer.from_matrix(spec.tiling.merge(values, *matrix.shape), codes.shape)
 
 
@@ -121,12 +123,8 @@ def _encode_once(quantizer: HeadsQuantizer, x: Tensor) -> Parts:
     if spec.format.is_cast:
         return {"codes": x.to(spec.format.code_dtype)}
     matrix = quantizer.to_matrix(x)
-    tiles = spec.tiling.split(matrix)
-    format = spec.scale_format(quantizer.dtype, quantizer.global_scale or 1.0)
-    stored, zero = quantizer.scale, quantizer.zero_point
-    if spec.is_dynamic:
-        stored, zero = spec.grid_rule(format).find(tiles.float())
-    assert stored is not None
+    tiles, format = quantizer.split(matrix), _scale_format(quantizer)
+    stored, zero = quantizer.find_scale(tiles, format)
     codes = scales.encode(tiles, format.value(stored), zero, spec.format, spec.round_method)
     codes = quantizer.from_matrix(spec.tiling.merge(codes, *matrix.shape), x.shape)
     offset = int(spec.format.smallest) if spec.format.is_integer else 0
@@ -138,6 +136,10 @@ def _encode_once(quantizer: HeadsQuantizer, x: Tensor) -> Parts:
         if zero is not None:
             parts["zero_point"] = quantizer.from_matrix(zero, shape)
     return parts
+
+
+def _scale_format(quantizer: HeadsQuantizer) -> ScaleFormat:
+    return quantizer.spec.scale_format(quantizer.dtype, quantizer.global_scale or 1.0)
 
 
 class _TokenStore:

@@ -76,7 +76,7 @@ class ScaleFormat:
 def unit_for(magnitude: float, fmt: NumberFormat) -> float:
     """Second-level scale of a tensor whose largest magnitude is given: the largest e4m3 scale (448) times the largest
     element just covers it, rounded up to a power of two."""
-    if not magnitude > 0:
+    if not 0 < magnitude < math.inf:
         return 1.0
     exponent = math.ceil(math.log2(magnitude / (FORMATS["e4m3"].largest * fmt.largest)))
     return 2.0 ** min(max(exponent, SMALLEST_EXPONENT), LARGEST_EXPONENT)

@@ -24,11 +24,13 @@ from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, block
 
 PIECE = 2**17  # elements scored at a time, so that dozens of candidates are scored in the cache
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.6)  # share of the range that just covers the group; the search refines the best one
+COARSE_2_BITS = (*COARSE, 0.5, 0.4, 0.3)  # with four codes, most of a group is best cut off
 REFINE = (0.05, 0.025)
 # e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
 E4M3_STEPS = range(-6, 7)
 BINADES = (-1, 0, 1)
 FRACTIONS = tuple(1.0 - 0.025 * step for step in range(20))  # of the covering scale
+FRACTIONS_2_BITS = tuple(1.0 - 0.025 * step for step in range(28))
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,16 @@ class GridRule:
         reach: float = (2**self.fmt.bits - 1) / 2 if self.fmt.is_integer else self.fmt.largest
         return magnitude / reach
 
+    @property
+    def coarse(self) -> tuple[float, ...]:
+        """Shares of the range that the search starts with."""
+        return COARSE_2_BITS if self.fmt.bits == 2 else COARSE
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Shares of the range that a search with many candidates tries."""
+        return FRACTIONS_2_BITS if self.fmt.bits == 2 else FRACTIONS
+
     def zero_point(self, low: Tensor, stored: Tensor) -> Tensor:
         """The code that stands for 0 when `low` maps to the smallest code."""
         return self.fmt.encode(self.fmt.smallest - low.float() / self.scale.value(stored))
@@ -99,7 +111,7 @@ class GridRule:
             steps = torch.tensor(E4M3_STEPS, device=low.device).view(-1, *[1] * low.ndim)
             codes = (code + steps).clamp_(1, 126).to(torch.uint8)
             return self.scale.value(codes.view(torch.float8_e4m3fn))
-        factors = [2.0**step for step in BINADES] if self.scale.is_power_of_two else FRACTIONS
+        factors = [2.0**step for step in BINADES] if self.scale.is_power_of_two else self.fractions
         return self.scale.round(torch.stack([factor * end for end in self.ends(low, high) for factor in factors]))
 
     def error(self, tiles: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None) -> Tensor:
@@ -148,7 +160,7 @@ class GridRule:
                 consider(scale)
             return self.scale.store(best)
         for end in self.ends(low, high):
-            for factor in COARSE:
+            for factor in self.coarse:
                 consider(self.scale.round(factor * end))
         for step in REFINE:
             around = best
@@ -196,7 +208,7 @@ class GridRule:
             for index, share in enumerate((share_low, share_high)):
                 shares[index] = torch.where(better, share, shares[index])
 
-        for factor in COARSE:
+        for factor in self.coarse:
             consider(torch.full_like(low, factor), torch.full_like(high, factor))
         for step in REFINE:  # then each end on its own
             around_low, around_high = shares

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewbit.calibration.recorded import Item
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.matching import matches
-from fewbit.config.spec import QuantizationSpec
+from fewbit.config.spec import SCALE_DTYPES, QuantizationSpec
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
 from fewbit.models.architecture import Groups
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
@@ -188,6 +189,11 @@ def replacing_weights(linears: Iterable[nn.Linear]) -> Iterator[None]:
     for linear, parameter in parameters.items():
         parameter.data = linear.weight.data
         linear.weight = parameter
+
+
+def stored_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """What scales are stored in, unless the spec says so: the weight's dtype, if that is one for scales."""
+    return weight_dtype if weight_dtype in SCALE_DTYPES.values() else torch.float32
 
 
 def _like(value: Any, like: Tensor) -> Any:

@@ -13,10 +13,10 @@ from fewbit.pipeline.stages import linear_of
 
 
 def shared_inputs(block: nn.Module, names: Collection[str], forwards: Sequence[Callable[[], object]]) -> Groups:
-    """Groups of the named linears of `block`, in the order of execution.
+    """Groups of the named linears of `block`, in the order of execution. What no batch reaches is in no group.
 
     `forwards` run the block, a batch each. The first is enough unless tokens are routed: further ones are run as long
-    as there are linears that none has reached. Those that no batch reaches come last, each alone.
+    as there are linears that none has reached.
     """
     groups: list[tuple[str, ...]] = []
     group_of: dict[str, int] = {}
@@ -34,7 +34,7 @@ def shared_inputs(block: nn.Module, names: Collection[str], forwards: Sequence[C
             break
     place = {name: number for number, name in enumerate(names)}
     ordered = _ordered(len(groups), follows, [place[group[0]] for group in groups])
-    return (*(groups[number] for number in ordered), *((name,) for name in names if name not in group_of))
+    return tuple(groups[number] for number in ordered)
 
 
 def _calls(block: nn.Module, names: Collection[str], forward: Callable[[], object]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError
 from fewbit.models.forward_manager import LayerForwardManager, forward_manager
 from fewbit.models.memory import trim_heap
+from fewbit.nn.quantizer import weight_spec
 from fewbit.pipeline.layer_stack import (
     Inputs,
     Pass,
@@ -32,6 +33,7 @@ from fewbit.pipeline.layer_stack import (
     computing,
     linears_of,
     replacing_weights,
+    stored_dtype,
 )
 from fewbit.pipeline.probe import shared_inputs
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
@@ -39,8 +41,6 @@ from fewbit.pipeline.staged import StagedForward, Strategy
 from fewbit.pipeline.stages import Stage, linear_of
 
 logger = logging.getLogger("fewbit")
-
-SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @config_class
@@ -50,8 +50,8 @@ class SequentialGPTQConfig:
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: Annotated[int, Field(gt=0)] = 64
     """Neighbours along a row that share a scale; per-block only."""
-    method: Literal["per-tensor", "per-token", "per-channel", "per-block"] = "per-block"
-    """What shares a scale in a weight [out, in]: all of it, a row, a column, or `group_size` neighbours of a row."""
+    method: Literal["per-tensor", "per-channel", "per-block"] = "per-block"
+    """What shares a scale: the weight, an output channel, or `group_size` neighbours along one."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to H's diagonal, as a share of its mean."""
     blocksize: Annotated[int, Field(gt=0)] = 128
@@ -60,13 +60,7 @@ class SequentialGPTQConfig:
     @property
     def spec(self) -> QuantizationSpec:
         """How the weights are quantized: symmetric integers."""
-        granularity: dict[str, dict[str, Any]] = {
-            "per-tensor": {"qscheme": "per_tensor"},
-            "per-token": {"qscheme": "per_channel"},
-            "per-channel": {"qscheme": "per_channel", "ch_axis": 1},
-            "per-block": {"qscheme": "per_group", "group_size": self.group_size},
-        }
-        return QuantizationSpec(dtype=f"int{self.bits}", **granularity[self.method])
+        return weight_spec(self.bits, self.method, self.group_size if self.method == "per-block" else None)
 
     @property
     def algorithm(self) -> GPTQConfig:
@@ -126,7 +120,7 @@ def _quantize_layer(
 
     def decide(stage: Stage) -> None:
         members = [
-            Member(name, linear.weight.detach().float(), spec, _scale_dtype(dtypes[name]))
+            Member(name, linear.weight.detach().float(), spec, stored_dtype(dtypes[name]))
             for name, linear in stage.members.items()
         ]
         for name, result in quantize_stage(members, stage.statistics, algorithm).items():
@@ -139,6 +133,8 @@ def _quantize_layer(
 
     with computing(run.layer), replacing_weights(linears.values()), torch.no_grad():
         groups = shared_inputs(run.layer, linears, [partial(run.forward, index) for index in range(len(run.batches))])
+        reached = {name for group in groups for name in group}
+        groups += tuple((name,) for name in linears if name not in reached)  # rounded to nearest, and reported
         reference = run.reference(groups, algorithm) if isinstance(algorithm, GPTQConfig) else None
         stages = [Stage(order, {name: linears[name] for name in group}, decide) for order, group in enumerate(groups)]
         masks = [batch.mask for batch in run.batches]
@@ -171,8 +167,3 @@ def _resolved(
             "for the weights"
         )
     return chosen.weight, algorithm
-
-
-def _scale_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """What scales are stored in, unless the spec says so: the weight's dtype, if that is one for scales."""
-    return weight_dtype if weight_dtype in SCALE_DTYPES else torch.float32

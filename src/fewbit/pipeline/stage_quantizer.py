@@ -49,6 +49,8 @@ class Member:
     spec: QuantizationSpec
     dtype: torch.dtype
     """What the checkpoint holds the weight in."""
+    start: Tensor | None = None
+    """What codes are found for in its stead (the weight clipped, say); errors are measured against the weight."""
 
 
 def quantize_stage(
@@ -62,13 +64,16 @@ def quantize_stage(
         weight = batch[0].weight if len(batch) == 1 else torch.cat([member.weight for member in batch])
         spec = batch[0].spec
         format = spec.scale_format(batch[0].dtype, _unit(weight, spec))
-        outcome = quantize_weight(_first_stage(weight, batch[0]), statistics, spec, format, algorithm)
+        start = weight
+        if any(member.start is not None for member in batch):
+            start = torch.cat([member.weight if member.start is None else member.start for member in batch])
+        outcome = quantize_weight(_first_stage(start, batch[0]), statistics, spec, format, algorithm)
         error, energy = _errors(weight, outcome.weight, moment)
         seconds = time.perf_counter() - started
-        start = 0
+        first = 0
         for member in batch:
-            rows = slice(start, start + member.weight.shape[0])
-            start = rows.stop
+            rows = slice(first, first + member.weight.shape[0])
+            first = rows.stop
             results[member.name] = LinearResult(
                 weight=outcome.weight if len(batch) == 1 else outcome.weight.rows(rows),
                 tokens=statistics.tokens if statistics is not None else 0,

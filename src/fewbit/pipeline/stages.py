@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -109,10 +109,21 @@ class CalibrationStop:
         self.done = True
 
 
-def stages_of(block: nn.Module, groups: Groups, decide: Callable[[Stage], None]) -> list[Stage]:
-    """One stage per group of linears of a block."""
+def stages_of(
+    block: nn.Module, groups: Groups, decide: Callable[[Stage], None], samples: Mapping[int, int] | None = None
+) -> list[Stage]:
+    """One stage per group of linears of a block. Those in `samples` get their input as it comes, and keep that many of
+    its tokens."""
+    samples = samples or {}
     return [
-        Stage(order, {name: linear_of(block, name) for name in group}, decide) for order, group in enumerate(groups)
+        Stage(
+            order,
+            {name: linear_of(block, name) for name in group},
+            decide,
+            raw=order in samples,
+            sample=samples.get(order, 0),
+        )
+        for order, group in enumerate(groups)
     ]
 
 

@@ -6,17 +6,20 @@ import copy
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.calibration.tokens import CalibrationSet, padding_mask
-from fewbit.checkpoint.native import NativePart, block_file, write_part
+from fewbit.checkpoint.native import NativePart, Smoothing, block_file, write_part
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.recipe import Config
+from fewbit.models.architecture import Scaling
 from fewbit.models.blockwise import BlockCall, BlockwiseModel
+from fewbit.models.linear import Linear
 from fewbit.models.memory import trim_heap
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
@@ -27,11 +30,35 @@ from fewbit.pipeline.progress import ProgressView
 from fewbit.pipeline.reference import Reference
 from fewbit.pipeline.report import linear_row
 from fewbit.pipeline.run_directory import RunDirectory
+from fewbit.pipeline.smoothing import Found, Smoother, searched
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
 from fewbit.pipeline.staged import StagedForward, Strategy
 from fewbit.pipeline.stages import Stage, calibration_stops, stages_of
 
 logger = logging.getLogger("fewbit")
+
+
+@dataclass
+class _BlockWork:
+    """What a block has become so far."""
+
+    results: dict[str, LinearResult] = field(default_factory=dict)
+    """Quantized linears by full name."""
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    """Other tensors that changed."""
+    found: list[Found] = field(default_factory=list)
+    """Scales of channels that were folded."""
+
+    def smoothing(self, prefix: str) -> Smoothing:
+        """What a resumed run has to know: what norms were divided by. Linears are divided exactly."""
+        by_norm = [found for found in self.found if found.folded]
+        columns = {f"{prefix}{name}": found.columns.cpu() for found in by_norm for name in found.scaling.readers}
+        return Smoothing(columns, tuple(name for found in by_norm for name in found.folded))
+
+    def alpha_of(self, name: str, prefix: str) -> float | None:
+        """Exponent of the scales that a linear's input was divided by; None if it was not."""
+        exponents = [found.search.alpha for found in self.found if name.removeprefix(prefix) in found.scaling.readers]
+        return exponents[0] if exponents else None
 
 
 @dataclass(frozen=True)
@@ -66,9 +93,16 @@ class Walk:
             reference.close()
             shutil.rmtree(self.directory.work, ignore_errors=True)
 
+    @cached_property
+    def _smoother(self) -> Smoother | None:
+        search = self.config.scale_search
+        return Smoother(self.model, self.plan, self.config, search) if search is not None else None
+
     def strategy(self, calibration: CalibrationSet) -> Strategy:
         """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
-        widest = max(linear.shape[1] for linear in self.plan.linears.values() if linear.spec is not None)
+        widest = max(
+            (linear.shape[1] for linear in self.plan.linears.values() if linear.config is not None), default=0
+        )
         per_token = 4 * (3 * self._channels() + widest)  # residual, hidden states in and out, the suspended input
         if self.drift_batches(len(calibration.batches)):
             per_token *= 2  # the forward in full precision waits beside the other
@@ -105,7 +139,7 @@ class Walk:
                 self._pass_through(index, hidden, block_calls)
                 if drift_batches:
                     with self.model.loaded(index, self.device) as block, torch.no_grad():
-                        forward = self._forward(block, reference_states, block_calls)
+                        forward = self._forward(_full_precision(block), reference_states, block_calls)
                         for batch in drift_batches:
                             reference_states.put(batch, forward(batch))
                 rows += finished[index]
@@ -126,25 +160,30 @@ class Walk:
         strategy: Strategy,
     ) -> list[dict[str, Any]]:
         """One block from loading to writing; what it holds in memory goes with it."""
-        results: dict[str, LinearResult] = {}
+        work = _BlockWork()
         groups = self.plan.block_groups[index]
+        prefix = self.model.block_name(index) + "."
+        scaled = searched(groups, self._smoother, prefix)
         with self.model.loaded(index, self.device) as block:
             reference = None
             if drift_batches:
-                # shares its tensors with the block until those are replaced by quantized ones
-                original = copy.deepcopy(block, {id(p): p for p in block.parameters()})
-                detach(original)
+                original = _full_precision(block)
                 reference_forward = self._forward(original, reference_states, calls)
                 reference = Reference(original, groups, drift_batches, reference_forward, reference_states.put)
 
             def decide(stage: Stage) -> None:
-                self._quantize(index, stage, results)
+                self._quantize(index, stage, work, scaled.get(stage.order[0]))
 
-            stages = stages_of(block, groups, decide)
+            smoother = self._smoother
+            samples = {order: smoother.sample_tokens(groups[order], prefix) for order in scaled} if smoother else {}
+            stages = stages_of(block, groups, decide, samples)
             forward = self._forward(block, hidden, calls)
             calibrations = calibration_stops(block, self.model.groups)
             StagedForward(stages, masks, forward, reference, calibrations).run(hidden.put, strategy)
-            return self._write(index, results)
+            rows = self._write(index, work)
+            for linear in self._linears(index):
+                linear.smoothing = None
+            return rows
 
     def _without_data(self, finished: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -153,28 +192,35 @@ class Walk:
                 rows += finished[index]
                 self.progress.block_done(index, None)
                 continue
-            results: dict[str, LinearResult] = {}
+            work = _BlockWork()
             with self.model.loaded(index, self.device) as block:
 
                 def decide(stage: Stage) -> None:
-                    self._quantize(index, stage, results)  # noqa: B023 (called here and now)
+                    self._quantize(index, stage, work, None)  # noqa: B023 (called here and now)
 
                 for stage in stages_of(block, self.plan.block_groups[index], decide):
                     stage.finish()
-                rows += self._write(index, results)
+                rows += self._write(index, work)
         return rows
 
-    def _quantize(self, index: int, stage: Stage, results: dict[str, LinearResult]) -> None:
+    def _quantize(self, index: int, stage: Stage, work: _BlockWork, scaling: Scaling | None) -> None:
         prefix = self.model.block_name(index) + "."
         self.progress.stage(index, " ".join(name.rpartition(".")[2] for name in stage.members))
         info = self.model.source.info()
         members = []
         for name, linear in stage.members.items():
-            spec = self.plan.spec(prefix + name)
             dtype = info[f"{prefix}{name}.weight"].dtype
-            members.append(Member(prefix + name, linear.weight.data, spec, dtype))
-        for name, result in quantize_stage(members, stage.statistics, self.config.codes).items():
-            results[name] = result
+            members.append(Member(prefix + name, linear.weight.data, self.plan.spec(prefix + name), dtype))
+        statistics = stage.statistics
+        if scaling is not None and statistics is not None and self._smoother is not None:
+            applied = self._smoother.apply(scaling, members, statistics, work.results, work.dense, prefix)
+            if applied is not None:
+                members, statistics, found = applied
+                work.found.append(found)
+                for linear in stage.members.values():
+                    linear.smoothing = found.columns
+        for name, result in quantize_stage(members, statistics, self.config.codes).items():
+            work.results[name] = result
             linear = stage.members[name.removeprefix(prefix)]
             linear.weight = nn.Parameter(result.weight.dequantize(), requires_grad=False)
             logger.info("%s loss %.4e tokens %d seconds %.2f", name, result.loss, result.tokens, result.seconds)
@@ -182,31 +228,44 @@ class Walk:
                 logger.warning("%s fell back: %s", name, result.fallback)
                 self.progress.note(f"{name}: {result.fallback}")
 
-    def _write(self, index: int, results: dict[str, LinearResult]) -> list[dict[str, Any]]:
+    def _write(self, index: int, work: _BlockWork) -> list[dict[str, Any]]:
+        results = work.results
         quantized = {f"{name}.weight": result.weight for name, result in results.items()}
         rest = [name for name in self.model.block_tensors(index) if name not in quantized]
+        dense = self.model.source.read(rest) | work.dense
         activations = {name: quantizer.state() for name, quantizer in self._quantizers(index).items()}
-        write_part(block_file(self.directory.path, index), quantized, self.model.source.read(rest), activations)
+        smoothing = work.smoothing(self.model.block_name(index) + ".")
+        write_part(block_file(self.directory.path, index), quantized, dense, activations, smoothing)
         rows = [linear_row(name, index, result) for name, result in results.items()]
+        for row in rows:
+            row["scaling"] = work.alpha_of(row["name"], self.model.block_name(index) + ".")
         self.directory.record(index, rows)
         energy = sum(result.energy for result in results.values())
         self.progress.block_done(index, sum(r.error for r in results.values()) / energy if energy else 0.0)
         return rows
 
     def _pass_through(self, index: int, hidden: HiddenStates, calls: list[BlockCall]) -> None:
-        """Hidden states through a block that an earlier run finished."""
+        """Hidden states through a block that an earlier run finished, computed as it did."""
         part = NativePart(block_file(self.directory.path, index))
+        smoothing = part.smoothing()
 
         def read() -> dict[str, Tensor]:
-            return {name: part.read(name, torch.float32) for name in self.model.block_tensors(index)}
+            names = self.model.block_tensors(index)
+            tensors = {name: part.read(name, torch.float32) for name in names if name not in smoothing.folded}
+            return tensors | self.model.source.read(smoothing.folded, torch.float32)
 
         known = part.activations()
         for name, quantizer in self._quantizers(index).items():
             quantizer.load(known[name])
+        linears = self.model.linears()
+        for name, columns in smoothing.columns.items():
+            linears[name].smoothing = columns.to(self.device)
         with self.model.loaded(index, self.device, read) as block, torch.no_grad():
             forward = self._forward(block, hidden, calls)
             for batch in range(len(calls)):
                 hidden.put(batch, forward(batch))
+        for name in smoothing.columns:
+            linears[name].smoothing = None
 
     def _attach(self) -> None:
         """Quantize activations from here on, as the engine will."""
@@ -223,6 +282,10 @@ class Walk:
         if self.plan.attention is not None:
             attention.attach(self.model.skeleton, self.plan.attention, dtype=dtype)
 
+    def _linears(self, index: int) -> list[Linear]:
+        prefix = self.model.block_name(index) + "."
+        return [linear for name, linear in self.model.linears().items() if name.startswith(prefix)]
+
     def _quantizers(self, index: int) -> dict[str, ActivationQuantizer]:
         """Those of one block's activations, by module and slot."""
         return quantizers(self.model.skeleton, self.model.block_name(index) + ".")
@@ -235,3 +298,10 @@ class Walk:
 
     def _channels(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
+
+
+def _full_precision(block: nn.Module) -> nn.Module:
+    """A copy that quantizes no activations and shares its weights with the block until those are replaced."""
+    copied = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+    detach(copied)
+    return copied

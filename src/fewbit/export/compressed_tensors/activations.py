@@ -62,12 +62,12 @@ def decode_activation(tensors: dict[str, Tensor], spec: QuantizationSpec, slot: 
         return QuantizedActivation(spec, global_scale=1.0 / float(tensors[f"{prefix}_global_scale"]))
     if spec.is_dynamic:
         return QuantizedActivation(spec)
-    scale, zero = tensors[f"{prefix}_scale"].reshape(-1, 1), None
+    scale, zero = tensors[f"{prefix}_scale"].reshape(1, -1), None
     if not spec.symmetric:
-        zero = codes_from_signed(tensors[f"{prefix}_zero_point"], spec).reshape(-1, 1)
+        zero = codes_from_signed(tensors[f"{prefix}_zero_point"], spec).reshape(1, -1)
     return QuantizedActivation(spec, scale, zero)
 
 
 def _stored_shape(tensor: Tensor, spec: QuantizationSpec) -> Tensor:
-    """One number [1], or one per head [heads, 1, 1]."""
+    """[1, 1] → [1]; a number for each head [1, heads] → [heads, 1, 1]."""
     return tensor.reshape(1) if spec.qscheme == "per_tensor" else torch.reshape(tensor, (-1, 1, 1)).contiguous()

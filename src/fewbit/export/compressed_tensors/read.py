@@ -36,7 +36,8 @@ class CompressedTensorsSource:
         self._files = SafetensorsSource(directory)
         self._stored = self._files.info()
         self._config = _quantization_config(self.directory)
-        self._weights = {module: self._weight(module) for module in self._quantized_modules()}
+        self._scaled = [name.removesuffix(".weight_scale") for name in self._stored if name.endswith(".weight_scale")]
+        self._weights = {module: self._weight(module) for module in self._scaled if self._holds_codes(module)}
 
     def info(self) -> dict[str, TensorInfo]:
         hidden = {
@@ -68,7 +69,7 @@ class CompressedTensorsSource:
         """Quantized inputs by MODULE.input, and what is quantized inside attention by ATTENTION_MODULE.key, .value,
         .query. CheckpointError for activations that fewbit cannot quantize as the checkpoint says."""
         found = {}
-        for module in self._weights:
+        for module in self._scaled:
             group = self._group(module)
             if group.get("output_activations"):
                 raise CheckpointError(
@@ -114,11 +115,10 @@ class CompressedTensorsSource:
         tensors = self._files.read(names.values())
         return {part: tensors[name] for part, name in names.items()}
 
-    def _quantized_modules(self) -> list[str]:
-        """Modules whose stored weight is codes. One that was saved again after it was decompressed is floats."""
-        scaled = [name.removesuffix(".weight_scale") for name in self._stored if name.endswith(".weight_scale")]
-        floats = [module for module in scaled if _dtype(self._stored, f"{module}.weight") in FLOAT_DTYPES]
-        return [module for module in scaled if module not in floats]
+    def _holds_codes(self, module: str) -> bool:
+        """False for a weight that was saved again after it was decompressed: it is floats, its scale is a leftover."""
+        weight = self._stored.get(f"{module}.weight")
+        return weight is None or weight.dtype not in FLOAT_DTYPES
 
     def _group(self, module: str, attention: bool = False) -> Args:
         """The config group that a reader picks for a linear or an attention module: by name, by pattern, then
@@ -178,10 +178,6 @@ def _naming(directory: Path, name: str) -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError, ValueError) as error:
         raise CheckpointError(f"{directory}: {name!r}: {error}") from None
-
-
-def _dtype(stored: dict[str, TensorInfo], name: str) -> torch.dtype | None:
-    return stored[name].dtype if name in stored else None
 
 
 def _quantization_config(directory: Path) -> dict[str, Any]:

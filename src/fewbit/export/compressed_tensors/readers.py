@@ -1,24 +1,25 @@
 """What readers make of an export, where it is not what one expects.
 
-Measured with transformers 5.23 and compressed-tensors 0.20; vLLM's as its source says. transformers' default mode
-keeps weights packed until the first forward and then makes them dense; activations and KV cache are fake-quantized.
-dequantize=True makes weights dense on loading and forgets activations and KV cache.
+Measured with compressed-tensors 0.20 and transformers 5.17 and 5.23 (experts and what names 5.23: the latter only);
+vLLM's as its source says. transformers' default mode keeps weights packed until the first forward and then makes them
+dense; activations and KV cache are fake-quantized in the model's dtype. dequantize=True makes weights dense at once.
 """
 
 from __future__ import annotations
 
 from fewbit.export.compressed_tensors.config import ATTENTION_SLOTS, Specs, layout_of
 
-NVFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp8-quantized"
+PACKED, NVFP4, MXFP8 = "pack-quantized", "nvfp4-pack-quantized", "mxfp8-quantized"
 DECODED_TO_BFLOAT16 = {NVFP4, MXFP8, "mxfp4-pack-quantized", "mxfp6-pack-quantized"}
 
 NOTES = {
     "wrong experts": "transformers loads NVFP4 experts WRONG without a word, leaving out their global scale: use vLLM",
     "experts": "transformers cannot load experts with zero points, FP8 blocks or MXFP8: use vLLM",
-    "bfloat16": "transformers decodes FP4 and MX weights to bfloat16: load with dtype=torch.bfloat16, others fail",
-    "mixed": "transformers cannot load several formats with dequantize=True; its default mode can",
-    "activations": "transformers' default mode quantizes activations and KV cache as the engine does; with "
-    "dequantize=True it leaves them out without a word",
+    "bfloat16": "transformers decodes FP4, FP6 and MX weights to bfloat16; load with dtype=torch.bfloat16 only",
+    "affine": "transformers 5.23 loads packed weights with zero points only with dequantize=True (5.17 always does)",
+    "mixed": "transformers 5.23 cannot load several formats with dequantize=True; the default mode can",
+    "activations": "transformers 5.23 with dequantize=True leaves quantized activations and KV cache out without a "
+    "word; the default mode keeps them",
     "cache": "vLLM quantizes its KV cache to symmetric FP8 only; transformers emulates this one",
 }
 
@@ -38,6 +39,7 @@ def notes(weights: Specs, activations: Specs | None = None) -> list[str]:
         "wrong experts": any(layouts[name] == NVFP4 for name in experts),
         "experts": bool(failing),
         "bfloat16": not DECODED_TO_BFLOAT16.isdisjoint(layouts.values()),
+        "affine": any(not spec.symmetric and layouts[name] == PACKED for name, spec in weights.items()),
         "mixed": len(set(layouts.values())) > 1,
         "activations": bool(activations),
         "cache": any(spec.format.is_integer for spec in cache),

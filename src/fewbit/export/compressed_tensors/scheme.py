@@ -91,11 +91,7 @@ def attention_args(spec: QuantizationSpec) -> Args:
         raise ConfigError(
             "a dynamic KV cache; readers know static scales, per_tensor or per_channel (a scale per head)"
         )
-    if (
-        spec.scale_type in SCALE_DTYPES
-        or spec.qscheme not in ("per_tensor", "per_channel")
-        or spec.ch_axis is not None
-    ):
+    if spec.scale_type in SCALE_DTYPES or spec.qscheme not in ("per_tensor", "per_channel"):
         raise ConfigError(
             f"a KV cache with {spec.qscheme} {spec.scale_type} scales; readers know per_tensor and per_channel floats"
         )
@@ -126,6 +122,8 @@ def _spec(args: Args, strategies: dict[str, str], **fields: Any) -> Quantization
             fields["scale_type"] = "e4m3" if strategy == "tensor_group" else "e8m0"
     else:
         fields["qscheme"] = strategies.get(strategy)
+        if strategy == "attn_head":
+            fields["ch_axis"] = 1  # heads are columns, see nn/attention.py
         if strategy == "block":
             fields["block_size"] = tuple(blocks or ())
     try:

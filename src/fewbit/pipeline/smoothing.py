@@ -1,0 +1,161 @@
+"""Scales of channels in the walk: searched when a stage's statistics are complete, applied at once, written folded.
+
+The forwards that are suspended have made their input with the producer (a norm, a linear) as it was, so from then on
+the stage's linears divide their input themselves (`Linear.smoothing`). What is written is the folded form, in which
+the producer is divided. It computes the same but for rounding, so a resumed run, which must have the same bytes,
+computes the finished blocks as the interrupted one did: the vectors are kept beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fewbit.algorithms.clip import clip
+from fewbit.algorithms.scale_search import ScaleSearch, search_scales, transform_moment
+from fewbit.calibration.statistics import Statistics
+from fewbit.checkpoint.source import TensorSource
+from fewbit.config.algorithms import AWQConfig, GPTQConfig, ScaleSearchConfig, SmoothQuantConfig
+from fewbit.config.recipe import Config
+from fewbit.models import folding
+from fewbit.models.architecture import Groups, Scaling
+from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.scalings import head_dim, scalings
+from fewbit.pipeline.plan import Plan
+from fewbit.pipeline.stage_quantizer import LinearResult, Member
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was done at one stage."""
+
+    scaling: Scaling
+    search: ScaleSearch
+    columns: Tensor
+    """[in]: what the readers' columns were multiplied by."""
+    folded: tuple[str, ...]
+    """Tensors around a norm that changed. (Those around a linear change exactly, so nobody has to know them.)"""
+
+
+class Smoother:
+    """Searches and folds the scales of every block of a model. None of its work outlives a block."""
+
+    def __init__(self, model: BlockwiseModel, plan: Plan, config: Config, search: ScaleSearchConfig) -> None:
+        self._plan = plan
+        self._search = search
+        self._compensated = isinstance(config.codes, GPTQConfig)
+        self._head_dim = head_dim(model)
+        self._source: TensorSource = model.source
+        self._scalings = scalings(model, search.scaling_layers)
+
+    def scaling(self, group: tuple[str, ...], prefix: str) -> Scaling | None:
+        """What can be scaled before a group of linears; None if nothing can be without touching something else.
+
+        Its readers are exactly the group, all of them quantized; and what the producer gives out is not quantized
+        itself, neither as an output nor as the values of a KV cache.
+        """
+        attention = self._plan.attention
+        cached = attention is not None and attention.value is not None
+        for scaling in self._scalings:
+            if set(scaling.readers) != set(group):
+                continue
+            quantized_output = f"{prefix}{scaling.producer}.output" in self._plan.activations
+            values = scaling.producer.rpartition(".")[2].startswith("v")
+            return None if quantized_output or (values and cached) else scaling
+        return None
+
+    def sample_tokens(self, group: tuple[str, ...], prefix: str) -> int:
+        """Tokens of the group's input that the search wants to see."""
+        config = self._search
+        quantized = f"{prefix}{group[0]}.input" in self._plan.activations
+        return config.sample_tokens if isinstance(config, SmoothQuantConfig) and quantized else 0
+
+    def apply(
+        self,
+        scaling: Scaling,
+        members: list[Member],
+        statistics: Statistics,
+        results: dict[str, LinearResult],
+        dense: dict[str, Tensor],
+        prefix: str,
+    ) -> tuple[list[Member], Statistics, Found] | None:
+        """Search the scale before a stage and fold it into whoever makes its input.
+
+        Args:
+            members: the stage's linears.
+            statistics: of the input as it comes.
+            results: linears of the block that are quantized already; a producer among them is rescaled.
+            dense: tensors of the block that changed; a producer that stays as it is ends here.
+
+        Returns members and statistics in terms of the scaled input, or None if nothing is gained by scaling.
+        """
+        name = f"{prefix}{scaling.producer}"
+        producer = results.get(name)
+        rows = self._source.info()[f"{name}.weight"].shape[0]
+        is_norm = len(self._source.info()[f"{name}.weight"].shape) == 1
+        channels = folding.channel_map(members[0].weight.shape[1], rows, self._head_dim)
+        found = search_scales(
+            [member.weight for member in members],
+            [member.spec for member in members],
+            statistics.moment,
+            self._search,
+            dtype=members[0].dtype,
+            input_spec=self._plan.activations.get(f"{members[0].name}.input"),
+            sample=statistics.sample,
+            tokens=statistics.tokens,
+            tie=channels if rows != channels.numel() else None,
+            power_of_two=not is_norm or bool(scaling.others) or self._bias(f"{name}.bias", dense) is not None,
+            compensated=self._compensated,
+        )
+        if found.alpha is None:
+            return None
+        wanted = folding.per_row(found.scale.cpu(), channels, rows)
+        bias = self._bias(f"{name}.bias", dense)
+        if producer is not None:
+            quantized, folded_bias, taken = folding.fold_into_quantized_rows(producer.weight, bias, wanted)
+            results[name] = replace(producer, weight=quantized)
+        else:
+            weight = self._read(f"{name}.weight", dense)
+            if is_norm:
+                weight, folded_bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
+            else:
+                weight, folded_bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
+            dense[f"{name}.weight"] = weight
+        if folded_bias is not None:
+            dense[f"{name}.bias"] = folded_bias
+        folded = [prefix + other for other in scaling.others]
+        folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
+        columns = taken[channels].to(statistics.moment.device)
+        for other in scaling.others:
+            dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
+        scaled = replace(
+            statistics,
+            moment=transform_moment(statistics.moment, columns),
+            drift=None if statistics.drift is None else transform_moment(statistics.drift, columns),
+        )
+        members = [replace(member, weight=member.weight * columns) for member in members]
+        if isinstance(self._search, AWQConfig) and self._search.clip:
+            members = [self._clipped(member, scaled.moment) for member in members]
+        return members, scaled, Found(scaling, found, columns, tuple(folded) if is_norm else ())
+
+    def _clipped(self, member: Member, moment: Tensor) -> Member:
+        spec = member.spec
+        if spec.scale_type == "e4m3":  # its scales search their range themselves, code by code
+            return member
+        return replace(member, start=clip(member.weight, moment, spec, spec.scale_format(member.dtype)))
+
+    def _read(self, name: str, dense: Mapping[str, Tensor]) -> Tensor:
+        return dense[name] if name in dense else self._source.read([name])[name]
+
+    def _bias(self, name: str, dense: Mapping[str, Tensor]) -> Tensor | None:
+        return self._read(name, dense) if name in dense or name in self._source.info() else None
+
+
+def searched(groups: Groups, smoother: Smoother | None, prefix: str) -> dict[int, Scaling]:
+    """Which of a block's groups are scaled, by their number."""
+    if smoother is None:
+        return {}
+    found = {order: smoother.scaling(group, prefix) for order, group in enumerate(groups)}
+    return {order: scaling for order, scaling in found.items() if scaling is not None}

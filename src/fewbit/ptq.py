@@ -1,0 +1,320 @@
+"""Very easy quantization of any model with linears and convolutions: quantize, calibrate, freeze.
+
+    report = fewbit.quantize_(model, weights="int4", activations="int8", exclude="lm_head")
+    with fewbit.calibrate(model):           # only if activations are static
+        model(**batch)
+    fewbit.freeze(model)                    # pack the weights
+    torch.save(model.state_dict(), …)       # loads into a model after the same quantize_ and freeze
+
+Weights are rounded to nearest, each on the grid with the least squared error; for what GPTQ and scale searches can do
+beyond that, and for models larger than memory, see `fewbit.quantize`. Everything happens in place and without tracing:
+modules are exchanged for those of nn/fake_quant.py, and linears, at freezing, for nn/quant_linear.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from fewbit.calibration.observers import MovingAverageObserver, Observer, make_observer
+from fewbit.config.matching import matches
+from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.errors import CalibrationError, ConfigError, nearest
+from fewbit.models.linear import Linear
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.fake_quant import FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
+from fewbit.nn.quant_linear import QuantLinear
+
+GROUP_SIZES = (128, 64, 32)  # of weights of less than 8 bits: the first that divides the inputs, else per channel
+
+DTYPES = {
+    **{f"int{bits}": f"int{bits}" for bits in range(2, 9)},
+    **{f"uint{bits}": f"uint{bits}" for bits in range(2, 9)},
+    **dict.fromkeys(("fp8", "float8", "float8_e4m3fn", "e4m3"), "e4m3"),
+    **dict.fromkeys(("float8_e5m2", "e5m2"), "e5m2"),
+    **dict.fromkeys(("fp4", "float4", "e2m1"), "e2m1"),
+    **dict.fromkeys(("fp6", "float6", "e2m3"), "e2m3"),
+}
+"""Names for weights and activations; optimum-quanto's (qint8, qfloat8 …) and torch's dtypes are understood, too."""
+
+_FAKE: dict[type[nn.Module], type[Any]] = {
+    nn.Linear: FakeQuantLinear,
+    Linear: FakeQuantLinear,
+    nn.Conv1d: FakeQuantConv1d,
+    nn.Conv2d: FakeQuantConv2d,
+}
+
+
+@dataclass(frozen=True)
+class PTQRow:
+    """What was done to one module."""
+
+    name: str
+    kind: str
+    weight: str
+    """The weight's spec in words; "" if it stays as it is."""
+    activations: str
+    bits_per_weight: float
+    """Stored bits once frozen (linears; a convolution's weight is not packed)."""
+    error: float
+    """‖Ŵ − W‖² / ‖W‖²."""
+
+
+@dataclass(frozen=True)
+class PTQReport:
+    """What `quantize_` did; prints as a table."""
+
+    rows: tuple[PTQRow, ...]
+    excluded: tuple[str, ...] = ()
+    """Linears and convolutions that a pattern left out."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Other modules with weights, embeddings aside, and what they are: they stay as they are."""
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [
+            f"{row.name:{width}}  {row.weight or '-':28}  {row.activations or '-':24}  "
+            f"{row.bits_per_weight:6.3f} bits  error {row.error:.2e}"
+            for row in self.rows
+        ]
+        lines += [f"{name:{width}}  excluded" for name in self.excluded]
+        lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def quantize_(
+    model: nn.Module,
+    weights: str | QuantizationSpec | None = "int8",
+    activations: str | QuantizationSpec | None = None,
+    exclude: str | Sequence[str] = (),
+    modules: str | Sequence[str] = "*",
+) -> PTQReport:
+    """Fake-quantize the linears and convolutions of `model`, in place.
+
+    Args:
+        weights: "int8", "int4", "int2", "uint4" (affine), "fp8" …, a QuantizationSpec, or None. By name, 8 bits have
+            a scale per output channel; fewer bits one for 128 neighbours (or 64, 32, a channel, if that does not fit).
+        activations: "int8", "fp8" …: inputs, one static scale per tensor, found by `calibrate`. A QuantizationSpec
+            says anything else, e.g. is_dynamic=True with per_token, which needs no calibration.
+        exclude: names, wildcards or "re:" patterns of modules that stay as they are, e.g. "lm_head".
+        modules: patterns of modules to quantize; all others stay.
+
+    Returns a report with a row for each quantized module. ConfigError if a pattern matches nothing, a spec does not
+    fit a module, or nothing would be quantized; the model is unchanged then.
+    """
+    if weights is None and activations is None:
+        raise ConfigError("nothing to quantize: name weights, activations or both")
+    found = {name: module for name, module in model.named_modules() if type(module) in _FAKE}
+    if "" in found:
+        raise ConfigError(f"the model is itself a {type(model).__name__}: use FakeQuantLinear.from_module(model, …)")
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no linears or convolutions (or is quantized already)")
+    left_out = _matching(exclude, found, "exclude")
+    chosen = _matching(modules, found, "modules")
+    excluded = tuple(name for name in found if name in left_out or name not in chosen)
+    made: dict[str, FakeQuant] = {}
+    rows = []
+    for name, module in found.items():
+        if name not in excluded:
+            made[name] = _fake(name, module, weights, activations)
+            rows.append(_row(name, module, made[name]))
+    if not made:
+        raise ConfigError(f"exclude leaves nothing to quantize: all {len(found)} linears and convolutions match it")
+    _exchange(model, {id(found[name]): fake for name, fake in made.items()})
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's fused kernel would go past the quantized linears
+    return PTQReport(tuple(rows), excluded, _skipped(model, excluded))
+
+
+@dataclass
+class Calibration:
+    """What `calibrate` found."""
+
+    scales: dict[str, float] = field(default_factory=dict)
+    """Per activation (MODULE.input …) its largest scale (NVFP4: the second level)."""
+    missed: tuple[str, ...] = ()
+    """Activations that no data reached; their modules raise CalibrationError when called."""
+
+
+@contextmanager
+def calibrate(model: nn.Module, momentum: float | None = None) -> Iterator[Calibration]:
+    """Find static scales from the data that goes through the model inside the `with`; they are fixed at its end.
+
+    Until then activations pass as they are. Each scale is found as its spec's observer says (minmax by default).
+    Works on every ActivationQuantizer below `model`, however it came there. An exception inside leaves the quantizers
+    as they were.
+
+    Args:
+        momentum: average the batches' ranges instead, each new batch with weight 1 − momentum.
+
+    Yields a Calibration, filled at the end. Activations that no data reached are warned about. CalibrationError if
+    there is nothing to calibrate, no data at all, or data without a scale (zeros, NaN), naming the module.
+    """
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ConfigError(f"momentum must be at least 0 and less than 1, not {momentum}")
+    quantizers = {
+        name.removesuffix("_quantizer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, ActivationQuantizer) and module.spec.needs_data
+    }
+    if not quantizers:
+        raise CalibrationError("there is nothing to calibrate: no activation of the model has a static scale")
+    observers = {name: _observer(quantizer, momentum) for name, quantizer in quantizers.items()}
+    calibration = Calibration()
+    for name, quantizer in quantizers.items():
+        quantizer.observer = observers[name]
+    try:
+        yield calibration
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+    missed = tuple(name for name, observer in observers.items() if observer.low is None)
+    if len(missed) == len(observers):
+        raise CalibrationError("no data went through the model inside calibrate(model); call the model in the `with`")
+    states = {name: observer.result(name) for name, observer in observers.items() if name not in missed}
+    for name, state in states.items():
+        quantizers[name].load(state)
+        calibration.scales[name] = state.global_scale if state.scale is None else float(state.scale.float().max())
+    calibration.missed = missed
+    if missed:
+        warnings.warn(
+            f"calibration data did not reach {len(missed)} activations ({', '.join(missed[:5])}"
+            f"{' …' if len(missed) > 5 else ''}); calling their modules is an error until it does",
+            stacklevel=3,
+        )
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Make quantized weights final, in place: linears hold packed codes from here on, convolutions their dequantized
+    weight. Scales of activations stay. Returns `model`; ConfigError if nothing in it is fake-quantized.
+    """
+    made: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuant) and name == "":
+            raise ConfigError(f"the model is itself a {type(module).__name__}: use QuantLinear.from_module(linear, …)")
+        if isinstance(module, FakeQuantLinear):
+            made[id(module)] = _packed(module)
+        elif isinstance(module, FakeQuant):
+            made[id(module)] = _baked(module)
+    if not made:
+        raise ConfigError(f"{type(model).__name__} has nothing to freeze; call quantize_(model) first")
+    _exchange(model, made)
+    return model
+
+
+def _matching(patterns: str | Sequence[str], modules: Mapping[str, nn.Module], argument: str) -> set[str]:
+    """Names that a pattern covers; ConfigError for a pattern that covers none."""
+    names: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        covered = {name for name in modules if matches(pattern, name)}
+        if not covered:
+            raise ConfigError(
+                f"{argument}: {pattern!r} matches no linear or convolution{nearest(pattern, modules)[:300]}"
+            )
+        names |= covered
+    return names
+
+
+def _fake(
+    name: str,
+    module: nn.Module,
+    weights: str | QuantizationSpec | None,
+    activations: str | QuantizationSpec | None,
+) -> FakeQuant:
+    """The fake-quantized counterpart of a module; errors name it."""
+    assert isinstance(module.weight, nn.Parameter)
+    config = QuantizationConfig(
+        weight=_weight_spec(weights, module.weight.flatten(1).shape[1]) if isinstance(weights, str) else weights,
+        input_tensors=_input_spec(activations) if isinstance(activations, str) else activations,
+    )
+    try:
+        made: FakeQuant = _FAKE[type(module)].from_module(module, config)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return made
+
+
+def _dtype(name: str, argument: str) -> str:
+    plain = name.lower().removeprefix("torch.").removeprefix("q")
+    if plain not in DTYPES:
+        raise ConfigError(f"{argument}: unknown dtype {name!r}{nearest(plain, DTYPES)}")
+    return DTYPES[plain]
+
+
+def _weight_spec(name: str, columns: int) -> QuantizationSpec:
+    dtype = _dtype(name, "weights")
+    spec = QuantizationSpec(dtype=dtype, qscheme="per_channel", symmetric=not dtype.startswith("uint"))
+    size = next((size for size in GROUP_SIZES if columns % size == 0), None)
+    if spec.bits == 8 or size is None:
+        return spec
+    return replace(spec, qscheme="per_group", group_size=size)
+
+
+def _input_spec(name: str) -> QuantizationSpec:
+    dtype = _dtype(name, "activations")
+    symmetric = not dtype.startswith("uint")
+    return QuantizationSpec(dtype=dtype, qscheme="per_tensor", symmetric=symmetric, observer="minmax")
+
+
+def _row(name: str, module: nn.Module, fake: FakeQuant) -> PTQRow:
+    weight, spec = fake.weight.detach(), fake.config.weight
+    rows, columns = weight.flatten(1).shape
+    bits, error = 8.0 * weight.itemsize, 0.0
+    if spec is not None:
+        bits = spec.stored_bits((rows, columns), weight.dtype) / weight.numel()
+        delta = (fake.fake_weight().double() - weight.double()).square().sum()
+        error = float(delta / weight.double().square().sum().clamp(min=1e-300))
+    inputs = fake.config.input_tensors
+    return PTQRow(
+        name, type(module).__name__, spec.summary if spec else "", inputs.summary if inputs else "", bits, error
+    )
+
+
+def _skipped(model: nn.Module, excluded: Sequence[str]) -> dict[str, str]:
+    """Modules with matrices of their own that nothing was done to: attention of torch, fused experts, Conv3d …"""
+    return {
+        name: f"{type(module).__name__} is no linear or convolution that can be exchanged"
+        for name, module in model.named_modules()
+        if not isinstance(module, FakeQuant | nn.Embedding | nn.EmbeddingBag)
+        and name not in excluded
+        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    }
+
+
+def _exchange(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, by the others' id, wherever these are used."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in made:
+                setattr(parent, name, made[id(child)])
+
+
+def _observer(quantizer: ActivationQuantizer, momentum: float | None) -> Observer:
+    if momentum is not None and not quantizer.spec.is_dynamic:
+        return MovingAverageObserver(quantizer.spec, quantizer.dtype, 1 - momentum)
+    return make_observer(quantizer.spec, quantizer.dtype)
+
+
+def _packed(module: FakeQuantLinear) -> nn.Module:
+    """The linear with packed codes; the module itself if its weight is not quantized."""
+    weight = module.quantized_weight()
+    if weight is None:
+        return module
+    packed = QuantLinear(weight, module.fake_bias())
+    packed.input_quantizer, packed.output_quantizer = module.input_quantizer, module.output_quantizer
+    return packed.train(module.training)
+
+
+def _baked(module: FakeQuant) -> FakeQuant:
+    """The convolution with its quantized values as weight. The parameter is a new one: the old may be shared."""
+    weight, bias = module.fake_weight(), module.fake_bias()
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    module.config = replace(module.config, weight=None, bias=None)
+    return module

@@ -1,0 +1,288 @@
+"""The scale search: gains where channels are unlike, never loses by its own measure, and says what GPTQ will see."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewbit.algorithms.gptq import gptq
+from fewbit.algorithms.rtn import rtn
+from fewbit.algorithms.scale_search import column_costs, search_scales, transform_moment
+from fewbit.config.algorithms import AWQConfig, GPTQConfig, SmoothQuantConfig
+from fewbit.config.spec import QuantizationSpec
+from fewbit.models.folding import channel_map, per_row
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.numerics.scale_format import unit_for
+from fewbit.numerics.second_moment import quadratic_form
+
+INT4 = QuantizationSpec(dtype="int4", group_size=32)
+SPECS = {
+    "int4": INT4,
+    "int3": replace(INT4, dtype="int3"),
+    "int4 minmax": replace(INT4, observer="minmax"),
+    "uint4": QuantizationSpec(dtype="uint4", group_size=32, symmetric=False),
+    "int4 per channel": QuantizationSpec(dtype="int4", qscheme="per_channel"),
+    "int8 per channel": QuantizationSpec(dtype="int8", qscheme="per_channel"),
+    "int8 per tensor": QuantizationSpec(dtype="int8", qscheme="per_tensor"),
+    "fp8 blocks": QuantizationSpec(dtype="e4m3", qscheme="per_block", block_size=(32, 32), observer="minmax"),
+    "nvfp4": QuantizationSpec(dtype="e2m1", group_size=16, scale_type="e4m3"),
+    "mxfp4": QuantizationSpec(dtype="e2m1", group_size=32, scale_type="e8m0"),
+    "mx6": QuantizationSpec(dtype="int5", group_size=2, scale_type="microexponent"),
+}
+PER_TOKEN = QuantizationSpec(dtype="int8", qscheme="per_token", observer="minmax", is_dynamic=True)
+INT8 = SPECS["int8 per channel"]
+TOKENS = 2048
+
+
+def inputs(columns=128, outliers=4, size=30.0, seed=0):
+    """Correlated inputs [tokens, columns] of which a few channels are much larger than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    spread = torch.exp(0.5 * torch.randn(columns, generator=generator))
+    spread[torch.randperm(columns, generator=generator)[:outliers]] *= size
+    x = torch.randn(TOKENS, columns, generator=generator) @ mixing + torch.randn(TOKENS, columns, generator=generator)
+    return (x + torch.randn(TOKENS, 1, generator=generator)) * spread
+
+
+def weight_of(rows=192, columns=128, seed=0):
+    generator = torch.Generator().manual_seed(100 + seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight * torch.exp(0.3 * torch.randn(rows, columns, generator=generator))
+
+
+def quantized(weight, moment, spec, scale, method=rtn):
+    """The weight that stands for `weight` when W·s is quantized under the scaled H."""
+    scaled = weight * scale
+    unit = unit_for(float(scaled.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
+    format = spec.scale_format(torch.bfloat16, unit)
+    arguments = [GPTQConfig()] if method is gptq else []
+    return method(scaled, transform_moment(moment, scale), spec, format, *arguments).weight.dequantize() / scale
+
+
+def loss(weight, moment, spec, scale, method=rtn):
+    return float(quadratic_form(quantized(weight, moment, spec, scale, method) - weight, moment).sum())
+
+
+ONES = torch.ones(128)
+GAIN = {"nvfp4": 0.95, "mxfp4": 0.99, "mx6": 0.95}  # small groups and coarse scales leave less to gain
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_scaled_weights_lose_far_less_where_channels_are_unlike(name):
+    weight, x, spec = weight_of(), inputs(), SPECS[name]
+    moment = x.T @ x
+    found = search_scales([weight], [spec], moment, AWQConfig())
+    assert found.loss < found.loss_before
+    assert loss(weight, moment, spec, found.scale) < GAIN.get(name, 0.8) * loss(weight, moment, spec, ONES)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("config", [AWQConfig(), AWQConfig(alpha=1.0, duo_scale=False), SmoothQuantConfig(alpha=0.0)])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_the_search_never_loses_by_its_own_measure(name, config, compensated):
+    x = inputs(outliers=0, seed=3)
+    found = search_scales([weight_of()], [SPECS[name]], x.T @ x, config, compensated=compensated)
+    assert found.loss <= found.loss_before
+    if found.alpha is None:
+        assert torch.equal(found.scale, ONES)
+        assert found.loss == found.loss_before
+    else:
+        assert found.loss < 0.98 * found.loss_before
+
+
+@pytest.mark.parametrize("name", ["int4", "int3", "uint4", "int4 per channel", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gptq_on_scaled_weights_is_no_worse_than_gptq_alone(name, seed):
+    weight, x, spec = weight_of(seed=seed), inputs(seed=seed), SPECS[name]
+    moment = x.T @ x
+    found = search_scales([weight], [spec], moment, AWQConfig(), compensated=True)
+    assert loss(weight, moment, spec, found.scale, gptq) <= loss(weight, moment, spec, ONES, gptq)
+
+
+def test_the_measure_for_gptq_chooses_better_for_gptq():
+    ratios = []
+    for seed in range(4):
+        weight, x = weight_of(seed=seed), inputs(seed=seed)
+        moment = x.T @ x
+        losses = [
+            loss(weight, moment, INT4, search_scales([weight], [INT4], moment, AWQConfig(), compensated=c).scale, gptq)
+            for c in (True, False)
+        ]
+        ratios.append(losses[0] / losses[1])
+    assert sum(ratios) / len(ratios) < 1.0
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "int8 per channel", "int8 per tensor", "fp8 blocks"])
+def test_without_a_searching_observer_the_loss_over_all_rows_is_the_loss(name):
+    weight, x = weight_of(), inputs()
+    spec = replace(SPECS[name], observer="minmax")
+    moment = x.T @ x
+    found = search_scales([weight], [spec], moment, AWQConfig(), rows=weight.shape[0])
+    assert found.loss_before == pytest.approx(loss(weight, moment, spec, ONES), rel=1e-3)
+    assert found.loss == pytest.approx(loss(weight, moment, spec, found.scale), rel=1e-3)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_some_rows_stand_for_all(compensated):
+    x = inputs()
+    moment = x.T @ x
+    members = [weight_of(rows=1024, seed=1), weight_of(rows=128, seed=2)]
+    specs = [INT4, INT4]
+    whole = search_scales(members, specs, moment, AWQConfig(), compensated=compensated, rows=1152)
+    some = search_scales(members, specs, moment, AWQConfig(), compensated=compensated)
+    assert some.loss_before == pytest.approx(whole.loss_before, rel=0.15)
+    weight = torch.cat(members)
+    method = gptq if compensated else rtn
+    with_some, with_whole = (loss(weight, moment, INT4, found.scale, method) for found in (some, whole))
+    assert with_some < 1.05 * with_whole
+
+
+def test_members_may_have_specs_of_their_own():
+    weight, x = weight_of(), inputs()
+    moment = x.T @ x
+    cast = QuantizationSpec(dtype="bfloat16", qscheme="per_tensor", observer="placeholder")
+    mixed = search_scales([weight, weight, weight], [INT4, INT8, cast], moment, AWQConfig())
+    assert mixed.loss < mixed.loss_before
+    alone = search_scales([weight], [INT4], moment, AWQConfig(), rows=43)
+    assert mixed.loss_before == pytest.approx(alone.loss_before, rel=0.2)  # int8 adds next to nothing, a cast nothing
+
+
+def output_error(weight, x, spec, input_spec, scale):
+    quantizer = ActivationQuantizer(replace(input_spec, is_dynamic=True))
+    moment = x.T @ x
+    product = quantizer(x / scale) @ (quantized(weight, moment, spec, scale) * scale).T
+    return float((product - x @ weight.T).square().sum())
+
+
+ACTIVATIONS = {
+    "int8 per token": (PER_TOKEN, INT8),
+    "int8 static": (QuantizationSpec(dtype="int8", qscheme="per_tensor", observer="minmax"), INT8),
+    "int8 affine": (replace(PER_TOKEN, dtype="uint8", symmetric=False), INT8),
+    "mxfp4": (replace(SPECS["mxfp4"], observer="minmax", is_dynamic=True), SPECS["mxfp4"]),
+    "nvfp4": (replace(SPECS["nvfp4"], observer="minmax", is_dynamic=True), SPECS["nvfp4"]),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_smoothing_reduces_the_error_of_weights_and_activations(name, compensated):
+    weight, x = weight_of(), inputs()
+    input_spec, spec = ACTIVATIONS[name]
+    sample = x[::8]
+    found = search_scales(
+        [weight],
+        [spec],
+        x.T @ x,
+        SmoothQuantConfig(),
+        input_spec=input_spec,
+        sample=sample,
+        tokens=TOKENS,
+        compensated=compensated,
+    )
+    before = output_error(weight, x, spec, input_spec, ONES)
+    assert output_error(weight, x, spec, input_spec, found.scale) < (0.9 if "fp4" in name else 0.3) * before
+    if not compensated:
+        assert found.loss_before == pytest.approx(before, rel=0.25)
+
+
+def test_smoothing_beats_scales_that_know_the_weights_only_where_activations_are_quantized():
+    weight, x = weight_of(), inputs()
+    data = {"input_spec": PER_TOKEN, "sample": x[::8], "tokens": TOKENS}
+    smooth = search_scales([weight], [INT8], x.T @ x, SmoothQuantConfig(), **data).scale
+    awq = search_scales([weight], [INT8], x.T @ x, AWQConfig(), **data).scale
+    assert output_error(weight, x, INT8, PER_TOKEN, smooth) < output_error(weight, x, INT8, PER_TOKEN, awq)
+
+
+def test_smoothing_without_a_sample_counts_the_weights():
+    weight, x = weight_of(), inputs()
+    found = search_scales([weight], [INT8], x.T @ x, SmoothQuantConfig(), input_spec=PER_TOKEN)
+    assert found.loss_before == pytest.approx(loss(weight, x.T @ x, INT8, ONES), rel=0.3)
+    with pytest.raises(ValueError, match="number"):
+        search_scales([weight], [INT8], x.T @ x, SmoothQuantConfig(), input_spec=PER_TOKEN, sample=x)
+
+
+def test_a_fixed_alpha_gives_the_published_formula():
+    weight, x = weight_of(), inputs()
+    found = search_scales(
+        [weight, 2 * weight],
+        [INT8, INT8],
+        x.T @ x,
+        SmoothQuantConfig(alpha=0.5),
+        input_spec=PER_TOKEN,
+        sample=x,
+        tokens=TOKENS,
+    )
+    published = (x.abs().amax(0) / (2 * weight).abs().amax(0)).sqrt()
+    torch.testing.assert_close(found.scale / found.scale[0], published / published[0])
+    assert found.alpha == 0.5
+    assert found.duo
+    plain = search_scales([weight], [INT4], x.T @ x, AWQConfig(alpha=0.25, duo_scale=False)).scale
+    size = (x.T @ x).diagonal().sqrt() ** 0.25
+    torch.testing.assert_close(plain / plain[0], size / size[0])
+
+
+def test_powers_of_two_gain_most_of_it():
+    weight, x = weight_of(), inputs()
+    moment = x.T @ x
+    found = search_scales([weight], [INT4], moment, AWQConfig(), power_of_two=True)
+    assert torch.equal(found.scale.log2(), found.scale.log2().round())
+    assert loss(weight, moment, INT4, found.scale) < 0.9 * loss(weight, moment, INT4, ONES)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_query_heads_that_share_a_value_head_share_its_scales(power_of_two):
+    x = inputs()
+    tie = channel_map(channels=128, rows=32, head_dim=16)
+    found = search_scales([weight_of()], [INT4], x.T @ x, AWQConfig(), tie=tie, power_of_two=power_of_two)
+    assert found.alpha is not None
+    assert torch.equal(per_row(found.scale, tie, 32)[tie], found.scale)
+    assert found.scale.unique().numel() <= 32
+
+
+def test_scales_do_not_depend_on_the_units_of_the_input():
+    weight, x = weight_of(), inputs()
+    plain = search_scales([weight], [INT4], x.T @ x, AWQConfig())
+    large = search_scales([weight], [INT4], x.T @ x * 2.0**20, AWQConfig())
+    torch.testing.assert_close(plain.scale, large.scale, rtol=1e-4, atol=0)
+
+
+def test_channels_that_never_fire_or_meet_no_weight_keep_one():
+    weight, x = weight_of(), inputs()
+    x[:, 3] = 0
+    weight[:, 7] = 0
+    found = search_scales([weight], [INT4], x.T @ x, AWQConfig())
+    assert found.alpha is not None
+    assert found.scale[[3, 7]].tolist() == [1.0, 1.0]
+    assert torch.isfinite(found.scale).all()
+    silent = search_scales([weight], [INT4], torch.zeros(128, 128), AWQConfig(), compensated=True)
+    assert torch.equal(silent.scale, ONES)
+
+
+def test_the_clamp_holds():
+    weight, x = weight_of(), inputs(size=1e5)
+    found = search_scales([weight], [INT4], x.T @ x, AWQConfig(scale_clamp_min=0.25, alpha=1.0, duo_scale=False))
+    assert float(found.scale.min()) >= 0.25
+    assert float(found.scale.max()) <= 4.0
+
+
+def test_the_transformed_moment_is_that_of_the_scaled_input():
+    x, scale = inputs().double(), torch.rand(128, dtype=torch.float64) + 0.5
+    scaled = x / scale
+    torch.testing.assert_close(transform_moment(x.T @ x, scale), scaled.T @ scaled, rtol=1e-10, atol=1e-8)
+
+
+def test_column_costs_are_what_later_columns_leave_unexplained():
+    x = inputs(columns=16).double()
+    moment = (x.T @ x) / TOKENS
+    order = moment.diagonal().argsort(descending=True)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(16)
+    costs = column_costs(moment.float())
+    for place, column in enumerate(order.tolist()):
+        later = order[place + 1 :]
+        explained = damped[column, later] @ torch.linalg.solve(damped[later][:, later], damped[later, column])
+        assert float(costs[column]) == pytest.approx(float(damped[column, column] - explained), rel=1e-3)
+
+
+def test_a_moment_that_cannot_be_factored_still_gives_costs():
+    moment = torch.diag(torch.tensor([1.0, 1.0, -50.0, 100.0]))
+    assert torch.equal(column_costs(moment), moment.diagonal())

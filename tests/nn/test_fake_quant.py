@@ -1,0 +1,192 @@
+"""FakeQuantLinear and the convolutions: the product of quantized values, nothing else."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fewbit.calibration.observers import make_observer
+from fewbit.config.schemes import scheme_config
+from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.errors import CalibrationError, ConfigError
+from fewbit.nn import fake_quant
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.fake_quant import (
+    FakeQuantConv1d,
+    FakeQuantConv2d,
+    FakeQuantLinear,
+    W4A16FakeLinear,
+    W8A8FakeLinear,
+    W8A8StaticFakeLinear,
+)
+from fewbit.nn.quantizer import quantize_matrix
+
+INT4 = QuantizationSpec(dtype="int4", group_size=32)
+INT8 = QuantizationSpec(dtype="int8", qscheme="per_channel")
+TOKEN = QuantizationSpec(dtype="int8", qscheme="per_token", observer="minmax", is_dynamic=True)
+TENSOR = QuantizationSpec(dtype="int8", qscheme="per_tensor", observer="minmax")
+PRESETS = [name for name in vars(fake_quant) if name.endswith("FakeLinear")]
+X = torch.randn(3, 40, 128, generator=torch.Generator().manual_seed(1))
+
+
+def linear(columns: int = 128, rows: int = 128) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(columns, rows)
+
+
+class TestLinear:
+    @pytest.mark.parametrize("weight", [None, INT4, INT8], ids=["-", "int4", "int8"])
+    @pytest.mark.parametrize("inputs", [None, TOKEN], ids=["-", "token"])
+    @pytest.mark.parametrize("outputs", [None, TOKEN], ids=["-", "token"])
+    def test_it_is_the_product_of_quantized_values(self, weight, inputs, outputs):
+        plain = linear()
+        if weight is inputs is outputs is None:
+            with pytest.raises(ConfigError, match="nothing to quantize"):
+                FakeQuantLinear.from_module(plain)
+            return
+        fake = FakeQuantLinear.from_module(plain, weight=weight, input_tensors=inputs, output_tensors=outputs)
+        w = plain.weight if weight is None else quantize_matrix(plain.weight, weight).dequantize()
+        x = X if inputs is None else ActivationQuantizer(inputs)(X)
+        expected = nn.functional.linear(x.double(), w.double(), plain.bias.double())
+        if outputs is not None:
+            fake.output_quantizer, expected = None, expected  # compared before the last rounding, then after it
+        torch.testing.assert_close(fake(X).double(), expected, rtol=1e-5, atol=1e-5)
+        if outputs is not None:
+            before = fake(X)
+            fake.output_quantizer = ActivationQuantizer(outputs)
+            assert torch.equal(fake(X), ActivationQuantizer(outputs)(before))
+
+    def test_gradients_asked_for_make_no_difference(self):
+        fake = W8A8FakeLinear.from_module(linear())
+        with torch.no_grad():
+            expected = fake(X)
+        assert torch.equal(fake(X.clone().requires_grad_()), expected)
+
+    def test_the_linear_it_came_from_stays_as_it_is(self):
+        plain = linear()
+        before = plain.weight.detach().clone()
+        fake = W4A16FakeLinear.from_module(plain)
+        fake(X)
+        assert torch.equal(plain.weight, before)
+        assert fake.weight is plain.weight
+
+    def test_new_weights_are_quantized_when_they_are_loaded(self):
+        fake, other = (W4A16FakeLinear.from_module(module) for module in (linear(), nn.Linear(128, 128)))
+        assert not torch.equal(fake(X), other(X))
+        other.load_state_dict(fake.state_dict())
+        assert torch.equal(fake(X), other(X))
+
+    def test_casting_the_module_casts_the_weight_and_quantizes_again(self):
+        fake = W4A16FakeLinear.from_module(linear()).to(torch.bfloat16)
+        weight = quantize_matrix(linear().weight.to(torch.bfloat16), fake.config.weight).dequantize(torch.bfloat16)
+        assert torch.equal(fake.fake_weight(), weight)
+        assert fake(X.bfloat16()).dtype == torch.bfloat16
+
+    def test_the_bias_is_quantized_where_the_config_says_so(self):
+        plain = linear()
+        fake = FakeQuantLinear.from_module(plain, weight=INT8, bias=QuantizationSpec(dtype="bfloat16"))
+        assert torch.equal(fake.fake_bias(), plain.bias.bfloat16().float())
+
+    def test_static_inputs_are_calibrated_and_saved(self):
+        fake = W8A8StaticFakeLinear.from_module(linear())
+        with pytest.raises(CalibrationError, match="no scale yet"):
+            fake(X)
+        fake.input_quantizer.observer = observer = make_observer(fake.config.input_tensors)
+        fake(X)
+        fake.input_quantizer.observer = None
+        fake.input_quantizer.load(observer.result())
+        torch.testing.assert_close(fake(X), linear()(X), rtol=0, atol=0.05)
+        fresh = W8A8StaticFakeLinear.from_module(nn.Linear(128, 128))
+        fresh.load_state_dict(fake.state_dict())
+        assert torch.equal(fresh(X), fake(X))
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_every_preset_is_its_scheme_and_close_to_the_linear(self, name):
+        preset = getattr(fake_quant, name)
+        fake = preset.from_module(linear())
+        assert fake.config == scheme_config(preset.preset)
+        assert (type(fake).__name__, type(fake).__module__) == (name, fake_quant.__name__)
+        if fake.input_quantizer is not None and fake.input_quantizer.needs_calibration:
+            fake.input_quantizer.observer = observer = make_observer(fake.config.input_tensors)
+            fake(X)
+            fake.input_quantizer.observer = None
+            fake.input_quantizer.load(observer.result())
+        error = (fake(X) - linear()(X)).square().mean() / linear()(X).square().mean()
+        assert 0 < error < (0.05 if "4" in name.replace("A4", "") or "A4" in name else 0.002)
+
+    def test_there_are_presets(self):
+        assert {"W8A8FakeLinear", "W4A16FakeLinear", "W4A8FakeLinear", "W4A4FakeLinear"} < set(PRESETS)
+
+    def test_a_scheme_a_config_and_specs_say_the_same(self):
+        by_name = FakeQuantLinear.from_module(linear(), "W4A8-g32")
+        config = scheme_config("W4A8", 32)
+        by_config = FakeQuantLinear.from_module(linear(), config)
+        by_specs = FakeQuantLinear.from_module(linear(), weight=config.weight, input_tensors=config.input_tensors)
+        assert by_name.config == by_config.config == by_specs.config == config
+        assert torch.equal(by_name(X), by_specs(X))
+
+    def test_group_size_and_specs_change_a_preset(self):
+        assert W4A16FakeLinear.from_module(linear(), group_size=32).config.weight.group_size == 32
+        assert W4A16FakeLinear.from_module(linear(), group_size=-1).config.weight.qscheme == "per_channel"
+        assert W8A8FakeLinear.from_module(linear(), input_tensors=TENSOR).config.input_tensors == TENSOR
+        assert W8A8FakeLinear.from_module(linear(), "W4A16").config == scheme_config("W4A16")
+
+    @pytest.mark.parametrize(
+        ("config", "sentence"),
+        [
+            ("W4A15", "unknown scheme"),
+            (QuantizationConfig(weight=replace(INT4, group_size=48)), "cannot be quantized int4 per_group 48"),
+            (
+                QuantizationConfig(input_tensors=QuantizationSpec(group_size=48, observer="minmax", is_dynamic=True)),
+                "activation of 128 channels cannot be quantized",
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_an_error_before_it_runs(self, config, sentence):
+        with pytest.raises(ConfigError, match=sentence):
+            FakeQuantLinear.from_module(linear(), config)
+
+
+class TestConvolutions:
+    IMAGES = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(2))
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"stride": 2, "padding": 1}, {"groups": 4}, {"dilation": 2, "bias": False}, {"padding_mode": "circular"}],
+        ids=str,
+    )
+    def test_it_is_the_convolution_of_quantized_values(self, options):
+        torch.manual_seed(0)
+        plain = nn.Conv2d(8, 16, 3, **options)
+        fake = FakeQuantConv2d.from_module(plain, weight=INT8, input_tensors=TENSOR)
+        fake.input_quantizer.observer = observer = make_observer(TENSOR)
+        fake(self.IMAGES)
+        fake.input_quantizer.observer = None
+        fake.input_quantizer.load(observer.result())
+        rounded = copy.deepcopy(plain)
+        rounded.weight.data = quantize_matrix(plain.weight.flatten(1), INT8).dequantize().view_as(plain.weight)
+        expected = rounded(ActivationQuantizer(TENSOR, observer.result())(self.IMAGES))
+        torch.testing.assert_close(fake(self.IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+    def test_per_token_of_an_image_is_a_scale_for_each_pixel(self):
+        images = self.IMAGES.clone()
+        images[0, :, 4, 4] *= 1000
+        fake = FakeQuantConv2d.from_module(nn.Conv2d(8, 4, 1), input_tensors=TOKEN)
+        loud, plain = fake(images), fake(self.IMAGES)
+        loud[0, :, 4, 4] = plain[0, :, 4, 4] = 0
+        assert torch.equal(loud, plain)
+
+    def test_one_dimension_and_no_batch_axis(self):
+        fake = FakeQuantConv1d.from_module(nn.Conv1d(8, 4, 3), "W8A8")
+        x = self.IMAGES[:, :, 0]
+        torch.testing.assert_close(fake(x[0]), fake(x)[0])
+
+    def test_groups_run_over_inputs_and_kernel(self):
+        conv = nn.Conv2d(8, 4, 2)
+        assert FakeQuantConv2d.from_module(conv, weight=INT4).quantized_weight().scale.shape == (4, 1)
+        with pytest.raises(ConfigError, match="do not divide"):
+            FakeQuantConv2d.from_module(nn.Conv2d(3, 4, 3), weight=INT4)
