@@ -1,6 +1,7 @@
 """Quantize a checkpoint with llm-compressor, as the peer that fewbit is compared with.
 
-Round-to-nearest or GPTQ, 4-bit weights in groups, every other setting at llm-compressor's default. Calibration is the
+Round-to-nearest or GPTQ (with SmoothQuant before it if asked), 4-bit weights in groups or one of its preset schemes,
+every other setting at llm-compressor's default. Calibration is the
 shared protocol of windows.py, passed already tokenized. Run it in an environment that has llmcompressor.
 
     python llmcompressor_gptq.py MODEL_DIR OUT_DIR --calibration FILE --json RESULT.json
@@ -23,6 +24,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 from windows import Windows
 
@@ -38,10 +40,16 @@ def peak_memory_bytes() -> int:
     raise OSError("No VmHWM in /proc/self/status.")
 
 
-def quantize(model: PreTrainedModel, algorithm: str, scheme: QuantizationScheme, samples: torch.Tensor) -> None:
-    """Quantize `model` in place; round-to-nearest needs no `samples` [n, length]."""
-    recipe = MODIFIERS[algorithm](config_groups={"group_0": scheme}, ignore=["lm_head"])
-    if algorithm == "rtn":
+def quantize(model: PreTrainedModel, algorithm: str, scheme: QuantizationScheme | str, samples: torch.Tensor) -> None:
+    """Quantize `model` in place; round-to-nearest of weights alone needs no `samples` [n, length]."""
+    modifier = MODIFIERS[algorithm.removeprefix("smoothquant+")]
+    if isinstance(scheme, str):
+        recipe = [modifier(scheme=scheme, targets="Linear", ignore=["lm_head"])]
+    else:
+        recipe = [modifier(config_groups={"group_0": scheme}, ignore=["lm_head"])]
+    if algorithm.startswith("smoothquant"):
+        recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.8))
+    if algorithm == "rtn" and scheme not in ("NVFP4", "W8A8", "FP8"):
         oneshot(model=model, recipe=recipe)
         return
     oneshot(
@@ -86,7 +94,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the windows")
     parser.add_argument("--group-size", type=int, default=64, help="weights per scale (default %(default)s)")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
-    parser.add_argument("--algorithm", choices=tuple(MODIFIERS), default="gptq")
+    parser.add_argument("--scheme", help="a preset (W8A8, NVFP4 …) instead of 4-bit weights; nothing dense is written")
+    parser.add_argument("--algorithm", choices=(*MODIFIERS, "smoothquant+gptq"), default="gptq")
     parser.add_argument("--json", type=Path, required=True, help="where to write the result")
     args = parser.parse_args()
 
@@ -100,7 +109,7 @@ def main() -> None:
     loaded_peak = peak_memory_bytes()
 
     quantize_started, cpu_started = time.perf_counter(), time.process_time()
-    quantize(model, args.algorithm, scheme, samples)
+    quantize(model, args.algorithm, args.scheme or scheme, samples)
     quantize_seconds, quantize_cpu_seconds = time.perf_counter() - quantize_started, time.process_time() - cpu_started
     quantize_peak = peak_memory_bytes()
 
@@ -108,9 +117,11 @@ def main() -> None:
     compressed_dir, dense_dir = args.out_dir / "compressed", args.out_dir / "dense"
     model.save_pretrained(compressed_dir, save_compressed=True)
     AutoTokenizer.from_pretrained(args.model_dir).save_pretrained(compressed_dir)
-    save_dense(compressed_dir, dense_dir)
-    dense = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
-    difference = (first_logits(dense, samples) - expected).abs().max().item()
+    difference = None
+    if args.scheme is None:
+        save_dense(compressed_dir, dense_dir)
+        dense = AutoModelForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
+        difference = (first_logits(dense, samples) - expected).abs().max().item()
 
     result = {
         "model": args.model_dir.name,

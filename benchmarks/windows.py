@@ -2,8 +2,8 @@
 
 A text is tokenized in one go, without special tokens, and cut into disjoint windows; the tail that fills no window is
 dropped. Each window begins with the BOS token if the tokenizer itself puts one before a text. Two tools that name the
-same text, length, count and seed see the same tokens. Needs only torch and transformers, so it can be imported from the
-environment of any tool under test.
+same text, length, count and seed see the same tokens. Needs only torch and transformers, so it can be imported from
+the environment of any tool under test.
 """
 
 from pathlib import Path

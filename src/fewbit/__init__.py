@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from fewbit.api import Run as Run
     from fewbit.api import evaluate as evaluate
     from fewbit.api import quantize as quantize
+    from fewbit.calibration.recorded import DefaultDataset as DefaultDataset
+    from fewbit.calibration.recorded import build_calib_dataset_inputs as build_calib_dataset_inputs
+    from fewbit.calibration.recorder import DataRecorder as DataRecorder
     from fewbit.config.algorithms import AWQConfig as AWQConfig
     from fewbit.config.algorithms import GPTQConfig as GPTQConfig
     from fewbit.config.algorithms import RTNConfig as RTNConfig
+    from fewbit.config.algorithms import ScalingLayer as ScalingLayer
     from fewbit.config.algorithms import SmoothQuantConfig as SmoothQuantConfig
     from fewbit.config.quark import Dtype as Dtype
     from fewbit.config.quark import PerBlockMXObserver as PerBlockMXObserver
@@ -36,16 +40,45 @@ if TYPE_CHECKING:
     from fewbit.config.spec import QuantizationConfig as QuantizationConfig
     from fewbit.config.spec import QuantizationSpec as QuantizationSpec
     from fewbit.errors import FewbitError as FewbitError
+    from fewbit.io import dump as dump
+    from fewbit.io import load as load
+    from fewbit.model_quantizer import ModelQuantizer as ModelQuantizer
+    from fewbit.models.forward_manager import forward_manager as forward_manager
+    from fewbit.nn.fake_quant import FakeQuantConv2d as FakeQuantConv2d
+    from fewbit.nn.fake_quant import FakeQuantLinear as FakeQuantLinear
+    from fewbit.nn.fake_quant import FP8FakeLinear as FP8FakeLinear
+    from fewbit.nn.fake_quant import W4A4FakeLinear as W4A4FakeLinear
+    from fewbit.nn.fake_quant import W4A8FakeLinear as W4A8FakeLinear
+    from fewbit.nn.fake_quant import W4A16FakeLinear as W4A16FakeLinear
+    from fewbit.nn.fake_quant import W8A8FakeLinear as W8A8FakeLinear
+    from fewbit.nn.kv_cache import QuantizedCache as QuantizedCache
+    from fewbit.nn.quant_linear import QuantLinear as QuantLinear
+    from fewbit.nn.quantizer import Quantizer as Quantizer
     from fewbit.pipeline.progress import setup_logging as setup_logging
+    from fewbit.pipeline.sequential import SequentialGPTQConfig as SequentialGPTQConfig
+    from fewbit.pipeline.sequential import run_gptq_for_sequential_layers as run_gptq_for_sequential_layers
+    from fewbit.pipeline.sequential_smoothing import SequentialSmoothQuantConfig as SequentialSmoothQuantConfig
+    from fewbit.pipeline.sequential_smoothing import (
+        run_smooth_quant_for_sequential_layers as run_smooth_quant_for_sequential_layers,
+    )
+    from fewbit.ptq import calibrate as calibrate
+    from fewbit.ptq import freeze as freeze
+    from fewbit.ptq import quantize_ as quantize_
     from fewbit.tensor import QuantTensor as QuantTensor
+
+    QConfig, QLayerConfig, QTensorConfig = Config, QuantizationConfig, QuantizationSpec
 
 _HOME = {
     "Run": "fewbit.api",
     "evaluate": "fewbit.api",
     "quantize": "fewbit.api",
+    "DefaultDataset": "fewbit.calibration.recorded",
+    "build_calib_dataset_inputs": "fewbit.calibration.recorded",
+    "DataRecorder": "fewbit.calibration.recorder",
     "AWQConfig": "fewbit.config.algorithms",
     "GPTQConfig": "fewbit.config.algorithms",
     "RTNConfig": "fewbit.config.algorithms",
+    "ScalingLayer": "fewbit.config.algorithms",
     "SmoothQuantConfig": "fewbit.config.algorithms",
     "Dtype": "fewbit.config.quark",
     "PerBlockMXObserver": "fewbit.config.quark",
@@ -65,16 +98,40 @@ _HOME = {
     "QuantizationConfig": "fewbit.config.spec",
     "QuantizationSpec": "fewbit.config.spec",
     "FewbitError": "fewbit.errors",
+    "dump": "fewbit.io",
+    "load": "fewbit.io",
+    "ModelQuantizer": "fewbit.model_quantizer",
+    "forward_manager": "fewbit.models.forward_manager",
+    "FP8FakeLinear": "fewbit.nn.fake_quant",
+    "FakeQuantConv2d": "fewbit.nn.fake_quant",
+    "FakeQuantLinear": "fewbit.nn.fake_quant",
+    "W4A16FakeLinear": "fewbit.nn.fake_quant",
+    "W4A4FakeLinear": "fewbit.nn.fake_quant",
+    "W4A8FakeLinear": "fewbit.nn.fake_quant",
+    "W8A8FakeLinear": "fewbit.nn.fake_quant",
+    "QuantizedCache": "fewbit.nn.kv_cache",
+    "QuantLinear": "fewbit.nn.quant_linear",
+    "Quantizer": "fewbit.nn.quantizer",
     "setup_logging": "fewbit.pipeline.progress",
+    "SequentialGPTQConfig": "fewbit.pipeline.sequential",
+    "run_gptq_for_sequential_layers": "fewbit.pipeline.sequential",
+    "SequentialSmoothQuantConfig": "fewbit.pipeline.sequential_smoothing",
+    "run_smooth_quant_for_sequential_layers": "fewbit.pipeline.sequential_smoothing",
+    "calibrate": "fewbit.ptq",
+    "freeze": "fewbit.ptq",
+    "quantize_": "fewbit.ptq",
     "QuantTensor": "fewbit.tensor",
 }
+# Quark 0.13 renamed its classes; both names work.
+_ALIASES = {"QTensorConfig": "QuantizationSpec", "QLayerConfig": "QuantizationConfig", "QConfig": "Config"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    known = _ALIASES.get(name, name)
+    if known not in _HOME:
         raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_HOME[known]), known)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_ALIASES])

@@ -109,7 +109,7 @@ def quantize_(
     """
     if weights is None and activations is None:
         raise ConfigError("nothing to quantize: name weights, activations or both")
-    found = {name: module for name, module in model.named_modules() if type(module) in _FAKE}
+    found = quantizable(model)
     if "" in found:
         raise ConfigError(f"the model is itself a {type(model).__name__}: use FakeQuantLinear.from_module(model, …)")
     if not found:
@@ -121,15 +121,26 @@ def quantize_(
     rows = []
     for name, module in found.items():
         if name not in excluded:
-            made[name] = _fake(name, module, weights, activations)
+            made[name] = _fake(name, module, _config(module, weights, activations))
             rows.append(_row(name, module, made[name]))
     if not made:
         raise ConfigError(f"exclude leaves nothing to quantize: all {len(found)} linears and convolutions match it")
-    _exchange(model, {id(found[name]): fake for name, fake in made.items()})
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # torch's fused kernel would go past the quantized linears
+    _install(model, {id(found[name]): fake for name, fake in made.items()})
     return PTQReport(tuple(rows), excluded, _skipped(model, excluded))
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears and convolutions of a model that can be fake-quantized, by name."""
+    return {name: module for name, module in model.named_modules() if type(module) in _FAKE}
+
+
+def replace_(model: nn.Module, configs: Mapping[str, QuantizationConfig]) -> None:
+    """Fake-quantize the modules of `model` that `configs` names, each by its own config, in place.
+
+    ConfigError, which names the module, if a config does not fit; the model is unchanged then.
+    """
+    found = quantizable(model)
+    _install(model, {id(found[name]): _fake(name, found[name], config) for name, config in configs.items()})
 
 
 @dataclass
@@ -221,23 +232,32 @@ def _matching(patterns: str | Sequence[str], modules: Mapping[str, nn.Module], a
     return names
 
 
-def _fake(
-    name: str,
-    module: nn.Module,
-    weights: str | QuantizationSpec | None,
-    activations: str | QuantizationSpec | None,
-) -> FakeQuant:
-    """The fake-quantized counterpart of a module; errors name it."""
+def _config(
+    module: nn.Module, weights: str | QuantizationSpec | None, activations: str | QuantizationSpec | None
+) -> QuantizationConfig:
+    """The config of one module, given specs or names."""
     assert isinstance(module.weight, nn.Parameter)
-    config = QuantizationConfig(
+    return QuantizationConfig(
         weight=_weight_spec(weights, module.weight.flatten(1).shape[1]) if isinstance(weights, str) else weights,
         input_tensors=_input_spec(activations) if isinstance(activations, str) else activations,
     )
+
+
+def _fake(name: str, module: nn.Module, config: QuantizationConfig) -> FakeQuant:
+    """The fake-quantized counterpart of a module; errors name it."""
     try:
         made: FakeQuant = _FAKE[type(module)].from_module(module, config)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return made
+
+
+def _install(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+    """Exchange modules, and keep torch from computing past them."""
+    _exchange(model, made)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's fused kernel would go past the quantized linears
 
 
 def _dtype(name: str, argument: str) -> str:

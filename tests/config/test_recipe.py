@@ -323,7 +323,9 @@ class TestShorthands:
         pytest.param({"calibration": {"num_sample": 1}}, "did you mean 'num_samples'", id="calibration-field"),
         pytest.param({"layer_quant_config": ["a"]}, "layer_quant_config must be a table", id="layers-list"),
         pytest.param({"layer_quant_config": {"a": "W9"}}, "unknown scheme 'W9'", id="layer-scheme"),
-        pytest.param({"layer_quant_config": {"a": {"weight": "int4"}}}, "weight: Input should be a dictionary", id="weight-text"),
+        pytest.param(
+            {"layer_quant_config": {"a": {"weight": "int4"}}}, "weight: Input should be a dictionary", id="weight-text"
+        ),
         pytest.param({"layer_quant_config": {"a": {"weight": {"bits": 4}}}}, "no field 'bits'", id="spec-field"),
         pytest.param({"layer_quant_config": {1: "W8A16"}}, "layer_quant_config", id="layer-number"),
         pytest.param({"group_size": 0}, "group size", id="group-size-0"),

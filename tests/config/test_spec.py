@@ -62,7 +62,9 @@ GROUPED = QuantizationSpec(dtype="int4", qscheme="per_group", group_size=32)
             {"group_size": 8, "scale_type": "e8m0", "scale_dtype": "float16"}, "scale_dtype", id="two-scale-dtypes"
         ),
         pytest.param(
-            {"group_size": 8, "scale_type": "e4m3", "dtype": "uint4", "symmetric": False}, "scale_type e4m3", id="nv-asym"
+            {"group_size": 8, "scale_type": "e4m3", "dtype": "uint4", "symmetric": False},
+            "scale_type e4m3",
+            id="nv-asym",
         ),
         pytest.param({"group_size": 16, "scale_type": "microexponent"}, "group_size 2", id="microexponents-of-16"),
         pytest.param(
@@ -75,11 +77,15 @@ GROUPED = QuantizationSpec(dtype="int4", qscheme="per_group", group_size=32)
             {"group_size": 8, "scale_type": "e8m0", "observer": "signed-max"}, "observer signed-max", id="signed-mx"
         ),
         pytest.param(
-            {"qscheme": "per_channel", "dtype": "e2m1", "observer": "signed-max"}, "observer signed-max", id="signed-fp4"
+            {"qscheme": "per_channel", "dtype": "e2m1", "observer": "signed-max"},
+            "observer signed-max",
+            id="signed-fp4",
         ),
         pytest.param({"qscheme": "per_channel", "observer": "placeholder"}, "observer placeholder", id="no-observer"),
         pytest.param(
-            {"qscheme": "per_tensor", "observer": "histogram", "is_dynamic": True}, "is_dynamic", id="dynamic-histogram"
+            {"qscheme": "per_tensor", "observer": "histogram", "is_dynamic": True},
+            "is_dynamic",
+            id="dynamic-histogram",
         ),
         pytest.param(
             {"qscheme": "per_tensor", "observer": "moving-average", "is_dynamic": True},
@@ -124,7 +130,9 @@ TWO_STAGE = {"first_stage": {"dtype": "e4m3", "qscheme": "per_tensor"}}
         pytest.param({"weight": STATIC | {"is_dynamic": True}}, "weight: is_dynamic", id="dynamic-weight"),
         pytest.param({"weight": {"qscheme": "per_token"}}, "weight: per_token", id="weight-per-token"),
         pytest.param({"weight": STATIC | {"residual": True}}, "weight: residual", id="weight-residual"),
-        pytest.param({"weight": STATIC | {"observer": "histogram"}}, "weight: observer histogram", id="weight-histogram"),
+        pytest.param(
+            {"weight": STATIC | {"observer": "histogram"}}, "weight: observer histogram", id="weight-histogram"
+        ),
         pytest.param({"bias": STATIC | {"is_dynamic": True}}, "bias: is_dynamic", id="dynamic-bias"),
         *(
             pytest.param({slot: spec}, f"{slot}: {reason}", id=f"{slot}-{reason.split()[-1]}")
@@ -322,9 +330,7 @@ class TestDerivedProperties:
             spec = dataclasses.replace(GROUPED, scale_dtype=name)
             assert spec.stored_scale_dtype(weight) == getattr(torch, name)
 
-    @pytest.mark.parametrize(
-        ("kind", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e8m0", torch.float8_e8m0fnu)]
-    )
+    @pytest.mark.parametrize(("kind", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e8m0", torch.float8_e8m0fnu)])
     def test_byte_scales_have_the_dtype_of_their_type(self, kind, dtype):
         spec = QuantizationSpec(dtype="e2m1", group_size=16, scale_type=kind)
         assert spec.stored_scale_dtype(torch.float32) == dtype

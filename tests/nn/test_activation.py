@@ -38,7 +38,9 @@ def test_dtype_and_shape_stay_and_grad_mode_makes_no_difference(dtype):
     out = quantizer(x)
     assert (out.dtype, out.shape) == (x.dtype, x.shape)
     assert not torch.equal(out, x)
-    assert torch.equal(quantizer(x.clone().requires_grad_()), out)
+    with_gradient = quantizer(x.clone().requires_grad_())
+    assert torch.equal(with_gradient, out)
+    assert not with_gradient.requires_grad
 
 
 def test_residual_quantizes_what_is_left():

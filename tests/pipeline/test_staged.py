@@ -341,8 +341,8 @@ def test_an_exception_in_finish_reaches_the_caller_and_the_suspended_forwards_di
         if stage.name == "gate":
             raise ZeroDivisionError
 
+    stages = stages_of(block, block.groups, finish)
     with pytest.raises(ZeroDivisionError):
-        stages = stages_of(block, block.groups, finish)
         StagedForward(stages, [None] * 4, forward).run(lambda index, output: None, strategy)
     gc.collect()
     assert patched(block) == []

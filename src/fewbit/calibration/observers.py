@@ -147,18 +147,20 @@ class HistogramObserver(Observer):
 
 
 class PercentileObserver(HistogramObserver):
-    """The range that holds `spec.percentile` percent of the values."""
+    """The range that holds `spec.percentile` percent of the values; everything where these are zeros alone."""
 
     def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         last = self.count - 1
         outside = (100.0 - rule.percentile) / 100.0 * last
         histogram = self.seen()
         if rule.symmetric:
-            inside = histogram.magnitude_at(last - round(outside)).view_as(low)
-            inside = torch.minimum(inside, torch.maximum(high, -low))
-            return rule.from_range(-inside, inside)
-        bottom = histogram.value_at(round(outside / 2), upper=False).view_as(low)
-        top = histogram.value_at(last - round(outside / 2), upper=True).view_as(low)
+            top = histogram.magnitude_at(last - round(outside)).view_as(low)
+            bottom = -top
+        else:
+            bottom = histogram.value_at(round(outside / 2), upper=False).view_as(low)
+            top = histogram.value_at(last - round(outside / 2), upper=True).view_as(low)
+        nothing = (bottom == 0) & (top == 0)
+        bottom, top = torch.where(nothing, low, bottom), torch.where(nothing, high, top)
         return rule.from_range(torch.maximum(bottom, low), torch.minimum(top, high))
 
 

@@ -99,7 +99,7 @@ _ROWS = [
     Scheme("NVFP4A16", _config(NVFP4), layout="nvfp4-pack-quantized"),
     Scheme("MXFP4", _config(_mx("e2m1"), _mx_input("e2m1")), layout="mxfp4-pack-quantized"),
     Scheme("MXFP4A16", _config(_mx("e2m1")), layout="mxfp4-pack-quantized"),
-    Scheme("MXFP6", _config(_mx("e2m3"), _mx_input("e2m3")), NONE, "", ""),
+    Scheme("MXFP6", _config(_mx("e2m3"), _mx_input("e2m3")), engines="transformers", layout="mxfp6-pack-quantized"),
     Scheme("MXFP8", _config(_mx("e4m3"), _mx_input("e4m3")), layout="mxfp8-quantized"),
     Scheme(
         "MXINT8",
@@ -183,8 +183,10 @@ def with_group_size(config: QuantizationConfig, group_size: int) -> Quantization
         return config
     if weight.scale_type != "float" or weight.qscheme == "per_block":
         raise ConfigError(f"group_size {group_size}: {weight.summary} has the groups of its format; leave it out")
-    if group_size == -1:
-        return replace(config, weight=replace(weight, qscheme="per_channel", group_size=None))
-    if group_size < 1:
+    if weight.qscheme != "per_group":  # a channel's axis is not the one along which groups run
+        weight = replace(weight, qscheme="per_channel", ch_axis=None)
+    if group_size == -1 and weight.qscheme == "per_channel":
+        return replace(config, weight=weight)
+    if group_size < 1 and group_size != -1:
         raise ConfigError(f"group size must be a positive number, or -1 for one scale per channel, not {group_size}")
     return replace(config, weight=replace(weight, qscheme="per_group", group_size=group_size))

@@ -242,7 +242,9 @@ class QuantizationConfig:
             if spec.observer in WEIGHT_ONLY_OBSERVERS:
                 raise ConfigError(f"{name}: observer {spec.observer} is for weights; use minmax, mse or percentile")
             if spec.first_stage is not None:
-                raise ConfigError(f"{name}: first_stage is for weights; leave it out")
+                raise ConfigError(f"{name}: first_stage is for weights; an activation takes residual=True")
+            if spec.residual and not spec.is_dynamic:
+                raise ConfigError(f"{name}: residual needs is_dynamic=True: what is left over has a scale of its own")
             if not spec.is_dynamic and spec.tiling.rows != 0:
                 raise ConfigError(
                     f"{name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot know; "

@@ -266,8 +266,10 @@ def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> 
     try:
         with init_empty_weights(include_buffers=False):
             make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
+            # sdpa has no soft cap on logits and leaves it out without a word
+            capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
             try:
-                return make(config, dtype=torch.float32, attn_implementation="sdpa")
+                return make(config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
             except ValueError:  # some families have no such attention (or none at all)
                 return make(config, dtype=torch.float32, attn_implementation="eager")
     except ValueError as error:

@@ -16,9 +16,14 @@ class Linear(nn.Linear):
     output_quantizer: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad or self.weight.requires_grad:
-            return super().forward(x)
+        if (x.requires_grad or self.weight.requires_grad) and not self.quantizes:
+            return super().forward(x)  # the fast product has no gradient
         return self.multiply(self.seen(x))
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything happens to inputs or outputs but the product."""
+        return not (self.smoothing is None and self.input_quantizer is None and self.output_quantizer is None)
 
     def seen(self, x: Tensor) -> Tensor:
         """The input as the weight meets it: smoothed and quantized."""

@@ -8,6 +8,7 @@ its `observer`. No gradient flows through: there is no training here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class ActivationQuantizer(KeepsDtypes):
     def find_scale(self, tiles: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor | None]:
         """Stored scale and zero point of tiles [rows, columns, n]: found now, or known from calibration."""
         if self.spec.is_dynamic:
-            return self.spec.grid_rule(format).find(tiles.float())
+            return replace(self.spec.grid_rule(format), signed=False).find(tiles.float())
         if self.scale is None:
             raise CalibrationError(
                 f"a static activation ({self.spec.summary}) has no scale yet; run data through the model inside "
@@ -107,7 +108,7 @@ class ActivationQuantizer(KeepsDtypes):
     def _fake(self, x: Tensor) -> Tensor:
         spec = self.spec
         if spec.format.is_cast:
-            return x.to(spec.format.code_dtype).to(x.dtype)
+            return spec.format.encode(x).to(x.dtype)
         if x.numel() == 0:  # an expert without tokens
             return x
         matrix = x.reshape(-1, x.shape[-1])

@@ -45,15 +45,19 @@ def attach(
 
 def attach_known(model: nn.Module, activations: Mapping[str, QuantizedActivation]) -> None:
     """Quantize as a checkpoint says: `activations` by module and slot."""
-    specs: dict[str, QuantizationSpec] = {}
     for name, activation in activations.items():
         module, _, slot = name.rpartition(".")
         if slot in SLOTS:
             setattr(model.get_submodule(module), f"{slot}_quantizer", ActivationQuantizer(activation.spec, activation))
-        else:
-            specs[slot] = activation.spec  # the same in every layer
-    if specs:
-        attention.attach(model, AttentionConfig(**specs), activations)
+    if (config := attention_config(activations)) is not None:
+        attention.attach(model, config, activations)
+
+
+def attention_config(activations: Mapping[str, QuantizedActivation]) -> AttentionConfig | None:
+    """What is quantized inside attention, which is the same in every layer; None if nothing is."""
+    slots = {name.rpartition(".")[2]: activation.spec for name, activation in activations.items()}
+    specs = {slot: spec for slot, spec in slots.items() if slot in attention.SLOTS}
+    return AttentionConfig(**specs) if specs else None
 
 
 def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuantizer]:

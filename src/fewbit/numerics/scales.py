@@ -48,6 +48,8 @@ class GridRule:
     clip_ratio: float = 1.0
     """The range is multiplied by this before its scale is taken."""
     rounding: RoundMethod = "half_even"
+    signed: bool = True
+    """Scales may be negative, where the scale format has a sign. Engines compute activations' own without."""
 
     def find(self, tiles: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Stored scale [...] and zero point [...] (None when symmetric) of tiles [..., n] float32.
@@ -99,7 +101,7 @@ class GridRule:
     def ends(self, low: Tensor, high: Tensor) -> list[Tensor]:
         """Symmetric scales, not yet stored, that just cover a range: one of either sign for integers, whose two ends
         differ, if the scale may have one."""
-        if not (self.fmt.is_integer and self.scale.may_be_negative):
+        if not (self.fmt.is_integer and self.signed and self.scale.may_be_negative):
             return [self.covering(torch.maximum(high, -low))]
         smallest, largest = self.fmt.smallest, self.fmt.largest
         return [torch.maximum(high / largest, low / smallest), -torch.maximum(high / -smallest, low / -largest)]

@@ -11,6 +11,7 @@ from fewbit.config.spec import AttentionConfig, QuantizationConfig, Quantization
 from fewbit.errors import ConfigError
 from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.nn import attention
 from fewbit.numerics.scale_format import PAIRS
 
 
@@ -47,6 +48,7 @@ class Plan:
     order."""
     warnings: list[str]
     attention: AttentionConfig | None = None
+    attention_modules: tuple[str, ...] = ()
 
     @property
     def unquantized(self) -> list[str]:
@@ -60,19 +62,21 @@ class Plan:
 
     @property
     def activations(self) -> dict[str, QuantizationSpec]:
-        """Spec of every activation of a linear that is quantized, by MODULE.input and MODULE.output."""
+        """Spec of every activation that is quantized, by module and slot: MODULE.input, ATTENTION_MODULE.key …"""
         found: dict[str, QuantizationSpec] = {}
         for name, linear in self.linears.items():
             if linear.config is not None:
                 slots = {"input": linear.config.input_tensors, "output": linear.config.output_tensors}
                 found |= {f"{name}.{slot}": spec for slot, spec in slots.items() if spec is not None}
+        inside = self.attention.specs if self.attention is not None else {}
+        for name in self.attention_modules:
+            found |= {f"{name}.{slot}": spec for slot, spec in inside.items() if spec is not None}
         return found
 
     @property
     def needs_data(self) -> bool:
         """Whether a static scale has to be found, whatever the algorithm."""
-        specs = [*self.activations.values(), *(self.attention.specs.values() if self.attention is not None else ())]
-        return any(spec is not None and spec.needs_data for spec in specs)
+        return any(spec.needs_data for spec in self.activations.values())
 
     def spec(self, name: str) -> QuantizationSpec:
         spec = self.linears[name].spec
@@ -104,7 +108,11 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
         raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no spec")
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
     warnings = _unlike_specs(model, linears, groups) + _other_weights(model, linears)
-    return Plan(linears, groups, warnings, config.attention)
+    inside: tuple[str, ...] = ()
+    if config.attention is not None:  # attaching checks that it can be done
+        inside = tuple(attention.attach(model.skeleton, config.attention))
+        attention.detach(model.skeleton)
+    return Plan(linears, groups, warnings, config.attention, inside)
 
 
 def _check_divides(linears: dict[str, LinearPlan]) -> None:

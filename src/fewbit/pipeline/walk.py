@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.tokens import CalibrationSet, padding_mask
 from fewbit.checkpoint.native import NativePart, Smoothing, block_file, write_part
 from fewbit.config.algorithms import GPTQConfig
@@ -223,10 +224,22 @@ class Walk:
             work.results[name] = result
             linear = stage.members[name.removeprefix(prefix)]
             linear.weight = nn.Parameter(result.weight.dequantize(), requires_grad=False)
+            self._quantize_bias(name, linear, work)
             logger.info("%s loss %.4e tokens %d seconds %.2f", name, result.loss, result.tokens, result.seconds)
             if result.fallback is not None:
                 logger.warning("%s fell back: %s", name, result.fallback)
                 self.progress.note(f"{name}: {result.fallback}")
+
+    def _quantize_bias(self, name: str, linear: nn.Linear, work: _BlockWork) -> None:
+        """A bias stays a plain tensor; if it has a spec, one that holds values of its grid only."""
+        config = self.plan.linears[name].config
+        if config is None or config.bias is None or linear.bias is None:
+            return
+        stored = self.model.source.read([f"{name}.bias"])[f"{name}.bias"]
+        row = stored.float().unsqueeze(0)
+        quantized = rtn(row, None, config.bias, config.bias.scale_format(stored.dtype)).weight.dequantize(stored.dtype)
+        work.dense[f"{name}.bias"] = quantized.squeeze(0)
+        linear.bias = nn.Parameter(quantized.squeeze(0).float().to(linear.bias.device), requires_grad=False)
 
     def _write(self, index: int, work: _BlockWork) -> list[dict[str, Any]]:
         results = work.results

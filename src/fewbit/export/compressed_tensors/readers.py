@@ -1,8 +1,9 @@
 """What readers make of an export, where it is not what one expects.
 
-Measured with compressed-tensors 0.20 and transformers 5.17 and 5.23 (experts and what names 5.23: the latter only);
-vLLM's as its source says. transformers' default mode keeps weights packed until the first forward and then makes them
-dense; activations and KV cache are fake-quantized in the model's dtype. dequantize=True makes weights dense at once.
+tests/export/test_transformers.py runs transformers 5.17 with compressed-tensors 0.20: the default mode keeps weights
+packed until the first forward, then makes them dense; activations and KV cache are fake-quantized in its dtype.
+What is said of transformers 5.23 and of vLLM is reported, not tested here: in a trial with 5.17, zero points, several
+formats and quantized activations worked with dequantize=True as they do without.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ PACKED, NVFP4, MXFP8 = "pack-quantized", "nvfp4-pack-quantized", "mxfp8-quantize
 DECODED_TO_BFLOAT16 = {NVFP4, MXFP8, "mxfp4-pack-quantized", "mxfp6-pack-quantized"}
 
 NOTES = {
-    "wrong experts": "transformers loads NVFP4 experts WRONG without a word, leaving out their global scale: use vLLM",
-    "experts": "transformers cannot load experts with zero points, FP8 blocks or MXFP8: use vLLM",
+    "wrong experts": "transformers 5.23 loads NVFP4 experts WRONG without a word (no global scale): use vLLM",
+    "experts": "transformers 5.23 cannot load experts with zero points, FP8 blocks or MXFP8: use vLLM",
     "bfloat16": "transformers decodes FP4, FP6 and MX weights to bfloat16; load with dtype=torch.bfloat16 only",
-    "affine": "transformers 5.23 loads packed weights with zero points only with dequantize=True (5.17 always does)",
+    "affine": "transformers 5.23 loads packed weights with zero points only with dequantize=True",
     "mixed": "transformers 5.23 cannot load several formats with dequantize=True; the default mode can",
     "activations": "transformers 5.23 with dequantize=True leaves quantized activations and KV cache out without a "
     "word; the default mode keeps them",

@@ -1,0 +1,131 @@
+"""`ModelQuantizer(config).quantize_model(model, dataloader)`: a model in memory, quantized in place.
+
+The name is AMD Quark's. A transformers model goes through the same walk as a checkpoint (any algorithm, block by
+block) and gets its linears replaced by packed ones that run. Any other module gets round-to-nearest linears and
+convolutions, with static activations calibrated on the data.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fewbit import ptq
+from fewbit.checkpoint.native import NativeCheckpoint
+from fewbit.config.algorithms import RTNConfig
+from fewbit.config.matching import resolve
+from fewbit.config.recipe import Config
+from fewbit.errors import CalibrationError, ConfigError
+from fewbit.nn import attention
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.attach import SLOTS, attention_config
+from fewbit.nn.fake_quant import FakeQuantLinear
+from fewbit.nn.quant_linear import QuantLinear
+from fewbit.pipeline.quantize import quantize_model
+
+
+@dataclass(frozen=True)
+class ModelQuantizer:
+    """Quantizes models as a Config says."""
+
+    config: Config
+
+    def quantize_model(self, model: nn.Module, dataloader: Iterable[Any] | None = None) -> nn.Module:
+        """Quantize `model` in place and return it.
+
+        Args:
+            dataloader: calibration batches: token ids [batch, tokens], {"input_ids": …, "attention_mask": …}, or for
+                other modules whatever they are called with (a tensor, a tuple, a dict of arguments). None is enough
+                for round-to-nearest with dynamic activations or none.
+
+        Raises FewbitError for a config or data that cannot be used.
+        """
+        if isinstance(model, PreTrainedModel):
+            self._by_walk(model, dataloader)
+        else:
+            self._by_replacement(model, dataloader)
+        return model
+
+    def _by_walk(self, model: PreTrainedModel, dataloader: Iterable[Any] | None) -> None:
+        data: Any = "none" if dataloader is None else [_token_batch(item) for item in dataloader]
+        if data == []:
+            raise CalibrationError("the dataloader gave no batch; calibration needs at least one")
+        with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
+            directory = quantize_model(model, self.config, Path(scratch) / "run", calibration=data, progress=False)
+            install(model, NativeCheckpoint(directory))
+
+    def _by_replacement(self, model: nn.Module, dataloader: Iterable[Any] | None) -> None:
+        config = self.config
+        if config.algo_config != (RTNConfig(),):
+            raise ConfigError(
+                f"{type(model).__name__} is no transformers model, for which only round to nearest works here "
+                "(algo_config=RTNConfig()); GPTQ and smoothing of any stack of layers: run_gptq_for_sequential_layers"
+            )
+        if config.attention is not None:
+            raise ConfigError(f"{type(model).__name__} is no transformers model: its attention cannot be quantized")
+        modules = {name: type(module).__name__ for name, module in ptq.quantizable(model).items()}
+        configs = {name: match.config for name, match in resolve(config, modules).items() if match.config is not None}
+        ptq.replace_(model, configs)
+        if any(found.needs_data for found in configs.values()):
+            if dataloader is None:
+                raise CalibrationError("static activation scales need calibration data; give a dataloader")
+            with ptq.calibrate(model), torch.no_grad():
+                for item in dataloader:
+                    _call(model, item)
+
+
+def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
+    """Give a model in memory the weights and quantizers of a run of it, in place."""
+    activations = run.activations()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    changed = run.info().keys() - run.quantized.keys()
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in changed:
+            if name in state:
+                state[name].copy_(run.read([name])[name])
+    for name, linear in linears.items():
+        slots = {slot: activations.get(f"{name}.{slot}") for slot in SLOTS}
+        weight = f"{name}.weight"
+        if weight in run.quantized:
+            made: nn.Module = QuantLinear.from_quant_tensor(run.read_quantized(weight), linear.bias)
+        elif any(slots.values()):
+            specs = {slot: None if known is None else known.spec for slot, known in slots.items()}
+            made = FakeQuantLinear.from_module(linear, input_tensors=specs["input"], output_tensors=specs["output"])
+        else:
+            continue
+        for slot, known in slots.items():
+            if known is not None:
+                setattr(made, f"{slot}_quantizer", ActivationQuantizer(known.spec, known, linear.weight.dtype))
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made.train(model.training))
+    inside = {name: known for name, known in activations.items() if name.rpartition(".")[2] not in SLOTS}
+    if (wanted := attention_config(inside)) is not None:
+        attention.attach(model, wanted, inside)
+
+
+def _token_batch(item: Any) -> dict[str, Tensor]:
+    """A batch of token ids as the walk takes it."""
+    if isinstance(item, Tensor):
+        return {"input_ids": item}
+    if isinstance(item, Mapping) and "input_ids" in item:
+        return {name: item[name] for name in ("input_ids", "attention_mask") if item.get(name) is not None}
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        return {"input_ids": item[0]}
+    raise CalibrationError(f"a batch must be token ids or a mapping with input_ids, not {type(item).__name__}")
+
+
+def _call(model: nn.Module, item: Any) -> None:
+    if isinstance(item, Mapping):
+        model(**item)
+    elif isinstance(item, list | tuple):
+        model(*item)
+    else:
+        model(item)
