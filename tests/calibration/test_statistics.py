@@ -5,7 +5,7 @@ import torch
 
 from fewbit.calibration.statistics import Statistics
 from fewbit.errors import CalibrationError
-from fewbit.numerics.second_moment import TILE
+from fewbit.numerics.second_moment import NARROWEST as TILE
 
 
 def inputs(batch, tokens, channels, seed=0):

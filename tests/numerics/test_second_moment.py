@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fewbit.numerics.second_moment import TILE, accumulate, quadratic_form, symmetrize
+from fewbit.numerics.second_moment import NARROWEST as TILE
+from fewbit.numerics.second_moment import accumulate, quadratic_form, symmetrize
 
 SIZES = [1, 5, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 17]
 

@@ -35,12 +35,14 @@ from fewbit.algorithms.outcome import Outcome
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import matmul
+from fewbit.numerics.cholesky import inverse_cholesky
 from fewbit.numerics.formats import NumberFormat, RoundMethod, round_steps_
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.numerics.scales import GridRule
 from fewbit.tensor import QuantTensor
 
 LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
+AFFINE_STEPS = 7  # shares of either end of an affine range
 RUN_CANDIDATES = 3  # scales per group that are run through its columns
 CHUNK_ELEMENTS = 2**23  # in · rows that are worked on at a time: bounds the memory beyond the inputs
 FIT_ELEMENTS = 2**24  # rows · groups² in one solve for the scales
@@ -198,11 +200,8 @@ def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
         for step in DAMPING_STEPS:
             reversed_moment = moment[reverse][:, reverse].to(dtype)
             reversed_moment.diagonal().add_(damping * step * mean)
-            lower, info = torch.linalg.cholesky_ex(reversed_moment)
-            del reversed_moment
-            if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-                identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
-                inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity)
+            inverse = inverse_cholesky(reversed_moment)
+            if inverse is not None:
                 return inverse.flip(0, 1).float(), damping * step
     return None
 
@@ -302,7 +301,7 @@ def _fitted_scale(problem: _Problem, projected: Tensor, levels: Tensor, scale: T
     quadratic = torch.zeros(groups, groups, rows, device=levels.device)
     for number in range(groups):
         start = number * size
-        image = levels[:, start : start + size] @ problem.moment[start : start + size, start:]
+        image = matmul.linear(levels[:, start : start + size], problem.moment[start:, start : start + size])
         row = image.mul_(levels[:, start:]).view(rows, groups - number, size).sum(-1).T
         quadratic[number, number:] = row
         quadratic[number + 1 :, number] = row[1:]
@@ -349,7 +348,7 @@ def _candidates(w: Tensor, rule: GridRule) -> Grid:
     if rule.symmetric:
         return Grid(rule.candidates(low, high), None, rule.fmt, rule.rounding)
     span = rule.fmt.largest - rule.fmt.smallest
-    shrink = torch.tensor(rule.fractions[::3], device=w.device)
+    shrink = torch.linspace(1.0, rule.fractions[-1], AFFINE_STEPS, device=w.device)
     ends = torch.cartesian_prod(shrink, shrink)  # both ends of the range shrink on their own
     low, high = ends[:, :1] * low, ends[:, 1:] * high
     scale = rule.scale.round((high - low) / span)

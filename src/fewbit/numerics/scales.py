@@ -29,8 +29,8 @@ REFINE = (0.05, 0.025)
 # e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
 E4M3_STEPS = range(-6, 7)
 BINADES = (-1, 0, 1)
-FRACTIONS = tuple(1.0 - 0.025 * step for step in range(20))  # of the covering scale
-FRACTIONS_2_BITS = tuple(1.0 - 0.025 * step for step in range(28))
+FRACTIONS = tuple(1.0 - 0.05 * step for step in range(10))  # of the covering scale
+FRACTIONS_2_BITS = tuple(1.0 - 0.05 * step for step in range(14))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from fewbit.numerics import matmul
 
 # Columns of one tile of H. XᵀX is symmetric, so only tiles on and above the diagonal are computed: with t tiles a
 # share of (t+1)/2t of the full product. Narrower tiles save more but multiply less efficiently.
-TILE = 256
+TILES = 8
+NARROWEST, WIDEST = 192, 768
 
 
 def accumulate(moment: Tensor, x: Tensor) -> None:
@@ -19,8 +20,14 @@ def accumulate(moment: Tensor, x: Tensor) -> None:
     """
     channels = x.shape[1]
     columns = x.T.contiguous()  # [channels, tokens]
-    for start in range(0, channels, TILE):
-        moment[start : start + TILE, start:] += matmul.linear(columns[start : start + TILE], columns[start:])
+    width = tile_width(channels)
+    for start in range(0, channels, width):
+        moment[start : start + width, start:] += matmul.linear(columns[start : start + width], columns[start:])
+
+
+def tile_width(channels: int) -> int:
+    """Columns of one tile of an H [channels, channels]."""
+    return min(max(channels // TILES, NARROWEST), WIDEST)
 
 
 def accumulate_product(product: Tensor, x: Tensor, y: Tensor) -> None:
@@ -31,8 +38,9 @@ def accumulate_product(product: Tensor, x: Tensor, y: Tensor) -> None:
 def symmetrize(moment: Tensor) -> Tensor:
     """Mirror the upper triangle into the lower one, in place."""
     channels = moment.shape[0]
-    for start in range(0, channels, TILE):
-        stop = min(start + TILE, channels)
+    width = tile_width(channels)
+    for start in range(0, channels, width):
+        stop = min(start + width, channels)
         tile = moment[start:stop, start:stop]
         tile.copy_(torch.triu(tile) + torch.triu(tile, 1).T)
         moment[stop:, start:stop] = moment[start:stop, stop:].T

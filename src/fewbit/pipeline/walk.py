@@ -21,7 +21,6 @@ from fewbit.config.recipe import Config
 from fewbit.models.architecture import Scaling
 from fewbit.models.blockwise import BlockCall, BlockwiseModel
 from fewbit.models.linear import Linear
-from fewbit.models.memory import trim_heap
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import attach, detach, quantizers
@@ -147,7 +146,6 @@ class Walk:
                 self.progress.block_done(index, None)
                 continue
             rows += self._quantize_block(index, hidden, reference_states, drift_batches, block_calls, masks, strategy)
-            trim_heap()
         return rows
 
     def _quantize_block(
