@@ -101,3 +101,63 @@ def test_the_input_is_not_changed():
     before = x.clone()
     collect(16, (x, None))
     assert torch.equal(x, before)
+
+
+# --- a sample of tokens ---------------------------------------------------------------------------------------------
+
+
+def numbered(count, channels=4):
+    """Tokens [count, channels] that tell their number."""
+    return torch.arange(count, dtype=torch.float32).unsqueeze(1).expand(-1, channels)
+
+
+def sampled(wanted, *parts, masks=None):
+    statistics = Statistics.empty(4, sample=wanted)
+    for part, mask in zip(parts, masks or [None] * len(parts), strict=True):
+        statistics.add(part, mask)
+    return statistics
+
+
+def test_no_sample_is_kept_unless_wanted():
+    assert sampled(0, numbered(9)).sample is None
+    assert sampled(5).sample is None
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 16, 17, 100, 1000])
+@pytest.mark.parametrize("wanted", [1, 3, 8])
+def test_a_sample_holds_evenly_spaced_tokens_as_many_as_wanted_or_there_are(count, wanted):
+    sample = sampled(wanted, numbered(count)).sample
+    assert sample.shape == (min(count, wanted), 4)
+    numbers = sample[:, 0]
+    assert numbers[0] == 0
+    assert len(numbers.diff().unique()) <= 1
+    assert len(numbers) < 2 or numbers[-1] >= count / 2 - count / len(numbers)  # not from the beginning only
+
+
+@pytest.mark.parametrize("sizes", [(100,), (1,) * 100, (50, 50), (3, 90, 7), (99, 1), (0, 60, 0, 40)])
+def test_a_sample_does_not_depend_on_how_tokens_are_batched(sizes):
+    whole = sampled(6, numbered(100)).sample
+    assert torch.equal(sampled(6, *numbered(100).split(sizes)).sample, whole)
+
+
+def test_a_sample_has_no_padding_and_is_float32():
+    x = numbered(12).view(2, 6, 4).to(torch.bfloat16)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :3] = False
+    sample = sampled(50, x, masks=[mask]).sample
+    assert sample.dtype == torch.float32
+    assert sample[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+
+
+def test_a_sample_is_a_copy():
+    x = numbered(4).clone()
+    statistics = sampled(4, x)
+    x.zero_()
+    assert statistics.sample[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_sample_never_holds_twice_as_many_tokens_as_were_wanted():
+    statistics = Statistics.empty(4, sample=5)
+    for _ in range(40):
+        statistics.add(numbered(7))
+        assert sum(kept.shape[0] for kept in statistics._kept) < 10

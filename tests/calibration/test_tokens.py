@@ -4,8 +4,16 @@ import copy
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from fewbit.calibration.tokens import calibration_set, choose_windows, padding_mask, tokenize
+from fewbit.calibration.tokens import (
+    begin_with,
+    beginning,
+    calibration_set,
+    choose_windows,
+    padding_mask,
+    tokenize,
+)
 from fewbit.errors import CalibrationError
 
 LENGTH = 16
@@ -206,3 +214,63 @@ def test_the_fingerprint_changes_with(change):
 def test_another_seed_changes_the_fingerprint(text, tokenizer):
     first, other = (calibration_set([text], tokenizer, 4, LENGTH, seed) for seed in (0, 1))
     assert first.fingerprint() != other.fingerprint()
+
+
+# --- families that begin every text with a token of its own ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def beginner(tokenizer):
+    """A tokenizer that puts <s> before a text, as those of Gemma and Llama 3 do."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<s>"})
+    special = [("<s>", made.convert_tokens_to_ids("<s>"))]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    return made
+
+
+def test_a_tokenizer_that_begins_texts_itself_says_so(tokenizer, beginner):
+    assert beginning(tokenizer).tolist() == []
+    assert beginning(beginner).tolist() == [beginner.bos_token_id]
+    unused = copy.deepcopy(tokenizer)
+    unused.add_special_tokens({"bos_token": "<s>"})  # it has one, and puts it nowhere
+    assert beginning(unused).tolist() == []
+
+
+def test_the_stream_itself_holds_no_beginnings(short_texts, tokenizer, beginner):
+    assert torch.equal(tokenize(short_texts, beginner), tokenize(short_texts, tokenizer))
+
+
+def test_every_sequence_begins_as_texts_do_and_has_the_length_that_was_asked_for(text, beginner):
+    data = calibration_set([text], beginner, num_samples=20, sequence_length=LENGTH, seed=0)
+    rows = ids_of(data).view(-1, LENGTH)
+    assert rows.shape == (20, LENGTH)
+    assert set(rows[:, 0].tolist()) == {beginner.bos_token_id}
+    assert torch.equal(rows[:, 1:], choose_windows(tokenize([text], beginner), 20, LENGTH - 1, seed=0))
+    assert beginner.bos_token_id not in rows[:, 1:]
+
+
+@pytest.mark.parametrize("length", [50, 61, 128])
+def test_what_is_left_of_a_scarce_text_begins_so_too(short_texts, beginner, length):
+    stream = tokenize(short_texts, beginner)
+    data = calibration_set(short_texts, beginner, num_samples=10_000, sequence_length=length, seed=0)
+    assert all(bool((batch["input_ids"][:, 0] == beginner.bos_token_id).all()) for batch in data.batches)
+    assert torch.equal(torch.cat([batch["input_ids"][:, 1:].flatten() for batch in data.batches]), stream)
+
+
+def test_a_text_that_fills_a_sequence_with_its_beginning_is_enough(beginner):
+    count = tokenize(["ba " * 50], beginner).numel()
+    assert calibration_set(["ba " * 50], beginner, 4, count + 1, seed=0).sequences == 1
+    with pytest.raises(CalibrationError, match="less than one sequence"):
+        calibration_set(["ba " * 50], beginner, 4, count + 2, seed=0)
+
+
+def test_token_ids_are_not_begun_for_the_user(beginner):
+    ids = torch.arange(60).view(2, 30)
+    assert torch.equal(ids_of(calibration_set(ids, beginner, 2, 30, seed=0)), ids.flatten())
+
+
+def test_nothing_before_windows_leaves_them():
+    windows = torch.arange(6).view(2, 3)
+    assert begin_with(torch.tensor([], dtype=torch.int64), windows) is windows
+    assert begin_with(torch.tensor([9, 8]), windows).tolist() == [[9, 8, 0, 1, 2], [9, 8, 3, 4, 5]]

@@ -153,7 +153,7 @@ def test_verify_fails_with_a_sentence_when_a_word_was_changed(cli, finished_run,
     save_file(tensors, file, {"format": "pt"})
     code, out, err = cli("verify", tmp_path / "out")
     assert (code, out) == (2, "")
-    assert err == "fewbit: model.layers.0.mlp.up_proj codes: 1 of 8192 values differ from the run\n"
+    assert err == "fewbit: model.layers.0.mlp.up_proj packed: 1 of 1024 values differ from the run\n"
 
 
 def test_evaluate_prints_what_the_library_measures(cli, finished_run, checkpoint, evaluation_file):

@@ -1,15 +1,21 @@
 """Perplexity and the distance to a reference model, against loops of a few lines with transformers."""
 
+import copy
 import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.calibration.tokens import tokenize
+from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.errors import CalibrationError, CheckpointError
 from fewbit.evaluation import metrics
+from fewbit.nn import attention
+from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.attach import attention_config
 
 LENGTH = 150  # more than the rows of logits that are computed at a time, and no multiple of them
 EVALUATION = {"sequence_length": LENGTH, "max_windows": 3, "device": "cpu"}
@@ -152,3 +158,76 @@ def test_a_checkpoint_quantized_by_another_method_is_refused_by_its_name(llama, 
     (llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(CheckpointError, match="quantized with 'awq'"):
         fewbit.evaluate(llama, evaluation_file)
+
+
+# --- quantized activations and caches -------------------------------------------------------------------------------
+
+QUANTIZED = {
+    "dynamic": {"scheme": "W8A8"},
+    "static": {"scheme": "W8A8_STATIC"},
+    "cache": {"scheme": "FP8KVFP8"},
+    "searched": {"scheme": "W8A8_STATICKVFP8", "algorithm": "smoothquant+gptq"},
+}
+
+
+@pytest.fixture
+def emulated(dequantized):
+    """emulated(run): a transformers model with the run's weights whose activations are quantized by hooks."""
+
+    def load(run):
+        model, activations = dequantized(run), NativeCheckpoint(run).activations()
+        for name, known in activations.items():
+            module, _, slot = name.rpartition(".")
+            if slot == "input":
+                quantizer = ActivationQuantizer(known.spec, known)
+                model.get_submodule(module).register_forward_pre_hook(lambda _, args, q=quantizer: (q(args[0]),))
+        if (config := attention_config(activations)) is not None:
+            attention.attach(model, config, activations)
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_run_with_quantized_activations_is_evaluated_with_them(
+    finished_run, emulated, evaluation_file, windows, family, name
+):
+    run = finished_run(family, **{"group_size": None} | QUANTIZED[name])
+    found = fewbit.evaluate(run, evaluation_file, **EVALUATION)
+    assert found.perplexity == pytest.approx(perplexity(emulated(run), windows), rel=2e-4)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_an_export_with_quantized_activations_is_evaluated_with_them(
+    finished_run, checkpoint, dequantized, evaluation_file, windows, tmp_path, name
+):
+    run = finished_run("llama", torch.bfloat16, **{"group_size": None} | QUANTIZED[name])
+    exported = fewbit.Run(run).export("compressed-tensors", tmp_path / "export")
+    arguments = EVALUATION | {"against": checkpoint("llama", torch.bfloat16)}
+    ours = fewbit.evaluate(run, evaluation_file, **arguments)
+    assert fewbit.evaluate(exported, evaluation_file, **arguments) == ours
+    assert ours.perplexity != pytest.approx(perplexity(dequantized(run), windows), rel=1e-6)  # weights alone
+
+
+def test_hidden_states_on_disk_give_the_same_numbers_with_activations(finished_run, evaluation_file):
+    run = finished_run("llama", scheme="W8A8_STATICKVFP8", group_size=None)
+    plain = fewbit.evaluate(run, evaluation_file, **EVALUATION)
+    assert fewbit.evaluate(run, evaluation_file, activation_memory=0, **EVALUATION) == plain
+
+
+# --- families that begin every text with a token of its own ---------------------------------------------------------
+
+
+def test_every_window_begins_as_texts_do(checkpoint, tokenizer, evaluation_file):
+    beginner = copy.deepcopy(tokenizer)
+    beginner.add_special_tokens({"bos_token": "<s>"})
+    special = [("<s>", beginner.bos_token_id)]
+    beginner.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    stream = tokenize([evaluation_file.read_text(encoding="utf-8")], beginner)
+    expected = torch.cat(
+        [torch.full((3, 1), beginner.bos_token_id), stream[: 3 * (LENGTH - 1)].view(3, LENGTH - 1)], dim=1
+    )
+    found = fewbit.evaluate(checkpoint("llama"), evaluation_file, tokenizer=beginner, **EVALUATION)
+    assert (found.windows, found.sequence_length) == (3, LENGTH)
+    assert found.perplexity == pytest.approx(perplexity(load(checkpoint("llama")), expected), rel=1e-5)

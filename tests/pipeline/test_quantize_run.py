@@ -223,7 +223,7 @@ def test_rtn_without_calibration_quantizes_every_linear(finished_run, checkpoint
 
 def test_gptq_without_calibration_is_an_error_before_anything_is_written(checkpoint, quick, tmp_path):
     arguments = quick | {"algorithm": "gptq", "calibration": "none"}
-    with pytest.raises(ConfigError, match="GPTQ needs calibration data; use --algorithm rtn"):
+    with pytest.raises(ConfigError, match="gptq needs calibration data; use --algorithm rtn"):
         fewbit.quantize(checkpoint("llama"), output=tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
 

@@ -19,7 +19,10 @@ def quantize(
         int | None, typer.Option(help="Weights that share a scale (default 128); -1: one scale per output channel.")
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(help="gptq (default), rtn, awq, smoothquant; joined by +: awq+gptq.")
+        str | None,
+        typer.Option(
+            help="gptq (default), rtn, awq, smoothquant; joined by +, options after a colon: awq+gptq:drift=0.5"
+        ),
     ] = None,
     calibration: Annotated[
         str | None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import yaml
 from pydantic import Field
 
 from fewbit.config.validation import config_class
@@ -153,8 +154,8 @@ ALGORITHMS: dict[str, type[RTNConfig] | type[GPTQConfig] | type[AWQConfig] | typ
 
 
 def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
-    """Algorithms from a name, names joined by "+" ("awq+gptq"), a name with options ({name: gptq, damping: 0.02}), a
-    config object, or a list of these. ConfigError for an order that makes no sense."""
+    """Algorithms from a name, names joined by "+" ("awq+gptq"), with options ("gptq:drift=0.5", or {name: gptq,
+    drift: 0.5}), a config object, or a list of these. ConfigError for an order that makes no sense."""
     parts = value if isinstance(value, list | tuple) else value.split("+") if isinstance(value, str) else [value]
     found = tuple(_algorithm(part) for part in parts)
     searches = [config for config in found if isinstance(config, ScaleSearchConfig)]
@@ -169,7 +170,7 @@ def _algorithm(value: Any) -> AlgorithmConfig:
     if isinstance(value, AlgorithmConfig):
         return value
     if isinstance(value, str):
-        options: dict[str, Any] = {"name": value}
+        options: dict[str, Any] = _written_out(value)
     elif isinstance(value, Mapping):
         options = dict(value)
     else:
@@ -178,3 +179,15 @@ def _algorithm(value: Any) -> AlgorithmConfig:
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
     return ALGORITHMS[name](**options)
+
+
+def _written_out(text: str) -> dict[str, Any]:
+    """Fields of an algorithm written in one word: "gptq", "gptq:drift=0.5,damping=0.02"."""
+    name, colon, rest = text.partition(":")
+    fields: dict[str, Any] = {"name": name}
+    for part in rest.split(",") if colon else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"algorithm {text!r}: options are written as gptq:drift=0.5,damping=0.02")
+        fields[key.strip()] = yaml.safe_load(value)
+    return fields

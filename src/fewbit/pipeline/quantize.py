@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
 from fewbit.checkpoint.files import copy_side_files, write_json
 from fewbit.checkpoint.native import OUTSIDE, write_part
-from fewbit.config.algorithms import GPTQConfig
+from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
 from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
@@ -166,8 +166,9 @@ def _calibration(
     model: BlockwiseModel, config: Config, plan: Plan, data: CalibrationData | None, tokenizer: Any
 ) -> CalibrationSet | None:
     if isinstance(data, str) and data == NO_CALIBRATION:
-        if isinstance(config.codes, GPTQConfig):
-            raise ConfigError("GPTQ needs calibration data; use --algorithm rtn to quantize without")
+        searching = [found.name for found in config.algo_config if not isinstance(found, RTNConfig)]
+        if searching:
+            raise ConfigError(f"{searching[0]} needs calibration data; use --algorithm rtn to quantize without")
         if plan.needs_data:
             raise ConfigError(
                 "static activation scales need calibration data; give --calibration, or use a scheme with dynamic ones"
