@@ -6,10 +6,12 @@ Every fenced block runs unless the line before it is an HTML comment that says o
     <!-- setup -->             it runs before each of the page's python blocks
     <!-- continues -->         it runs behind the block before it, in the same place; otherwise each runs by itself
 
-python runs as it stands. bash is commands of fewbit, and so is a block without a language that begins with one (a line
-with … in it is an abbreviation, and not run); all must succeed. yaml is a recipe, which must fit the model. Other
-languages do not run, and neither does other text without one. A block's directory holds what a reader would have: a
-checkpoint, a text to calibrate on and another, by all the names that the pages use.
+python runs as it stands; a page without a setup has that of coming-from.md. bash is commands of fewbit, and so is a
+block without a language that begins with one (a line with … in it is an abbreviation, and not run); all must succeed.
+Several that quantize into one directory are alternatives: each starts anew. Those that say nothing of samples get few.
+yaml is a recipe, which must fit the model. Other languages do not run, and neither does other text without one. A
+block's directory holds what a reader would have: a checkpoint, a text to calibrate on and another, by all the names
+that the pages use.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib
 import logging
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,8 @@ from fewbit.numerics.formats import FORMATS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-COMMENT = re.compile(r"<!-- (.*?) -->\s*\Z", re.DOTALL)
+COMMENT = re.compile(r"<!-- ((?:(?!-->).)*) -->\s*\Z", re.DOTALL)
+FEW_SAMPLES = ["--num-samples", "8", "--sequence-length", "64"]
 MODELS, CALIBRATION_TEXTS, OTHER_TEXTS = (
     ("model", "MODEL", "path-or-hub-id"),
     ("text.txt", "my-text.txt"),
@@ -135,8 +139,7 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
 @pytest.mark.parametrize("block", running("python"), ids=str)
 def test_python_runs(block: Block, place: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    if block.page in SETUP:
-        run_python(SETUP[block.page], namespace)
+    run_python(SETUP.get(block.page, SETUP["coming-from.md"]), namespace)
     run_python(block, namespace)
 
 
@@ -150,6 +153,10 @@ def commands(code: str) -> list[list[str]]:
 def test_commands_succeed(block: Block, place: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
     for program, *arguments in commands(block.code):
         assert program == "fewbit", "only commands of fewbit can be run; mark the block <!-- not run: reason -->"
+        if arguments[0] == "quantize" and "--resume" not in arguments:
+            shutil.rmtree(place / arguments[arguments.index("--output") + 1], ignore_errors=True)
+        if arguments[0] == "quantize" and "--num-samples" not in arguments:
+            arguments += FEW_SAMPLES
         code, _, err = cli(*arguments)
         assert code == 0, err
 
@@ -164,8 +171,8 @@ def test_recipes_fit_a_model(block: Block, place: Path, cli: Callable[..., tuple
 
 def test_blocks_are_found_as_they_are_marked() -> None:
     assert {page for page, block in SETUP.items() if block.language == "python"} == {"coming-from.md", "formats.md"}
-    assert [block.page for block in running("bash")].count("README.md") == 1
-    assert [block.page for block in running("yaml")].count("README.md") == 1
+    for language in ("python", "bash", "yaml"):
+        assert {"README.md", "coming-from.md"} <= {block.page for block in running(language)}
     assert all(block.before is None or block.before.language == "python" for block in running("python"))
     notes = {block.note for block in BLOCKS if block.runs}
     assert notes <= {"", "setup", "continues"}, "a comment right before a block decides whether and how it runs"
@@ -200,8 +207,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 NAMES = """
     DataRecorder register_input_hooks register_pos_embed_hooks register_linear_input_hooks register_input_ids_hooks
-    register_output_hooks save_inputs clear_inputs remove_hooks model_input model_pos_embed model_input_ids model_output
-    DefaultDataset build_calib_dataset_inputs Quantizer find_scale quantize FakeQuantLinear W8A8FakeLinear
+    register_output_hooks save_inputs clear_inputs remove_hooks model_input model_pos_embed model_input_ids
+    model_output DefaultDataset build_calib_dataset_inputs Quantizer find_scale quantize FakeQuantLinear W8A8FakeLinear
     W4A16FakeLinear QuantLinear from_module forward_manager register run_gptq_for_sequential_layers
     run_smooth_quant_for_sequential_layers w_method a_method q_linear_type duo_scale setup_logging load dump
     QuantizationSpec Dtype QSchemeType ScaleType RoundType PlaceholderObserver PerTensorMinMaxObserver

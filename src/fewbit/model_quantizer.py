@@ -71,11 +71,16 @@ class ModelQuantizer:
         if config.attention is not None:
             raise ConfigError(f"{type(model).__name__} is no transformers model: its attention cannot be quantized")
         modules = {name: type(module).__name__ for name, module in ptq.quantizable(model).items()}
+        if "" in modules:
+            raise ConfigError(f"the model is itself a {modules['']}: use FakeQuantLinear.from_module(model, …)")
         configs = {name: match.config for name, match in resolve(config, modules).items() if match.config is not None}
+        if not configs:
+            raise ConfigError("the recipe quantizes nothing: every linear and convolution is excluded")
+        needs_data = any(found.needs_data for found in configs.values())
+        if needs_data and dataloader is None:
+            raise CalibrationError("static activation scales need calibration data; give a dataloader")
         ptq.replace_(model, configs)
-        if any(found.needs_data for found in configs.values()):
-            if dataloader is None:
-                raise CalibrationError("static activation scales need calibration data; give a dataloader")
+        if needs_data and dataloader is not None:
             with ptq.calibrate(model), torch.no_grad():
                 for item in dataloader:
                     _call(model, item)

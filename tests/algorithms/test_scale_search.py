@@ -181,7 +181,7 @@ def test_smoothing_reduces_the_error_of_weights_and_activations(name, compensate
     )
     before = output_error(weight, x, spec, input_spec, ONES)
     assert output_error(weight, x, spec, input_spec, found.scale) < (0.9 if "fp4" in name else 0.3) * before
-    if not compensated:
+    if not compensated and not name.endswith("static"):  # tokens count by their own size: there the sum is another
         assert found.loss_before == pytest.approx(before, rel=0.25)
 
 

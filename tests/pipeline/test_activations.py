@@ -21,7 +21,7 @@ FLOWS = {
     "dynamic": {"input_tensors": INT4_TOKEN},
     "static": {"input_tensors": INT4_STATIC},
     "static, affine": {"input_tensors": {"dtype": "uint4", "symmetric": False} | TENSOR},
-    "residual": {"input_tensors": {"dtype": "int3", "residual": True} | TOKEN},
+    "residual": {"input_tensors": {"dtype": "int2", "residual": True} | TOKEN},
     "groups": {"input_tensors": {"dtype": "int4", "group_size": 16, "observer": "minmax", "is_dynamic": True}},
     "second level": {"input_tensors": NVFP4},
     "outputs": {"output_tensors": INT4_TOKEN},
@@ -69,17 +69,19 @@ def test_statistics_are_of_inputs_as_the_finished_model_quantizes_them(
     run = walk(checkpoint("llama"), tmp_path / "run", recipe | {"algorithm": algorithm})
     given, met = seen_by(run, dequantized, batches())
     weights, source = NativeCheckpoint(run), SafetensorsSource(checkpoint("llama"))
+    apart = []
     for name, row in rows_of(run).items():
         (original,) = source.read([f"{name}.weight"]).values()
         (quantized,) = weights.read([f"{name}.weight"]).values()
         x, w, delta = torch.cat(met[name]).double(), original.double(), (quantized - original).double()
         assert row["tokens"] == x.shape[0] == TOKENS
         energy, error = ((x @ matrix.T).square().sum().item() for matrix in (w, delta))
-        assert row["energy"] == pytest.approx(energy, rel=2e-3), name
-        assert row["error"] == pytest.approx(error, rel=2e-3), name
-        if "input_tensors" in recipe["global_quant_config"]:  # what is given, not quantized, would be told apart
-            unquantized = (torch.cat(given[name]).double() @ delta.T).square().sum().item()
-            assert unquantized != pytest.approx(error, rel=2e-3), name
+        assert row["energy"] == pytest.approx(energy, rel=1e-3), name
+        assert row["error"] == pytest.approx(error, rel=1e-3), name
+        as_given = (torch.cat(given[name]).double() @ delta.T).square().sum().item()
+        apart.append(abs(as_given / error - 1))
+    if "input_tensors" in recipe["global_quant_config"]:  # inputs as they come would have been told apart
+        assert max(apart) > 5e-3
 
 
 @pytest.mark.parametrize("recipe", [{"scheme": "W8A8"}, {"scheme": "W8A8_STATIC"}, KVFP8], ids=str)
@@ -159,7 +161,7 @@ def test_a_static_scale_is_what_its_observer_makes_of_all_batches_without_paddin
         if known.spec.is_dynamic:
             assert known.scale is None
             continue
-        torch.testing.assert_close(known.scale, expected.scale, rtol=2e-3, atol=0)
+        torch.testing.assert_close(known.scale, expected.scale, rtol=1e-4, atol=0)
         if known.zero_point is not None:
             assert torch.equal(known.zero_point, expected.zero_point)
 
@@ -211,7 +213,7 @@ def test_static_scales_of_keys_and_values_cover_them_after_rope(checkpoint, dequ
         tokens = torch.cat(counted([x.transpose(1, 2) for x in tensors], batches()))
         known = activations[name.replace("attention_quantizers.", "")]
         expected = tokens.abs().amax((0, 2))[None] / 448 if heads else tokens.abs().amax()[None, None] / 448
-        torch.testing.assert_close(known.scale, expected, rtol=2e-3, atol=0)
+        torch.testing.assert_close(known.scale, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,10 @@ def test_dynamic_scales_need_no_calibration(checkpoint, tmp_path, scheme):
     ("recipe", "words"),
     [
         ({"global_quant_config": {"weight": WEIGHT, "input_tensors": {"group_size": 48}}}, "group size 48 .* inputs"),
-        ({"global_quant_config": {"output_tensors": {"group_size": 24}}}, "group size 24 does not divide"),
+        (
+            {"global_quant_config": {"output_tensors": {"group_size": 24}}},
+            "group size 24 does not divide the 64 outputs of 'model.layers.0.self_attn.q_proj'; exclude that layer",
+        ),
         ({"scheme": "FP8_BLOCK"}, "group size 128 does not divide the 64 inputs of 'model.layers.0.self_attn.q_proj'"),
         ({"scheme": "W8A16KV4", "group_size": 32}, "attention key: group_size 32 does not divide .* 16 channels"),
     ],
@@ -293,15 +298,9 @@ def test_groups_of_activations_that_do_not_divide_are_refused(checkpoint, tmp_pa
     refused(ConfigError, words, checkpoint("llama"), tmp_path, recipe)
 
 
-@pytest.mark.parametrize("family", ["falcon", "bloom"])
-def test_a_family_whose_attention_cannot_be_reached_is_refused_before_anything_is_written(
-    random_model, tmp_path, family
-):
-    extra = {"bloom": {"n_head": 4}, "falcon": {}}[family]
-    refused(
-        ArchitectureError, "has no attention .* leave attention", random_model(family, **extra), tmp_path,
-        {"scheme": "W8A16KV8", "group_size": 32},
-    )  # fmt: skip
+def test_a_family_whose_attention_cannot_be_reached_is_refused_before_anything_is_written(random_model, tmp_path):
+    model, recipe = random_model("bloom", n_head=4), {"scheme": "W8A16KV8", "group_size": 32}
+    refused(ArchitectureError, "has no attention .* leave attention", model, tmp_path, recipe)
 
 
 @pytest.mark.parametrize("slot", ["input", "output", "value"])

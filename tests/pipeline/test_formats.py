@@ -221,7 +221,6 @@ SAME = {
     "outputs": {"global_quant_config": STATIC_OUTPUTS},
     "averaged": {"global_quant_config": {"weight": WEIGHT, "input_tensors":
                                          {"dtype": "int8"} | TENSOR | {"observer": "moving-average"}}},
-    "awq": {"scheme": "W4A16", "group_size": 32, "algorithm": "awq+gptq"},
     "smoothquant": {"scheme": "W8A8_STATIC", "algorithm": "smoothquant+rtn"},
     "smoothquant with cache": {"scheme": "W8A8KV8", "algorithm": "smoothquant+gptq"},
     "drift": {"scheme": "W4A8", "group_size": 32, "algorithm": {"name": "gptq", "drift": 0.5}},
@@ -237,7 +236,7 @@ def test_staged_and_replay_give_the_same_bytes(checkpoint, tmp_path, name):
     }
     assert [report_of(run)["run"]["forward"] for run in runs.values()] == ["staged", "replay"]
     assert contents(runs["4GiB"]) == contents(runs["0"])
-    if "smoothquant" in name or name == "awq":
+    if "smoothquant" in name:
         assert any(row.get("scaling") is not None for row in report_of(runs["0"])["linears"])
 
 

@@ -77,6 +77,7 @@ def search_scales(
     dtype: torch.dtype = torch.bfloat16,
     input_spec: QuantizationSpec | None = None,
     sample: Tensor | None = None,
+    outliers: Tensor | None = None,
     tokens: int | None = None,
     tie: Tensor | None = None,
     power_of_two: bool = False,
@@ -93,7 +94,8 @@ def search_scales(
             `sample` are given.
         dtype: what the checkpoint holds the weights in, which their scales may be stored in.
         input_spec: how the input will be quantized.
-        sample: some tokens of the input [tokens, in] float32.
+        sample: some tokens of the input [tokens, in] float32, which stand for all of them.
+        outliers: the tokens with the largest values [tokens, in], which stand for themselves.
         tokens: how many tokens H holds; needed with `sample`.
         tie: [in] int64; channels with the same number get the same scale (the query heads that share a value head).
         power_of_two: only powers of two, which rescale stored numbers exactly.
@@ -108,7 +110,7 @@ def search_scales(
     if smooth and input_spec is not None and sample is not None:
         if tokens is None:
             raise ValueError("a token sample stands for all tokens of H: give their number")
-        activation = _Activation(sample, _scoring_spec(input_spec), tokens / sample.shape[0])
+        activation = _activation(sample, outliers, _scoring_spec(input_spec), tokens)
     objective = _Objective(moment, column_costs(moment) if compensated else None, activation)
 
     before = objective.loss(targets, torch.ones_like(moment[0]))
@@ -293,14 +295,29 @@ class _Activation:
     sample: Tensor
     """[tokens, in]."""
     spec: QuantizationSpec
-    stands_for: float
-    """Tokens of H per token here."""
+    stands_for: Tensor
+    """[tokens] weight of each token's squared error."""
 
     def deviation(self, scale: Tensor) -> Tensor:
         """e = Q(x/s) − x/s of the sample [tokens, in]."""
         scaled = self.sample / scale
         quantized: Tensor = ActivationQuantizer(self.spec)(scaled)
         return quantized.sub_(scaled)
+
+
+def _activation(sample: Tensor, outliers: Tensor | None, spec: QuantizationSpec, tokens: int) -> _Activation:
+    """The sample with each token's weight: how many it stands for, relative to its own size.
+
+    What a block adds to a token is normalized by the token's size before anything reads it, so an error counts by what
+    it is relative to the token. Counted as it is, the error of a few huge tokens would decide alone.
+    """
+    weights = torch.full((sample.shape[0],), tokens / sample.shape[0], device=sample.device)
+    if outliers is not None:
+        sample = torch.cat([sample, outliers])
+        weights = torch.cat([weights, torch.ones(outliers.shape[0], device=sample.device)])
+    energy = sample.square().sum(1)
+    mean = (energy * weights).sum() / weights.sum()
+    return _Activation(sample, spec, weights * mean / energy.clamp(min=1e-6 * mean + torch.finfo(torch.float32).tiny))
 
 
 def _scoring_spec(spec: QuantizationSpec) -> QuantizationSpec:
@@ -331,6 +348,6 @@ class _Objective:
                 error = delta.square_().sum(0, dtype=torch.float64) @ self.costs.double()
             if noise is not None and self.activation is not None:
                 spread = matmul.linear(noise, target.rows * scale)
-                error = error + spread.square_().sum(dtype=torch.float64) * self.activation.stands_for
+                error = error + (spread.square_().sum(1) @ self.activation.stands_for).double()
             total += float(error) * target.stands_for
         return total

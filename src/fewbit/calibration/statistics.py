@@ -27,6 +27,9 @@ class Statistics:
     """Tokens of the input to keep."""
     _kept: list[Tensor] = field(default_factory=list)
     _stride: int = 1
+    outliers: Tensor | None = None
+    """The tokens [tokens, channels] with the largest values, an eighth as many as the sample. A few tokens, such as
+    the first of a sequence, can hold most of the error of quantized activations, and a sample misses them."""
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str = "cpu", sample: int = 0) -> Statistics:
@@ -59,6 +62,9 @@ class Statistics:
         while sum(kept.shape[0] for kept in self._kept) >= 2 * self.wanted_sample:
             self._kept = [torch.cat(self._kept)[::2]]
             self._stride *= 2
+        rows = rows if self.outliers is None else torch.cat([self.outliers, rows])
+        count = min(rows.shape[0], max(1, self.wanted_sample // 8))
+        self.outliers = rows[rows.abs().amax(1).topk(count).indices.sort().values].clone()
 
     def finish(self, name: str) -> Statistics:
         """Mirror H; CalibrationError if `name`'s inputs held NaN or infinity."""

@@ -16,5 +16,9 @@ def export(
     """Write a finished run in the format of an engine."""
     from fewbit.export import export as write_export
     from fewbit.export import export_directory
+    from fewbit.export.verification import read_origin
 
-    typer.echo(write_export(run, format, output or export_directory(run, format)))
+    target = write_export(run, format, output or export_directory(run, format))
+    typer.echo(target)
+    for note in read_origin(target).notes:
+        typer.echo(f"note: {note}", err=True)

@@ -46,6 +46,7 @@ def quantize(
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
     from fewbit.export import export_directory
+    from fewbit.export.verification import read_origin
     from fewbit.pipeline.progress import setup_logging
 
     if recipe is None and scheme is None:
@@ -73,8 +74,10 @@ def quantize(
     )
     _print_summary(run.report)
     for name in export or []:
-        note = " (already there)" if name in there else ""
-        typer.echo(f"export     {export_directory(output, name)}{note}")
+        target = export_directory(output, name)
+        typer.echo(f"export     {target}{' (already there)' if name in there else ''}")
+        for note in read_origin(target).notes:
+            typer.echo(f"note       {note}")
     typer.echo(f"report     {output / 'report.json'}")
 
 

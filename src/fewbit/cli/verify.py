@@ -17,6 +17,7 @@ def verify(
 
     for result in verify_exports(directory, run):
         typer.echo(
-            f"{result.directory}: {result.quantized} quantized and {result.dense} plain tensors equal the run's "
+            f"{result.directory}: {result.quantized} quantized and {result.dense} plain tensors"
+            f"{f' and {result.activations} quantized activations' if result.activations else ''} equal the run's "
             f"(decoded by {result.decoder})"
         )

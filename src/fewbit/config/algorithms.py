@@ -43,11 +43,13 @@ class RTNConfig:
 
 def _translate_gptq(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
-    for theirs in ("damp_percent", "damp"):
+    for theirs in ("damp_percent", "damp", "percdamp", "rel_damp", "dampening_frac"):
         if theirs in fields:
             fields["damping"] = fields.pop(theirs)
     if "blocksize" in fields:
         fields["block_size"] = fields.pop("blocksize")
+    if "actorder" in fields:
+        fields["order"] = "activation" if fields.pop("actorder") else "none"
     if "desc_act" in fields:
         fields["order"] = "activation" if fields.pop("desc_act") else "none"
     if "quantization_order" in fields:

@@ -31,11 +31,21 @@ class CalibrationConfig:
     """Sequences."""
     sequence_length: Annotated[int, Field(gt=1)] = 2048
     """Tokens per sequence; short texts are packed together, none is dropped."""
+    quantized_activations: bool = True
+    """Whether linears are calibrated on inputs that are quantized as the engine will quantize them. Static scales are
+    found either way."""
 
 
 def _translate_config(fields: dict[str, Any]) -> dict[str, Any]:
     """Quark's names: one algorithm or None for the list, `quant_mode`."""
     fields = dict(fields)
+    if isinstance(fields.get("exclude"), str):
+        fields["exclude"] = (fields["exclude"],)
+    if isinstance(fields.get("layer_type_quant_config"), Mapping):
+        by_type = fields["layer_type_quant_config"]
+        fields["layer_type_quant_config"] = {
+            key.__name__ if isinstance(key, type) else key: value for key, value in by_type.items()
+        }
     if "algo_config" in fields:
         given = fields["algo_config"]
         fields["algo_config"] = algorithm_configs([] if given is None else given)

@@ -12,7 +12,7 @@ from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.errors import CheckpointError
 from fewbit.export import compressed_tensors
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.nn.attach import attach_known
+from fewbit.nn.attach import attach_known, refuse_quantized
 from fewbit.pipeline.quantize import resolve_directory
 from fewbit.tensor import QuantizedActivation
 
@@ -20,6 +20,7 @@ from fewbit.tensor import QuantizedActivation
 def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
     """A Hugging Face checkpoint or id, a fewbit run, a compressed-tensors export, or a model in memory."""
     if isinstance(model, PreTrainedModel):
+        refuse_quantized(model)
         return BlockwiseModel.from_module(model)
     directory = resolve_directory(model)
     if (directory / MANIFEST).exists():

@@ -49,6 +49,8 @@ class ActivationQuantizer(KeepsDtypes):
         self.persistent = persistent
         self.observer: Callable[[Tensor], Any] | None = None
         """While set, x is handed to it and returned as it is."""
+        self.passive = False
+        """Let x pass as it is; an observer still sees it."""
         self.global_scale: float | None = None
         self.register_buffer("scale", None, persistent=persistent)
         self.register_buffer("zero_point", None, persistent=persistent)
@@ -81,6 +83,8 @@ class ActivationQuantizer(KeepsDtypes):
             self.observer(x)
             if self.observer is not None:  # it may have found the scale meanwhile and taken itself away
                 return x
+        if self.passive:
+            return x
         quantized = self._fake(x)
         if self.spec.residual:
             quantized = quantized + self._fake(x - quantized)

@@ -102,6 +102,8 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
                     f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})"
                 )
             wanted, rule = None, "outside the blocks' groups"
+        if wanted is not None and wanted.bias is not None and wanted.weight is None:
+            raise ConfigError(f"bias of {name!r} is quantized with its weight only; give weight a spec, too ({rule})")
         linears[name] = LinearPlan(name, shape, wanted, rule)
     _check_divides(linears)
     if not any(linear.config for linear in linears.values()) and config.attention is None:
@@ -120,25 +122,32 @@ def _check_divides(linears: dict[str, LinearPlan]) -> None:
     planned = [linear for linear in linears.values() if linear.config is not None]
     inputs = [linear.shape[1] for linear in planned]
     for linear in planned:
-        for spec, along in _grouped(linear):
-            if along % spec:
+        for group, channels, which, is_free in _grouped(linear):
+            if channels % group:
                 fitting = [g for g in (256, 128, 64, 32, 16) if all(size % g == 0 for size in inputs)]
                 advice = f"use --group-size {fitting[0]}" if fitting else "use --group-size -1 (one scale per channel)"
                 raise ConfigError(
-                    f"group size {spec} does not divide the {along} inputs of {linear.name!r}; {advice}, "
-                    "or give that layer its own spec"
+                    f"group size {group} does not divide the {channels} {which} of {linear.name!r}; "
+                    f"{advice if is_free else 'exclude that layer'}, or give it its own spec"
                 )
 
 
-def _grouped(linear: LinearPlan) -> Iterator[tuple[int, int]]:
-    """Group sizes of a linear's tensors and the number of channels that each must divide."""
+def _grouped(linear: LinearPlan) -> Iterator[tuple[int, int, str, bool]]:
+    """Group sizes of a linear's tensors, the number of channels that each must divide, which these are, and whether
+    --group-size can change it: activations and formats have their own."""
     config = linear.config
     assert config is not None
-    rows, columns = linear.shape
-    for spec, channels in ((config.weight, columns), (config.input_tensors, columns), (config.output_tensors, rows)):
+    inputs, outputs = (linear.shape[1], "inputs"), (linear.shape[0], "outputs")
+    along_rows = config.weight is not None and config.weight.ch_axis in (0, -2)
+    tensors = (
+        (config.weight, outputs if along_rows else inputs),
+        (config.input_tensors, inputs),
+        (config.output_tensors, outputs),
+    )
+    for spec, (channels, which) in tensors:
         if spec is not None and spec.group_size is not None:
-            along = rows if spec is config.weight and spec.ch_axis in (0, -2) else channels
-            yield spec.group_size * (PAIRS if spec.scale_type == "microexponent" else 1), along
+            size = spec.group_size * (PAIRS if spec.scale_type == "microexponent" else 1)
+            yield size, channels, which, spec is config.weight and spec.scale_type == "float"
 
 
 def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPlan]) -> Groups:

@@ -22,6 +22,8 @@ from fewbit.config.recipe import Config
 from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.memory import trim_heap
+from fewbit.models.scalings import scalings
+from fewbit.nn.attach import refuse_quantized
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.progress import progress_view
 from fewbit.pipeline.report import REPORT, build_report
@@ -68,6 +70,8 @@ def quantize_model(
     if check is not None:
         check(plan)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
+    if config.scale_search is not None:
+        scalings(blockwise, config.scale_search.scaling_layers)  # an error for what cannot be scaled
     identity = _identity(blockwise, config, data)
     if not resume:
         _check_weights(blockwise)
@@ -102,6 +106,8 @@ def quantize_model(
 def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
     """A checkpoint directory, a hub id or a module, ready to be walked."""
     if not isinstance(model, str | Path):
+        if isinstance(model, torch.nn.Module):
+            refuse_quantized(model)
         return BlockwiseModel.from_module(model)
     return BlockwiseModel.from_directory(resolve_directory(model))
 

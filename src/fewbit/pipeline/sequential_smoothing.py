@@ -264,6 +264,7 @@ def _scaled(
         dtype=stored_dtype(weights[0].dtype),
         input_spec=quantization.input_tensors,
         sample=statistics.sample,
+        outliers=statistics.outliers,
         tokens=statistics.tokens,
         tie=channels if rows != channels.numel() else None,
         power_of_two=producer.ndim > 1 and producer.dtype.itemsize < 4,

@@ -104,6 +104,7 @@ class Smoother:
             dtype=members[0].dtype,
             input_spec=self._plan.activations.get(f"{members[0].name}.input"),
             sample=statistics.sample,
+            outliers=statistics.outliers,
             tokens=statistics.tokens,
             tie=channels if rows != channels.numel() else None,
             power_of_two=not is_norm or bool(scaling.others) or self._bias(f"{name}.bias", dense) is not None,

@@ -92,12 +92,17 @@ def _alike(members: list[Member]) -> Iterable[list[Member]]:
     for member in members:
         for batch in batches:
             first = batch[0]
-            if member.spec == first.spec and member.dtype == first.dtype and member.spec.tiling.rows == 1:
+            if member.spec == first.spec and member.dtype == first.dtype and _by_rows(member.spec):
                 batch.append(member)
                 break
         else:
             batches.append([member])
     return batches
+
+
+def _by_rows(spec: QuantizationSpec) -> bool:
+    """Whether every row is quantized by itself, in the first of two stages, too."""
+    return spec.tiling.rows == 1 and (spec.first_stage is None or spec.first_stage.tiling.rows == 1)
 
 
 def _errors(weight: Tensor, quantized: QuantTensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fewbit.errors import ArchitectureError
 from fewbit.models.linear import Linear
 from fewbit.pipeline.reference import Reference
-from fewbit.pipeline.stages import CalibrationStop, Stage, Stop
+from fewbit.pipeline.stages import ATTENTION, CalibrationStop, Stage, Stop
 
 Strategy = Literal["staged", "replay"]
 
@@ -67,6 +67,9 @@ class StagedForward:
                 for stage in self._stages:  # those that no token reached
                     if not stage.done:
                         stage.finish()
+                for stop in self._calibrations:
+                    if not stop.done:
+                        stop.finish()  # an error that names it: there is no scale to store
                 if self._reference is not None:
                     self._reference.finish()
             finally:
@@ -125,7 +128,10 @@ class StagedForward:
         assert stop is not None
         assert x is not None
         mask = self._masks[index]
-        if mask is not None and x.shape[:-1].numel() == mask.numel():
+        if mask is not None and isinstance(stop, CalibrationStop) and stop.order[1] == ATTENTION:
+            rows = x.shape[0] // mask.numel()  # of a token: its heads, or its channels where heads are columns
+            mask = mask.repeat_interleave(rows, int(stop.quantizer.spec.qscheme == "per_channel")).flatten()
+        elif mask is not None and x.shape[:-1].numel() == mask.numel():
             mask = mask.reshape(x.shape[:-1])  # some blocks put the batch's tokens in one row
         else:
             mask = None  # tokens were routed: what reaches the linear is no longer laid out like the batch

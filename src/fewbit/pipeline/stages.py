@@ -12,6 +12,7 @@ from fewbit.calibration.statistics import Statistics
 from fewbit.errors import ArchitectureError
 from fewbit.models.architecture import Groups
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.attention import ATTRIBUTE
 
 Order = tuple[int, int]
 """Group of linears, and what of it: earlier stops are decided first when batches wait at several."""
@@ -138,8 +139,11 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def calibration_stops(block: nn.Module, groups: Groups) -> list[CalibrationStop]:
-    """A stop for every activation quantizer of a block that only data can tell its scale, in order of execution."""
+def calibration_stops(block: nn.Module, groups: Groups, prefix: str = "") -> list[CalibrationStop]:
+    """A stop for every activation quantizer of a block that only data can tell its scale, in order of execution.
+
+    `prefix` is the block's name and a dot, for messages.
+    """
     group_of = {name: number for number, group in enumerate(groups) for name in group}
     stops = []
     for path, module in block.named_modules():  # one that linears share comes once
@@ -150,5 +154,6 @@ def calibration_stops(block: nn.Module, groups: Groups) -> list[CalibrationStop]
             else:  # inside attention, which runs once the linears of its first group have
                 attention = path.partition(".")[0] + "."
                 order = (min((n for name, n in group_of.items() if name.startswith(attention)), default=0), ATTENTION)
-            stops.append(CalibrationStop(order, path, module))
+            name = prefix + path.removesuffix("_quantizer").replace(f"{ATTRIBUTE}.", "")
+            stops.append(CalibrationStop(order, name, module))
     return stops

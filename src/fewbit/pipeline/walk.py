@@ -177,7 +177,7 @@ class Walk:
             samples = {order: smoother.sample_tokens(groups[order], prefix) for order in scaled} if smoother else {}
             stages = stages_of(block, groups, decide, samples)
             forward = self._forward(block, hidden, calls)
-            calibrations = calibration_stops(block, self.model.groups)
+            calibrations = calibration_stops(block, self.model.groups, prefix)
             StagedForward(stages, masks, forward, reference, calibrations).run(hidden.put, strategy)
             rows = self._write(index, work)
             for linear in self._linears(index):
@@ -292,6 +292,8 @@ class Walk:
         attach(self.model.linears(), configs, groups, dtype)
         if self.plan.attention is not None:
             attention.attach(self.model.skeleton, self.plan.attention, dtype=dtype)
+        for quantizer in quantizers(self.model.skeleton).values():
+            quantizer.passive = not self.config.calibration.quantized_activations
 
     def _linears(self, index: int) -> list[Linear]:
         prefix = self.model.block_name(index) + "."
