@@ -19,6 +19,7 @@ import fewbit
 
 HERE = Path(__file__).parent
 ALGORITHMS = ("rtn", "gptq", "awq", "awq+gptq")
+DRIFT = "smoothquant+gptq:drift=0.5"
 WIDE = ["W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC", "MXFP8", "MXFP6", "MXINT8", "MX9", "MX6", "BFP16", "W8A16-g64"]
 NARROW = ["W4A16-g64", "W4A16_ASYM-g64", "W3A16-g64", "W2A16-g64", "W4A8-g64", "W4AFP8-g64", "W4A4-g64"]
 NARROW += ["NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16"]
@@ -38,7 +39,7 @@ PEER = [
 def rows(only: list[str] | None) -> list[tuple[str, str, str]]:
     """(which model, scheme, algorithm) of everything to measure."""
     found = [("original", scheme, algorithm) for scheme in WIDE for algorithm in ALGORITHMS]
-    found += [("original", "W8A8", algorithm) for algorithm in ("smoothquant+rtn", "smoothquant+gptq")]
+    found += [("original", "W8A8", algorithm) for algorithm in ("smoothquant+rtn", "smoothquant+gptq", DRIFT)]
     found += [("dithered", scheme, algorithm) for scheme in NARROW for algorithm in ALGORITHMS]
     found += [("original", scheme, "none") for scheme in CACHES]
     # the issue of NVFP4 and MXFP4 on the original, too: what others published was measured there

@@ -125,6 +125,8 @@ _HOME = {
 # Quark 0.13 renamed its classes; both names work.
 _ALIASES = {"QTensorConfig": "QuantizationSpec", "QLayerConfig": "QuantizationConfig", "QConfig": "Config"}
 
+__all__ = [*_HOME, *_ALIASES]
+
 
 def __getattr__(name: str) -> Any:
     known = _ALIASES.get(name, name)

@@ -14,6 +14,7 @@ from fewbit import evaluation
 from fewbit.calibration.tokens import CalibrationData
 from fewbit.config.algorithms import AlgorithmConfig, algorithm_configs
 from fewbit.config.recipe import Config
+from fewbit.config.schemes import parse_scheme
 from fewbit.export import Verification, export_directory, exporter, verify
 from fewbit.export import export as export_run
 from fewbit.pipeline.plan import Plan
@@ -117,10 +118,13 @@ def merge_recipe(recipe: Config | Mapping[str, Any] | None, **given: Any) -> Con
         data["calibration"] = dict(data.get("calibration") or {}) | lengths
     if "scheme" in given:
         data.pop("global_quant_config", None)
+        if parse_scheme(given["scheme"])[1] is not None:
+            data.pop("attention", None)  # the scheme names its own KV cache
     if "algorithm" in given:
         before = data.pop("algo_config", None) or data.get("algorithm")
-        if before is not None and _names(before) == _names(given["algorithm"]):
-            given["algorithm"] = before  # naming the algorithms that the recipe has keeps their options
+        named = isinstance(given["algorithm"], str) and ":" not in given["algorithm"]
+        if named and before is not None and _names(before) == _names(given["algorithm"]):
+            given["algorithm"] = before  # bare names of the algorithms that the recipe has keep their options
     return Config.from_dict(data | given)
 
 

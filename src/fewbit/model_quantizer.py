@@ -26,7 +26,7 @@ from fewbit.errors import CalibrationError, ConfigError
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import SLOTS, attention_config
-from fewbit.nn.fake_quant import FakeQuantLinear
+from fewbit.nn.fake_quant import FakeQuant, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
 from fewbit.pipeline.quantize import quantize_model
 
@@ -47,13 +47,21 @@ class ModelQuantizer:
 
         Raises FewbitError for a config or data that cannot be used.
         """
-        if isinstance(model, PreTrainedModel):
+        if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
             self._by_walk(model, dataloader)
         else:
             self._by_replacement(model, dataloader)
         return model
 
+    @staticmethod
+    def freeze(model: nn.Module) -> nn.Module:
+        """Quark's last step: weights are packed already after `quantize_model`, or are packed now."""
+        return ptq.freeze(model) if any(isinstance(module, FakeQuant) for module in model.modules()) else model
+
     def _by_walk(self, model: PreTrainedModel, dataloader: Iterable[Any] | None) -> None:
+        if self.config.attention is not None:  # an error now, not after the work
+            attention.attach(model, self.config.attention)
+            attention.detach(model)
         data: Any = "none" if dataloader is None else [_token_batch(item) for item in dataloader]
         if data == []:
             raise CalibrationError("the dataloader gave no batch; calibration needs at least one")
@@ -108,7 +116,7 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
             continue
         for slot, known in slots.items():
             if known is not None:
-                setattr(made, f"{slot}_quantizer", ActivationQuantizer(known.spec, known, linear.weight.dtype))
+                setattr(made, f"{slot}_quantizer", ActivationQuantizer(known.spec, known, persistent=True))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made.train(model.training))
     inside = {name: known for name, known in activations.items() if name.rpartition(".")[2] not in SLOTS}

@@ -106,7 +106,7 @@ def test_flags_go_before_the_recipes_fields(cli, checkpoint, calibration_file, t
     assert resolved["global_quant_config"]["weight"]["dtype"] == "int3"
     assert resolved["global_quant_config"]["weight"]["group_size"] == 64
     assert [config["name"] for config in resolved["algo_config"]] == ["rtn"]
-    assert resolved["calibration"] == {"num_samples": 8, "sequence_length": 32}
+    assert resolved["calibration"] == {"num_samples": 8, "sequence_length": 32, "quantized_activations": True}
     assert resolved["seed"] == 5
 
 

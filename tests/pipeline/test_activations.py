@@ -25,6 +25,7 @@ FLOWS = {
     "groups": {"input_tensors": {"dtype": "int4", "group_size": 16, "observer": "minmax", "is_dynamic": True}},
     "second level": {"input_tensors": NVFP4},
     "outputs": {"output_tensors": INT4_TOKEN},
+    "biases": {"bias": {"dtype": "int2"} | TENSOR},
     "static outputs": {"output_tensors": {"dtype": "int5"} | TENSOR, "input_tensors": INT4_STATIC},
 }
 KVFP8 = {"scheme": "W8A16KVFP8", "group_size": 32}
@@ -66,9 +67,10 @@ def test_statistics_are_of_inputs_as_the_finished_model_quantizes_them(
     checkpoint, dequantized, tmp_path, recipe, algorithm
 ):
     # whatever comes before a linear is quantized, and so is what it is given: the finished model shows it again
-    run = walk(checkpoint("llama"), tmp_path / "run", recipe | {"algorithm": algorithm})
+    model = checkpoint("qwen2")  # it has biases
+    run = walk(model, tmp_path / "run", recipe | {"algorithm": algorithm})
     given, met = seen_by(run, dequantized, batches())
-    weights, source = NativeCheckpoint(run), SafetensorsSource(checkpoint("llama"))
+    weights, source = NativeCheckpoint(run), SafetensorsSource(model)
     apart = []
     for name, row in rows_of(run).items():
         (original,) = source.read([f"{name}.weight"]).values()
@@ -96,6 +98,24 @@ def test_activations_of_8_bits_cost_little_and_those_of_2_bits_much(checkpoint, 
     ids = batches()[0]["input_ids"]
     little, much = (fewbit.evaluate(run, ids, against=checkpoint("llama")).kl_mean for run in (fine, rough))
     assert little < 5e-3 < 0.05 < much
+
+
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "W8A8KVFP8"])
+@pytest.mark.parametrize("memory", ["4GiB", "0"])
+def test_a_recipe_may_leave_activations_as_they_are_while_it_calibrates(checkpoint, tmp_path, scheme, memory):
+    recipe = {"scheme": scheme, "algorithm": "gptq", "calibration": {"quantized_activations": False}}
+    run = NativeCheckpoint(walk(checkpoint("llama"), tmp_path / "run", recipe, activation_memory=memory))
+    weights = {"weight": fewbit.Config.from_dict({"scheme": scheme}).global_quant_config.weight}
+    plain = NativeCheckpoint(
+        walk(checkpoint("llama"), tmp_path / "plain", {"global_quant_config": weights, "algorithm": "gptq"})
+    )
+    for name in plain.quantized:  # the same weights as without quantized activations
+        assert torch.equal(run.read_quantized(name).codes, plain.read_quantized(name).codes)
+        assert torch.equal(run.read_quantized(name).scale, plain.read_quantized(name).scale)
+    for name, known in run.activations().items():  # but with the scales that activations need
+        assert (known.scale is None) == known.spec.is_dynamic, name
+    ids = batches()[0]["input_ids"]
+    assert fewbit.evaluate(run.directory, ids, against=plain.directory).kl_mean > 1e-5
 
 
 def test_what_is_excluded_meets_its_input_as_it_is(checkpoint, tmp_path):

@@ -170,6 +170,8 @@ def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
         return torch.arange(diagonal.numel(), device=diagonal.device)
     if order == "activation":
         return diagonal.argsort(descending=True, stable=True)
+    if diagonal.numel() % group:  # the last group of blocks may be partial: no order of whole groups exists
+        return torch.arange(diagonal.numel(), device=diagonal.device)
     by_group = diagonal.view(-1, group)
     groups = by_group.mean(1).argsort(descending=True, stable=True)
     inside = by_group[groups].argsort(dim=1, descending=True, stable=True)

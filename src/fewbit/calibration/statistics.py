@@ -38,7 +38,11 @@ class Statistics:
     @property
     def sample(self) -> Tensor | None:
         """Evenly spaced tokens of the input [tokens, channels], at most as many as were wanted; None if none were."""
-        return torch.cat(self._kept)[: self.wanted_sample] if self._kept else None
+        if not self._kept:
+            return None
+        kept = torch.cat(self._kept)
+        count = min(self.wanted_sample, kept.shape[0])
+        return kept[torch.arange(count, device=kept.device) * kept.shape[0] // count] if count else kept
 
     def add(self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None) -> None:
         """Count the tokens of `x` [..., channels]; `mask` [...] bool leaves padding out.

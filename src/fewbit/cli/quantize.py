@@ -117,7 +117,6 @@ def _print_summary(report: dict[str, Any]) -> None:
         typer.echo(f"warning    {warning}")
     counts = ", ".join(f"{count} {status}" for status, count in totals["linears"].items())
     seconds, peak = totals["seconds"]["total"], totals["peak_memory_bytes"] / 2**30
-    typer.echo(
-        f"total      {counts} · {totals['bits_per_weight']:.3f} bits per weight · loss {totals['loss']:.2e} · "
-        f"{seconds:.0f} s · peak {peak:.2f} GiB"
-    )
+    bits = totals["bits_per_weight"]
+    weights = f"{bits:.3f} bits per weight · loss {totals['loss']:.2e}" if bits is not None else "weights as they are"
+    typer.echo(f"total      {counts or 'no linear'} · {weights} · {seconds:.0f} s · peak {peak:.2f} GiB")

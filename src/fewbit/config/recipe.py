@@ -41,6 +41,10 @@ def _translate_config(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
     if isinstance(fields.get("exclude"), str):
         fields["exclude"] = (fields["exclude"],)
+    for table in ("layer_quant_config", "layer_type_quant_config"):
+        if isinstance(fields.get(table), Mapping):  # None: leave these layers as they are
+            entries = fields[table].items()
+            fields[table] = {key: QuantizationConfig() if value is None else value for key, value in entries}
     if isinstance(fields.get("layer_type_quant_config"), Mapping):
         by_type = fields["layer_type_quant_config"]
         fields["layer_type_quant_config"] = {

@@ -245,6 +245,15 @@ class QuantizationConfig:
                 raise ConfigError(f"{name}: first_stage is for weights; an activation takes residual=True")
             if spec.residual and not spec.is_dynamic:
                 raise ConfigError(f"{name}: residual needs is_dynamic=True: what is left over has a scale of its own")
+            if (
+                spec.is_dynamic
+                and (spec.qscheme == "per_block" or spec.tiling.rows != 1)
+                and spec.qscheme != "per_tensor"
+            ):
+                raise ConfigError(
+                    f"{name}: qscheme {spec.qscheme} with ch_axis {spec.ch_axis} takes scales over several tokens, "
+                    "whose number differs from batch to batch; use per_token, or groups along channels"
+                )
             if not spec.is_dynamic and spec.tiling.rows != 0:
                 raise ConfigError(
                     f"{name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot know; "
@@ -261,6 +270,12 @@ class QuantizationConfig:
                 raise ConfigError(
                     f"weight: observer {self.weight.observer} gathers batches; use search, mse or minmax"
                 )
+        if self.bias is not None and (
+            self.bias.observer in ACCUMULATING_OBSERVERS or self.bias.scale_type in ("e4m3", "microexponent")
+        ):
+            raise ConfigError(
+                "bias: one row of numbers takes a plain grid: float or e8m0 scales, found by minmax or mse"
+            )
         if self.bias is not None and (self.bias.is_dynamic or self.bias.residual):
             raise ConfigError("bias: is_dynamic and residual are for activations; a bias never changes")
 

@@ -76,7 +76,8 @@ class ActivationQuantizer(KeepsDtypes):
         unit = self.global_scale
         if self.spec.scale_type == "e4m3" and unit is None:
             unit = unit_for(float(x.abs().max()), self.spec.format)
-        return self.spec.scale_format(self.dtype, unit or 1.0)
+        # a dynamic scale is never stored, so it is not rounded to what scales are stored in
+        return self.spec.scale_format(torch.float32 if self.spec.is_dynamic else self.dtype, unit or 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:

@@ -114,7 +114,7 @@ class QuantLinear(KeepsDtypes):
     def _rows(self, start: int, stop: int) -> QuantTensor:
         """Some rows of the weight."""
         tile = self.spec.tiling.rows
-        scales = slice(start // tile, stop // tile) if tile else slice(None)
+        scales = slice(start // tile, -(-stop // tile)) if tile else slice(None)
         tensors = {"codes": self.codes[start:stop], "scale": self.scale[scales]}
         for name in QuantTensor.stored_names(self.spec)[2:]:
             tensor = getattr(self, name)

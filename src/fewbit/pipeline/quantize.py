@@ -22,12 +22,12 @@ from fewbit.config.recipe import Config
 from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.memory import trim_heap
-from fewbit.models.scalings import scalings
 from fewbit.nn.attach import refuse_quantized
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.progress import progress_view
 from fewbit.pipeline.report import REPORT, build_report
 from fewbit.pipeline.run_directory import Identity, RunDirectory
+from fewbit.pipeline.smoothing import Smoother
 from fewbit.pipeline.walk import Walk
 from fewbit.version import __version__
 
@@ -70,8 +70,8 @@ def quantize_model(
     if check is not None:
         check(plan)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
-    if config.scale_search is not None:
-        scalings(blockwise, config.scale_search.scaling_layers)  # an error for what cannot be scaled
+    search = config.scale_search  # proves its scalings on the model as it is, so before anything is quantized
+    smoother = Smoother(blockwise, plan, config, search) if search is not None else None
     identity = _identity(blockwise, config, data)
     if not resume:
         _check_weights(blockwise)
@@ -82,7 +82,7 @@ def quantize_model(
         prepared = time.perf_counter()
         for warning in plan.warnings:
             view.note(f"warning: {warning}")
-        walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory)
+        walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory, smoother)
         rows = walk.run(data)
         walked = time.perf_counter()
         _write_outside(blockwise, directory.path, tokenizer)

@@ -19,6 +19,7 @@ from fewbit.calibration.statistics import Statistics
 from fewbit.checkpoint.source import TensorSource
 from fewbit.config.algorithms import AWQConfig, GPTQConfig, ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.recipe import Config
+from fewbit.config.spec import QuantizationSpec
 from fewbit.models import folding
 from fewbit.models.architecture import Groups, Scaling
 from fewbit.models.blockwise import BlockwiseModel
@@ -61,6 +62,9 @@ class Smoother:
         for scaling in self._scalings:
             if set(scaling.readers) != set(group):
                 continue
+            specs = [self._plan.linears[f"{prefix}{name}"] for name in group]
+            if any(found.spec is not None and _is_cut(found.spec, found.shape) for found in specs):
+                return None
             quantized_output = f"{prefix}{scaling.producer}.output" in self._plan.activations
             values = scaling.producer.rpartition(".")[2].startswith("v")
             return None if quantized_output or (values and cached) else scaling
@@ -95,6 +99,7 @@ class Smoother:
         producer = results.get(name)
         rows = self._source.info()[f"{name}.weight"].shape[0]
         is_norm = len(self._source.info()[f"{name}.weight"].shape) == 1
+        device = statistics.moment.device
         channels = folding.channel_map(members[0].weight.shape[1], rows, self._head_dim)
         found = search_scales(
             [member.weight for member in members],
@@ -106,7 +111,7 @@ class Smoother:
             sample=statistics.sample,
             outliers=statistics.outliers,
             tokens=statistics.tokens,
-            tie=channels if rows != channels.numel() else None,
+            tie=channels.to(device) if rows != channels.numel() else None,
             power_of_two=not is_norm or bool(scaling.others) or self._bias(f"{name}.bias", dense) is not None,
             compensated=self._compensated,
         )
@@ -115,8 +120,11 @@ class Smoother:
         wanted = folding.per_row(found.scale.cpu(), channels, rows)
         bias = self._bias(f"{name}.bias", dense)
         if producer is not None:
-            quantized, folded_bias, taken = folding.fold_into_quantized_rows(producer.weight, bias, wanted)
+            there = producer.weight.scale.device
+            moved = None if bias is None else bias.to(there)
+            quantized, folded_bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
             results[name] = replace(producer, weight=quantized)
+            taken, folded_bias = taken.cpu(), None if folded_bias is None else folded_bias.cpu()
         else:
             weight = self._read(f"{name}.weight", dense)
             if is_norm:
@@ -128,7 +136,7 @@ class Smoother:
             dense[f"{name}.bias"] = folded_bias
         folded = [prefix + other for other in scaling.others]
         folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
-        columns = taken[channels].to(statistics.moment.device)
+        columns = taken[channels].to(device)
         for other in scaling.others:
             dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
         scaled = replace(
@@ -137,9 +145,13 @@ class Smoother:
             drift=None if statistics.drift is None else transform_moment(statistics.drift, columns),
         )
         members = [replace(member, weight=member.weight * columns) for member in members]
-        if isinstance(self._search, AWQConfig) and self._search.clip:
-            members = [self._clipped(member, scaled.moment) for member in members]
         return members, scaled, Found(scaling, found, columns, tuple(folded) if is_norm else ())
+
+    def clipped(self, members: list[Member], moment: Tensor) -> list[Member]:
+        """The members with their ranges clipped, if the recipe asks for it; `moment` is that of their input."""
+        if not (isinstance(self._search, AWQConfig) and self._search.clip):
+            return members
+        return [self._clipped(member, moment) for member in members]
 
     def _clipped(self, member: Member, moment: Tensor) -> Member:
         spec = member.spec
@@ -152,6 +164,13 @@ class Smoother:
 
     def _bias(self, name: str, dense: Mapping[str, Tensor]) -> Tensor | None:
         return self._read(name, dense) if name in dense or name in self._source.info() else None
+
+
+def _is_cut(spec: QuantizationSpec, shape: tuple[int, int]) -> bool:
+    """Whether 2-D blocks are cut at the matrix's edges, which the search's estimate does not know."""
+    return spec.block_size is not None and any(
+        size % block for size, block in zip(shape, spec.block_size, strict=True)
+    )
 
 
 def searched(groups: Groups, smoother: Smoother | None, prefix: str) -> dict[int, Scaling]:

@@ -7,7 +7,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +71,7 @@ class Walk:
     progress: ProgressView
     device: torch.device
     activation_memory: int
+    smoother: Smoother | None = None
 
     def run(self, calibration: CalibrationSet | None) -> list[dict[str, Any]]:
         """Quantize all blocks that the journal does not know yet; returns the report's rows of all of them."""
@@ -93,16 +93,16 @@ class Walk:
             reference.close()
             shutil.rmtree(self.directory.work, ignore_errors=True)
 
-    @cached_property
-    def _smoother(self) -> Smoother | None:
-        search = self.config.scale_search
-        return Smoother(self.model, self.plan, self.config, search) if search is not None else None
-
     def strategy(self, calibration: CalibrationSet) -> Strategy:
         """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
         widest = max(
             (linear.shape[1] for linear in self.plan.linears.values() if linear.config is not None), default=0
         )
+        if any(name.endswith(".input") for name in self.plan.activations):
+            widest *= 2  # as it came, and quantized
+        inside = self.plan.attention
+        if inside is not None and inside.probabilities is not None and inside.probabilities.needs_data:
+            return "replay"  # suspended with their square
         per_token = 4 * (3 * self._channels() + widest)  # residual, hidden states in and out, the suspended input
         if self.drift_batches(len(calibration.batches)):
             per_token *= 2  # the forward in full precision waits beside the other
@@ -162,7 +162,7 @@ class Walk:
         work = _BlockWork()
         groups = self.plan.block_groups[index]
         prefix = self.model.block_name(index) + "."
-        scaled = searched(groups, self._smoother, prefix)
+        scaled = searched(groups, self.smoother, prefix)
         with self.model.loaded(index, self.device) as block:
             reference = None
             if drift_batches:
@@ -173,7 +173,7 @@ class Walk:
             def decide(stage: Stage) -> None:
                 self._quantize(index, stage, work, scaled.get(stage.order[0]))
 
-            smoother = self._smoother
+            smoother = self.smoother
             samples = {order: smoother.sample_tokens(groups[order], prefix) for order in scaled} if smoother else {}
             stages = stages_of(block, groups, decide, samples)
             forward = self._forward(block, hidden, calls)
@@ -211,13 +211,15 @@ class Walk:
             dtype = info[f"{prefix}{name}.weight"].dtype
             members.append(Member(prefix + name, linear.weight.data, self.plan.spec(prefix + name), dtype))
         statistics = stage.statistics
-        if scaling is not None and statistics is not None and self._smoother is not None:
-            applied = self._smoother.apply(scaling, members, statistics, work.results, work.dense, prefix)
+        if scaling is not None and statistics is not None and self.smoother is not None:
+            applied = self.smoother.apply(scaling, members, statistics, work.results, work.dense, prefix)
             if applied is not None:
                 members, statistics, found = applied
                 work.found.append(found)
                 for linear in stage.members.values():
                     linear.smoothing = found.columns
+        if self.smoother is not None and statistics is not None:
+            members = self.smoother.clipped(members, statistics.moment)
         for name, result in quantize_stage(members, statistics, self.config.codes).items():
             work.results[name] = result
             linear = stage.members[name.removeprefix(prefix)]
@@ -282,7 +284,8 @@ class Walk:
         """Quantize activations from here on, as the engine will."""
         configs = {name: linear.config for name, linear in self.plan.linears.items() if linear.config is not None}
         info = self.model.source.info()
-        dtypes = {info[f"{name}.weight"].dtype for name in configs}
+        first = self.model.block_name(0)
+        dtypes = {info[f"{first}.{name}.weight"].dtype for group in self.model.groups for name in group}
         groups = [
             [f"{self.model.block_name(index)}.{name}" for name in group]
             for index in range(len(self.model))
