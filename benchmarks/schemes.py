@@ -43,7 +43,7 @@ def rows(only: list[str] | None) -> list[tuple[str, str, str]]:
     found += [("dithered", scheme, algorithm) for scheme in NARROW for algorithm in ALGORITHMS]
     found += [("original", scheme, "none") for scheme in CACHES]
     # the issue of NVFP4 and MXFP4 on the original, too: what others published was measured there
-    found += [("original", scheme, algorithm) for scheme in ("NVFP4", "MXFP4") for algorithm in ALGORITHMS]
+    found += [("original", scheme, algorithm) for scheme in ("NVFP4", "MXFP4") for algorithm in (*ALGORITHMS, DRIFT)]
     return [row for row in found if not only or f"{row[1]}:{row[2]}" in only]
 
 

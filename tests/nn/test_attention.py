@@ -239,9 +239,14 @@ def test_probabilities_come_from_the_familys_own_eager_attention(
     random_model: Callable[..., PreTrainedModel],
 ) -> None:
     model, ids = random_model("gemma2", head_dim=16, attn_logit_softcapping=0.5, sliding_window=8), token_ids()
-    uncapped = logits(model, ids)
     model.config._attn_implementation = "eager"
     expected = logits(model, ids)
+    blocks = [layer.self_attn for layer in model.model.layers]
+    for block in blocks:
+        block.attn_logit_softcapping = None
+    uncapped = logits(model, ids)
+    for block in blocks:
+        block.attn_logit_softcapping = 0.5
     assert float((expected - uncapped).abs().max()) > 1e-2  # the soft cap matters
     for quantizers in attach(model, AttentionConfig(probabilities=spec())).values():
         quantizers.probabilities = nn.Identity()  # type: ignore[assignment]
