@@ -89,7 +89,7 @@ _BLOCK_DTYPES: dict[str, dict[str, Any]] = {
     "bfp16": {"dtype": "int8", "group_size": 8, "scale_type": "e8m0", "exponent_mode": "even"},
 }
 _BLOCK_SIZES = {"mx6": (16, 2), "mx9": (16, 2), "bfp16": (8,)}  # the format's; pairs share a scale inside 16
-_SCALE_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+_FLOAT_SCALES = ("float32", "float16", "bfloat16")
 
 
 def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
         if name in fields:
             fields[name] = str(fields[name])
     scale_type = fields.get("scale_type")
-    if scale_type in _SCALE_TYPES:
-        fields |= {"scale_type": "float", "scale_dtype": _SCALE_TYPES[scale_type]}
+    if scale_type in _FLOAT_SCALES:
+        fields |= {"scale_type": "float", "scale_dtype": scale_type}
     if (scale_format := fields.pop("scale_format", None)) is not None:
         fields["scale_type"] = "float" if scale_format == "float32" else scale_format
     if (mode := fields.pop("scale_calculation_mode", None)) is not None:
