@@ -148,6 +148,18 @@ class TestSpec:
         spec = QuantizationSpec(dtype=Dtype.int8, observer_cls=observer)
         assert (spec.observer, spec.qscheme) == (name, qscheme)
 
+    def test_none_is_not_said(self):
+        said = {"dtype": Dtype.fp8_e4m3, "qscheme": "per_group", "group_size": 64, "observer_cls": PerBlockMXObserver}
+        unsaid = {"symmetric": None, "scale_calculation_mode": None, "round_method": None, "zero_point_type": None}
+        assert QuantizationSpec(**said, **unsaid, scale_format="float32") == QuantizationSpec(**said)
+
+    def test_groups_as_quarks_first_releases_wrote_them(self):
+        """Quark 0.1 to 0.2: the channel's observer and axis, though groups ran along rows."""
+        options = {"dtype": Dtype.uint4, "symmetric": False, "qscheme": QSchemeType.per_group, "group_size": 32}
+        old = QuantizationSpec(**options, observer_cls=PerChannelMinMaxObserver, ch_axis=0)
+        assert old == QuantizationSpec(**options, observer_cls=PerGroupMinMaxObserver)
+        assert old.tiling.scale_shape((6, 64)) == (6, 2)
+
     @pytest.mark.parametrize("qscheme", list(QSchemeType))
     def test_granularities(self, qscheme):
         size = {"group_size": 32} if qscheme == QSchemeType.per_group else {}
@@ -193,6 +205,10 @@ class TestSpec:
             ({"dtype": Dtype.int8, "mx_element_dtype": Dtype.fp4, "qscheme": "per_tensor"}, "mx_element_dtype"),
             ({"dtype": Dtype.mx9, "group_size": 32}, "group_size 32"),
             ({"dtype": Dtype.bfp16, "group_size": 16}, "group_size 16"),
+            ({"dtype": Dtype.mx, "mx_element_dtype": "fp4", "scale_type": ScaleType.pof2}, "scale_type pof2"),
+            ({"dtype": Dtype.mx, "mx_element_dtype": "fp4", "qscheme": "per_channel"}, "qscheme per_channel"),
+            ({"dtype": Dtype.mx6, "scale_calculation_mode": "ceil"}, "exponent_mode ceil"),
+            ({"dtype": Dtype.bfp16, "scale_format": "e4m3"}, "scale_type e4m3"),
             ({"dtype": Dtype.bfloat16, "observer_cls": PerTensorMinMaxObserver}, "observer minmax"),
             ({"qscheme": "per_tensor", "zero_point_type": "float32"}, "zero_point_type"),
             ({"qscheme": "per_tensor", "qat_spec": object()}, "qat_spec"),

@@ -66,6 +66,12 @@ def test_names_may_be_written_in_lower_case(name):
 
 def test_a_group_size_replaces_the_default():
     assert scheme_config("W4A16", 64).weight.group_size == 64
+    assert scheme_config("W4A16-g64", 64) == scheme_config("W4A16", 64)
+
+
+def test_a_group_size_beside_another_in_the_name_is_refused():
+    with pytest.raises(ConfigError, match="W4A16-g64 .* group_size 32"):
+        scheme_config("W4A16-g64", 32)
     assert scheme_config("W4A16-g64") == scheme_config("W4A16", 64)
 
 

@@ -83,34 +83,53 @@ PerTensorMSEObserver = ObserverClass("PerTensorMSEObserver", "mse", "per_tensor"
 PerTensorHistogramObserver = ObserverClass("PerTensorHistogramObserver", "histogram", "per_tensor")
 
 _SHORT_DTYPES = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp6_e3m2": "e3m2", "fp6_e2m3": "e2m3", "fp4": "e2m1"}
-_BLOCK_DTYPES: dict[str, dict[str, Any]] = {
-    "mx6": {"dtype": "int5", "group_size": 2, "scale_type": "microexponent", "exponent_mode": "floor"},
-    "mx9": {"dtype": "int8", "group_size": 2, "scale_type": "microexponent", "exponent_mode": "floor"},
-    "bfp16": {"dtype": "int8", "group_size": 8, "scale_type": "e8m0", "exponent_mode": "even"},
+
+
+@dataclass(frozen=True)
+class BlockDtype:
+    """A dtype of Quark that says all about its blocks."""
+
+    element: str
+    sizes: tuple[int, ...]
+    """What `group_size` may say: the elements of a block, or those that share the innermost scale."""
+    implied: dict[str, Any]
+
+
+_PAIRS = {"qscheme": "per_group", "group_size": 2, "scale_type": "microexponent", "exponent_mode": "floor"}
+_BLOCK_DTYPES = {
+    "mx6": BlockDtype("int5", (16, 2), _PAIRS),
+    "mx9": BlockDtype("int8", (16, 2), _PAIRS),
+    "bfp16": BlockDtype(
+        "int8", (8,), {"qscheme": "per_group", "group_size": 8, "scale_type": "e8m0", "exponent_mode": "even"}
+    ),
 }
-_BLOCK_SIZES = {"mx6": (16, 2), "mx9": (16, 2), "bfp16": (8,)}  # the format's; pairs share a scale inside 16
 _FLOAT_SCALES = ("float32", "float16", "bfloat16")
 
 
 def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a spec by Quark's names or fewbit's → fewbit's."""
-    fields = dict(fields)
+    fields = {name: value for name, value in fields.items() if value is not None}  # Quark's "not said"
     _observer(fields)
+    if "scale_calculation_mode" in fields:
+        fields["exponent_mode"] = fields.pop("scale_calculation_mode")
+    if "scale_format" in fields:
+        scale_format = fields.pop("scale_format")
+        fields["scale_type"] = "float" if scale_format == "float32" else scale_format
     dtype = str(fields["dtype"]) if "dtype" in fields else None
     if dtype == "mx":
-        element = str(fields.pop("mx_element_dtype", None) or "")
-        if not element:
+        if "mx_element_dtype" not in fields:
             raise ConfigError("dtype mx needs mx_element_dtype, e.g. Dtype.fp4")
-        fields |= {"dtype": element, "scale_type": "e8m0", "qscheme": "per_group"}
-        fields.setdefault("group_size", 32)
+        element = fields.pop("mx_element_dtype")
+        _imply(fields, dtype, {"scale_type": "e8m0", "qscheme": "per_group"})
+        fields |= {"dtype": str(element), "group_size": fields.get("group_size", 32)}
     elif dtype in _BLOCK_DTYPES:
-        given, block = fields.get("group_size"), _BLOCK_DTYPES[dtype]
-        if given is not None and given not in _BLOCK_SIZES[dtype]:
-            raise ConfigError(
-                f"group_size {given} contradicts dtype {dtype}, whose blocks are {_BLOCK_SIZES[dtype][0]}"
-            )
-        fields |= block | {"qscheme": "per_group"}
-    elif fields.pop("mx_element_dtype", None) is not None:
+        block = _BLOCK_DTYPES[dtype]
+        size = fields.pop("group_size", block.sizes[0])
+        if size not in block.sizes:
+            raise ConfigError(f"group_size {size} contradicts dtype {dtype}, whose blocks are {block.sizes[0]}")
+        _imply(fields, dtype, block.implied)
+        fields["dtype"] = block.element
+    elif "mx_element_dtype" in fields:
         raise ConfigError("mx_element_dtype goes with dtype mx")
     if "dtype" in fields:
         fields["dtype"] = _SHORT_DTYPES.get(str(fields["dtype"]), str(fields["dtype"]))
@@ -122,23 +141,28 @@ def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
     scale_type = fields.get("scale_type")
     if scale_type in _FLOAT_SCALES:
         fields |= {"scale_type": "float", "scale_dtype": scale_type}
-    if (scale_format := fields.pop("scale_format", None)) is not None:
-        fields["scale_type"] = "float" if scale_format == "float32" else scale_format
-    if (mode := fields.pop("scale_calculation_mode", None)) is not None:
-        fields["exponent_mode"] = mode
     if fields.get("group_size") == -1:  # the whole axis along which groups would run
         fields |= {"group_size": None, "qscheme": "per_channel"}
         if (axis := fields.get("ch_axis")) is not None:  # groups run along it; a channel's scale is for its entries
             fields["ch_axis"] = {0: 1, -2: 1, 1: 0, -1: 0}.get(axis, axis)
-    if fields.pop("zero_point_type", "int32") not in ("int32", None):
+    if fields.pop("zero_point_type", "int32") != "int32":
         raise ConfigError("zero_point_type must be int32: zero points are codes here")
-    if fields.pop("qat_spec", None) is not None:
+    if "qat_spec" in fields:
         raise ConfigError("qat_spec: fewbit quantizes after training and has no quantization-aware training")
     if fields.pop("is_scale_quant", None):
         raise ConfigError('is_scale_quant: give the spec of the elements scale_type="e4m3" instead of a list of two')
     if isinstance(fields.get("first_stage"), Mapping):
         fields["first_stage"] = translate_spec(dict(fields["first_stage"]))
     return fields
+
+
+def _imply(fields: dict[str, Any], dtype: str, implied: Mapping[str, Any]) -> None:
+    """Set what a dtype says by itself; refuse fields that say otherwise. (`scale_type` float is Quark's default.)"""
+    for name, value in implied.items():
+        given = str(fields.get(name, value))
+        if given != str(value) and (name, given) != ("scale_type", "float"):
+            raise ConfigError(f"{name} {given} contradicts dtype {dtype}, which means {name} {value}; leave it out")
+    fields |= implied
 
 
 def _observer(fields: dict[str, Any]) -> None:
@@ -156,6 +180,9 @@ def _observer(fields: dict[str, Any]) -> None:
     if not isinstance(given, ObserverClass):
         raise ConfigError(f"observer_cls must be one of fewbit's observers, not {given!r}")
     qscheme = fields.setdefault("qscheme", given.qscheme or "per_tensor")
+    if (given.name, str(qscheme)) == ("PerChannelMinMaxObserver", "per_group"):
+        given = PerGroupMinMaxObserver  # Quark's first releases wrote groups so, …
+        fields.pop("ch_axis", None)  # … and let them run along rows whatever ch_axis said
     if given.qscheme is not None and str(qscheme) != given.qscheme:
         raise ConfigError(f"observer_cls {given.name} contradicts qscheme {qscheme}; it is for {given.qscheme}")
     fields["observer"] = given.observer

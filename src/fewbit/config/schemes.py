@@ -155,7 +155,7 @@ _NAME = re.compile(r"(?P<base>.*?)\+?(?P<kv>KVFP8|KV8|KV4)?(?:-G(?P<group>\d+|-1
 def parse_scheme(name: str, group_size: int | None = None) -> tuple[QuantizationConfig, AttentionConfig | None]:
     """What a scheme's name stands for: a row of SCHEMES, maybe with a KV suite and a group size (W4A8KV4-g128).
 
-    `group_size` replaces the default of 128, −1 means per channel.
+    `group_size` replaces the default of 128, −1 means per channel; it must not contradict the name.
     """
     match = _NAME.fullmatch(name.upper())
     base, cache, written = (match["base"], match["kv"], match["group"]) if match else (name.upper(), None, None)
@@ -163,6 +163,8 @@ def parse_scheme(name: str, group_size: int | None = None) -> tuple[Quantization
     if scheme is None:
         known = [*SCHEMES, *(f"W4A16{suite}" for suite in KV_SUITES)]
         raise ConfigError(f"unknown scheme {name!r}{nearest(name.upper(), known)} ('fewbit schemes' lists them)")
+    if group_size is not None and written is not None and group_size != int(written):
+        raise ConfigError(f"scheme {name} has its group size in its name; group_size {group_size} contradicts it")
     size = group_size if group_size is not None else int(written) if written else None
     config = scheme.config if size is None else with_group_size(scheme.config, size)
     return config, KV_SUITES[cache] if cache else None
