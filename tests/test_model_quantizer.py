@@ -306,6 +306,23 @@ def test_the_default_algorithm_is_gptq_and_said_by_the_config():
     assert config.algo_config == (RTNConfig(),)
 
 
+def test_a_kept_run_can_be_exported(random_model, tmp_path):
+    model = random_model("llama")
+    config = Config.from_dict(RECIPES["smoothed"])
+    ModelQuantizer(config).quantize_model(model, [IDS], output=tmp_path / "run")
+    run = fewbit.Run(tmp_path / "run")
+    run.export("compressed-tensors")
+    assert run.verify()[0].quantized == 14
+    assert torch.equal(logits_of_run(run.directory, IDS), logits_of(model))
+
+
+def test_no_run_is_written_of_other_modules(tmp_path):
+    config = Config.from_dict({"scheme": "W8A8", "algorithm": "rtn"})
+    with pytest.raises(ConfigError, match="leave output out"):
+        ModelQuantizer(config).quantize_model(nn.Sequential(nn.Linear(4, 4)), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_quantizing_a_copy_leaves_the_model_it_was_copied_from(random_model):
     model = random_model("llama")
     copied = copy.deepcopy(model)

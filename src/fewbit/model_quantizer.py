@@ -37,18 +37,26 @@ class ModelQuantizer:
 
     config: Config
 
-    def quantize_model(self, model: nn.Module, dataloader: Iterable[Any] | None = None) -> nn.Module:
+    def quantize_model(
+        self, model: nn.Module, dataloader: Iterable[Any] | None = None, output: str | Path | None = None
+    ) -> nn.Module:
         """Quantize `model` in place and return it.
 
         Args:
             dataloader: calibration batches: token ids [batch, tokens], {"input_ids": …, "attention_mask": …}, or for
                 other modules whatever they are called with (a tensor, a tuple, a dict of arguments). None is enough
                 for round-to-nearest with dynamic activations or none.
+            output: where the run of a transformers model is kept, e.g. to export it: `Run(output).export(…)`.
 
         Raises FewbitError for a config or data that cannot be used.
         """
         if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-            self._by_walk(model, dataloader)
+            self._by_walk(model, dataloader, output)
+        elif output is not None:
+            raise ConfigError(
+                f"{type(model).__name__} is no transformers model, of which no run is written; leave output out and "
+                "keep its state_dict"
+            )
         else:
             self._by_replacement(model, dataloader)
         return model
@@ -58,7 +66,7 @@ class ModelQuantizer:
         """Quark's last step: weights are packed already after `quantize_model`, or are packed now."""
         return ptq.freeze(model) if any(isinstance(module, FakeQuant) for module in model.modules()) else model
 
-    def _by_walk(self, model: PreTrainedModel, dataloader: Iterable[Any] | None) -> None:
+    def _by_walk(self, model: PreTrainedModel, dataloader: Iterable[Any] | None, output: str | Path | None) -> None:
         if self.config.attention is not None:  # an error now, not after the work
             attention.attach(model, self.config.attention)
             attention.detach(model)
@@ -66,7 +74,8 @@ class ModelQuantizer:
         if data == []:
             raise CalibrationError("the dataloader gave no batch; calibration needs at least one")
         with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
-            directory = quantize_model(model, self.config, Path(scratch) / "run", calibration=data, progress=False)
+            kept = Path(scratch) / "run" if output is None else output
+            directory = quantize_model(model, self.config, kept, calibration=data, progress=False)
             install(model, NativeCheckpoint(directory))
 
     def _by_replacement(self, model: nn.Module, dataloader: Iterable[Any] | None) -> None:
@@ -118,7 +127,7 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
             if known is not None:
                 setattr(made, f"{slot}_quantizer", ActivationQuantizer(known.spec, known, persistent=True))
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made.train(model.training))
+        setattr(model.get_submodule(parent), leaf, made.to(linear.weight.device).train(model.training))
     inside = {name: known for name, known in activations.items() if name.rpartition(".")[2] not in SLOTS}
     if (wanted := attention_config(inside)) is not None:
         attention.attach(model, wanted, inside)

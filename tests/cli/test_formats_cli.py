@@ -86,6 +86,9 @@ def test_inspect_shows_what_a_scheme_would_store(cli, checkpoint):
         code, out, err = cli("inspect", model, "--scheme", scheme)
         assert (code, err) == (0, "")
         assert f"quantized      14 linears: {spec}" in out
+    assert "attention" not in out
+    _, out, _ = cli("inspect", model, "--scheme", "W8A8KV8")
+    assert "attention      2 modules: key int8 per_token dynamic, value int8 per_token dynamic" in out
 
 
 def test_schemes_shows_exports_layouts_and_engines(cli):
@@ -98,7 +101,9 @@ def test_schemes_shows_exports_layouts_and_engines(cli):
         assert all(export in rows[name] for export in scheme.exports)
         assert (scheme.engines or "fewbit evaluate") in rows[name]
     for name, suite in KV_SUITES.items():
-        assert suite.key.summary in rows[name]
+        assert suite.spec.summary in rows[name]
+        assert all(export in rows[name] for export in suite.exports)
+        assert (suite.engines or "QuantizedCache") in rows[name]
 
 
 @pytest.mark.parametrize(

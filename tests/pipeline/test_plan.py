@@ -43,7 +43,7 @@ def test_exclude_leaves_out_and_says_by_which_pattern(model):
         *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")),
     }
     assert plan.linears["lm_head"].rule == "exclude 'lm_head'"
-    assert plan.block_groups[0] == model.groups[:2]
+    assert plan.block_groups[0] == (*model.groups[:2], (), ())
     assert plan.block_groups[1] == model.groups
 
 
@@ -82,6 +82,22 @@ def test_an_excluded_layer_need_not_divide(model):
         "model.layers.0.mlp.down_proj",
         "model.layers.1.mlp.down_proj",
     ]
+
+
+def test_groups_of_every_tensor_of_a_linear_are_checked(model):
+    def config(**options):
+        return {"scheme": None, "global_quant_config": {"weight": {"group_size": 32}} | options}
+
+    bad = {"qscheme": "per_group", "group_size": 48, "observer": "minmax"}
+    for options in (
+        {"bias": bad},
+        {"input_tensors": bad | {"is_dynamic": True}},
+        {"output_tensors": bad | {"is_dynamic": True}},
+        {"weight": {"group_size": 32, "first_stage": bad | {"dtype": "e4m3"}}},
+    ):
+        recipe = {name: value for name, value in config(**options).items() if value is not None}
+        with pytest.raises(ConfigError, match="group size 48 does not divide"):
+            make_plan(model, Config.from_dict(recipe))
 
 
 @pytest.mark.parametrize("recipe", [{"exclude": ["*"]}, {"exclude": ["*_proj"]}, {"scheme": None}])

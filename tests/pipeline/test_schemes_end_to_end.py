@@ -112,12 +112,18 @@ def test_an_export_that_is_impossible_is_refused_before_the_work(wide, tmp_path,
 def test_every_cache_suite_composes_with_a_scheme(run_of, wide, dequantized, suite, base):
     run = fewbit.Run(run_of(f"{base}{suite}"))
     activations = NativeCheckpoint(run.directory).activations()
-    assert activations["model.layers.0.self_attn.key"].spec == KV_SUITES[suite].key
-    assert activations["model.layers.0.self_attn.value"].spec == KV_SUITES[suite].value
+    assert activations["model.layers.0.self_attn.key"].spec == KV_SUITES[suite].spec
+    assert activations["model.layers.0.self_attn.value"].spec == KV_SUITES[suite].spec
     ours, plain = (fewbit.evaluate(found, IDS, against=wide) for found in (run, run_of(base)))
     assert fewbit.evaluate(run, IDS, against=dequantized(run.directory)).kl_mean > 1e-6  # more than its weights
     assert ours.kl_mean < plain.kl_mean + (0.3 if suite == "KV4" else 0.01)
-    if suite == "KVFP8":
+    inside = KV_SUITES[suite].attention.summary
+    assert run.report["attention"] == {"modules": 1} | inside
+    assert report_of(run_of(base))["attention"] is None
+    if not KV_SUITES[suite].exports:
+        with pytest.raises(ConfigError, match="a dynamic KV cache"):
+            run.export("compressed-tensors")
+    else:
         assert fewbit.evaluate(run.export("compressed-tensors"), IDS, against=wide) == ours
         assert run.verify()[0].activations == len(activations)
 
@@ -126,7 +132,7 @@ def test_a_composed_name_is_the_scheme_with_that_group_size_and_cache(run_of):
     made = NativeCheckpoint(run_of("W4A8KV4-g64"))
     assert {spec.group_size for spec, _ in made.quantized.values()} == {64}
     assert made.activations()["model.layers.0.mlp.up_proj.input"].spec == SCHEMES["W4A8"].config.input_tensors
-    assert made.activations()["model.layers.0.self_attn.key"].spec == KV_SUITES["KV4"].key
+    assert made.activations()["model.layers.0.self_attn.key"].spec == KV_SUITES["KV4"].spec
 
 
 @pytest.mark.parametrize("name", ["W4A16", "NVFP4A16", "MXFP4A16", "W3A16_ASYM"])

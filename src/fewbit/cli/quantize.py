@@ -107,6 +107,9 @@ def _print_summary(report: dict[str, Any]) -> None:
         )
     console = Console(soft_wrap=False, width=None if Console().is_terminal else 110)
     console.print(table)
+    if (attention := report["attention"]) is not None:
+        inside = ", ".join(f"{slot} {words}" for slot, words in attention.items() if slot != "modules")
+        typer.echo(f"attention  {attention['modules']} modules ({inside})")
     for row in report["linears"]:
         if row["status"] != "quantized":
             typer.echo(f"{row['status']:10} {row['name']} ({row['reason']})")

@@ -28,10 +28,10 @@ def schemes() -> None:
     console = Console(width=None if Console().is_terminal else 170)
     console.print(table)
     caches = Table(box=None)
-    for column in ("suffix", "key and value"):
+    for column in ("KV cache", "key and value", "exports", "engines"):
         caches.add_column(column)
-    for name, attention in KV_SUITES.items():
-        assert attention.key is not None
-        caches.add_row(name, attention.key.summary)
+    for suite in KV_SUITES.values():
+        engines = suite.engines or "fewbit evaluate, QuantizedCache"
+        caches.add_row(suite.name, suite.spec.summary, ", ".join(suite.exports) or "–", engines)
     console.print(caches)
     console.print("Names compose: W4A8KV4-g64 is W4A8 with a 4-bit KV cache and groups of 64 (-g-1: per channel).")

@@ -136,19 +136,27 @@ SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 _ALIASES = {"INT8": "W8A8", "W8A8-STATIC": "W8A8_STATIC", "FP8-DYNAMIC": "FP8_DYNAMIC", "FP8-BLOCK": "FP8_BLOCK"}
 
 
-def _cache(spec: QuantizationSpec) -> AttentionConfig:
-    return AttentionConfig(key=spec, value=spec)
+@dataclass(frozen=True)
+class CacheSuite:
+    """One row of the KV caches: the suffix of a scheme's name and what it stands for."""
+
+    name: str
+    spec: QuantizationSpec
+    """Of keys and values."""
+    exports: tuple[str, ...] = ()
+    engines: str = ""
+
+    @property
+    def attention(self) -> AttentionConfig:
+        return AttentionConfig(key=self.spec, value=self.spec)
 
 
-KV_SUITES: dict[str, AttentionConfig] = {
-    "KV8": _cache(_input("int8", "per_token", is_dynamic=True)),
-    "KVFP8": _cache(_input("e4m3", "per_tensor")),
-    "KV4": _cache(
-        QuantizationSpec(
-            dtype="uint4", qscheme="per_group", group_size=32, symmetric=False, observer="minmax", is_dynamic=True
-        )
-    ),
-}
+_SUITES = [
+    CacheSuite("KV8", _input("int8", "per_token", is_dynamic=True)),
+    CacheSuite("KVFP8", _input("e4m3", "per_tensor"), ("compressed-tensors",), VLLM),
+    CacheSuite("KV4", _input("uint4", "per_group", group_size=32, symmetric=False, is_dynamic=True)),
+]
+KV_SUITES: dict[str, CacheSuite] = {suite.name: suite for suite in _SUITES}
 _NAME = re.compile(r"(?P<base>.*?)\+?(?P<kv>KVFP8|KV8|KV4)?(?:-G(?P<group>\d+|-1))?")
 
 
@@ -167,7 +175,7 @@ def parse_scheme(name: str, group_size: int | None = None) -> tuple[Quantization
         raise ConfigError(f"scheme {name} has its group size in its name; group_size {group_size} contradicts it")
     size = group_size if group_size is not None else int(written) if written else None
     config = scheme.config if size is None else with_group_size(scheme.config, size)
-    return config, KV_SUITES[cache] if cache else None
+    return config, KV_SUITES[cache].attention if cache else None
 
 
 def scheme_config(name: str, group_size: int | None = None) -> QuantizationConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
@@ -44,8 +45,8 @@ class Plan:
 
     linears: dict[str, LinearPlan]
     block_groups: list[Groups]
-    """Per block: names (inside the block) of linears whose weights are quantized and that share an input, in execution
-    order."""
+    """Per block: of each of the model's groups, in the same order, the linears whose weights are quantized (by their
+    names inside the block); empty where none is."""
     warnings: list[str]
     attention: AttentionConfig | None = None
     attention_modules: tuple[str, ...] = ()
@@ -60,7 +61,7 @@ class Plan:
         """Spec of every weight that is quantized, by the weight's name."""
         return {f"{name}.weight": linear.spec for name, linear in self.linears.items() if linear.spec is not None}
 
-    @property
+    @cached_property
     def activations(self) -> dict[str, QuantizationSpec]:
         """Spec of every activation that is quantized, by module and slot: MODULE.input, ATTENTION_MODULE.key …"""
         found: dict[str, QuantizationSpec] = {}
@@ -109,7 +110,7 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     if not any(linear.config for linear in linears.values()) and config.attention is None:
         raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no spec")
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
-    warnings = _unlike_specs(model, linears, groups) + _other_weights(model, linears)
+    warnings = _unlike_specs(model, linears) + _other_weights(model, linears)
     inside: tuple[str, ...] = ()
     if config.attention is not None:  # attaching checks that it can be done
         inside = tuple(attention.attach(model.skeleton, config.attention))
@@ -138,11 +139,13 @@ def _grouped(linear: LinearPlan) -> Iterator[tuple[int, int, str, bool]]:
     config = linear.config
     assert config is not None
     inputs, outputs = (linear.shape[1], "inputs"), (linear.shape[0], "outputs")
-    along_rows = config.weight is not None and config.weight.ch_axis in (0, -2)
+    first = config.weight.first_stage if config.weight is not None else None
     tensors = (
-        (config.weight, outputs if along_rows else inputs),
+        (config.weight, outputs if _runs_along_rows(config.weight) else inputs),
+        (first, outputs if _runs_along_rows(first) else inputs),
         (config.input_tensors, inputs),
         (config.output_tensors, outputs),
+        (config.bias, outputs),
     )
     for spec, (channels, which) in tensors:
         if spec is not None and spec.group_size is not None:
@@ -150,10 +153,13 @@ def _grouped(linear: LinearPlan) -> Iterator[tuple[int, int, str, bool]]:
             yield size, channels, which, spec is config.weight and spec.scale_type == "float"
 
 
+def _runs_along_rows(spec: QuantizationSpec | None) -> bool:
+    return spec is not None and spec.ch_axis in (0, -2)
+
+
 def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPlan]) -> Groups:
     prefix = model.block_name(index) + "."
-    groups = [tuple(name for name in group if linears[prefix + name].spec is not None) for group in model.groups]
-    return tuple(group for group in groups if group)
+    return tuple(tuple(name for name in group if linears[prefix + name].spec is not None) for group in model.groups)
 
 
 def _other_weights(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:
@@ -179,10 +185,10 @@ def _other_weights(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> lis
     return warnings
 
 
-def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan], block_groups: list[Groups]) -> list[str]:
+def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:
     """Engines fuse linears that share an input into one matrix, which works only if they are quantized alike."""
     mixed = []
-    for index in range(len(block_groups)):
+    for index in range(len(model)):
         prefix = model.block_name(index) + "."
         for group in model.groups:
             if len({linears[prefix + name].config for name in group}) > 1:

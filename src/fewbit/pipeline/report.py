@@ -1,4 +1,4 @@
-"""report.json: every linear, what became of it and what it cost; totals; environment; the resolved recipe."""
+"""report.json: every linear, what became of it and what it cost; attention; totals; environment; the recipe."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def build_report(
         "totals": totals,
         "warnings": plan.warnings,
         "linears": rows + untouched,
+        "attention": {"modules": len(plan.attention_modules)} | plan.attention.summary if plan.attention else None,
         "environment": environment(),
         "recipe": config.to_dict(),
     }

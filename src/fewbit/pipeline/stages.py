@@ -113,8 +113,8 @@ class CalibrationStop:
 def stages_of(
     block: nn.Module, groups: Groups, decide: Callable[[Stage], None], samples: Mapping[int, int] | None = None
 ) -> list[Stage]:
-    """One stage per group of linears of a block. Those in `samples` get their input as it comes, and keep that many of
-    its tokens."""
+    """One stage per group of linears of a block that is not empty, numbered as the groups are. Those in `samples` get
+    their input as it comes, and keep that many of its tokens."""
     samples = samples or {}
     return [
         Stage(
@@ -125,6 +125,7 @@ def stages_of(
             sample=samples.get(order, 0),
         )
         for order, group in enumerate(groups)
+        if group
     ]
 
 
