@@ -151,6 +151,7 @@ UNLISTED = {
     "stablelm": {},
     "olmo2": {},
     "starcoder2": {},
+    "falcon": {"ffn_hidden_size": 128, "num_hidden_layers": 5},  # a linear of its own; its blocks return tuples
 }
 FOUND = {
     "phi": (
@@ -166,6 +167,11 @@ FOUND = {
         ("self_attn.o_proj",),
         ("mlp.c_fc",),
         ("mlp.c_proj",),
+    ),
+    "falcon": (
+        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+        ("self_attention.dense",),
+        ("mlp.dense_4h_to_h",),
     ),
 }
 

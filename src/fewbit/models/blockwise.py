@@ -56,6 +56,7 @@ class BlockwiseModel:
         self.blocks: nn.ModuleList = detect.get_module_list(skeleton, self.architecture.blocks)
         linear.adopt(skeleton)
         self._groups: Groups | None = self.architecture.groups or None
+        self._returns_tuple = False  # what the model expects of its blocks: known once one was called
         self._check_complete()
 
     @classmethod
@@ -160,7 +161,7 @@ class BlockwiseModel:
 
         def head(hidden: Tensor) -> Tensor:
             given = hidden.to(device)
-            with self._blocks_replaced(lambda _index, _hidden, _call: given):
+            with self._blocks_replaced(lambda _index, _hidden, _call: self._answer(given)):
                 out = self.skeleton(inputs_embeds=given, use_cache=False).logits
             return out.float()  # type: ignore[no-any-return]
 
@@ -170,19 +171,26 @@ class BlockwiseModel:
     def call_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         """One block's output hidden states [batch, tokens, channels]."""
         output: Tensor | tuple[Tensor, ...] = block(hidden, **to_device(call, hidden.device))
+        self._returns_tuple = isinstance(output, tuple)
         return output[0] if isinstance(output, tuple) else output
+
+    def _answer(self, hidden: Tensor) -> Tensor | tuple[Tensor]:
+        """Hidden states as the model takes them from a block."""
+        return (hidden,) if self._returns_tuple else hidden
 
     def _record(self, parent: nn.Module, batch: Mapping[str, Tensor]) -> BlockInputs:
         first: list[Tensor] = []
         calls: list[BlockCall] = []
 
-        def record(index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        def record(index: int, hidden: Tensor, call: BlockCall) -> Tensor | tuple[Tensor]:
             if index == 0:
                 first.append(hidden.detach().float().cpu())
+            elif hidden.shape != first[0].shape:  # the model has taken the first of a tuple that was none
+                self._returns_tuple = True
             calls.append(call)
             if index == len(self) - 1:
                 raise _LastBlockReachedError
-            return hidden
+            return self._answer(first[0].to(hidden.device))
 
         with self._blocks_replaced(record):
             try:
@@ -192,11 +200,11 @@ class BlockwiseModel:
         raise ArchitectureError(f"{type(parent).__name__} did not call all blocks of {self.architecture.blocks}")
 
     @contextmanager
-    def _blocks_replaced(self, stand_in: Callable[[int, Tensor, BlockCall], Tensor]) -> Iterator[None]:
+    def _blocks_replaced(self, stand_in: Callable[[int, Tensor, BlockCall], Any]) -> Iterator[None]:
         """Every block's forward becomes stand_in(index, hidden states, keyword arguments)."""
 
-        def forward_of(index: int) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward_of(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if args:
                     raise ArchitectureError(
                         f"blocks of {self.architecture.name} get positional arguments, which have no name to record"

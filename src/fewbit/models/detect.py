@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewbit.errors import ArchitectureError
 from fewbit.models.architecture import Architecture, Groups
+from fewbit.models.linear import Linear
+from fewbit.models.probe import shared_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,27 +53,9 @@ def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
 def groups(model: BlockwiseModel) -> Groups:
     """Which linears of a block share an input, in execution order: seen while 8 tokens pass the first block."""
     (inputs,) = model.enter([{"input_ids": torch.arange(8).unsqueeze(0)}])
-    seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identities distinct
+    linears = [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
     with model.loaded(0) as block, torch.no_grad():
-
-        def note(name: str, x: Tensor) -> None:
-            for tensor, members in seen:
-                if tensor is x:
-                    members.append(name)
-                    return
-            seen.append((x, [name]))
-
-        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        hooks = [
-            module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
-            for name, module in linears.items()
-        ]
-        try:
-            model.call_block(block, inputs.hidden, inputs.calls[0])
-        finally:
-            for hook in hooks:
-                hook.remove()
-    found = tuple(tuple(members) for _, members in seen)
+        found = shared_inputs(block, linears, [lambda: model.call_block(block, inputs.hidden, inputs.calls[0])])
     unseen = set(linears) - {name for members in found for name in members}
     kind = model.architecture.name
     if unseen:
@@ -80,7 +64,7 @@ def groups(model: BlockwiseModel) -> Groups:
             + WHAT_TO_WRITE.format(name=kind)
         )
     for index, other in enumerate(model.blocks):
-        names = {name for name, module in other.named_modules() if isinstance(module, nn.Linear)}
+        names = {name for name, module in other.named_modules() if isinstance(module, Linear)}
         if names != set(linears):
             raise ArchitectureError(
                 f"model type {kind!r} is not listed and its block {index} has other linears than its first; "

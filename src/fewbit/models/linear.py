@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from fewbit.errors import ArchitectureError
 from fewbit.numerics import matmul
 
 
@@ -41,9 +43,40 @@ class Linear(nn.Linear):
 
 
 def adopt(module: nn.Module) -> None:
-    """Make every plain nn.Linear below `module` a Linear. Weights and everything else stay."""
+    """Make every nn.Linear below `module` a Linear, and families' own kinds of linears that compute the same. Weights
+    and everything else stay."""
     for child in module.modules():
-        if type(child) is nn.Linear:
+        if isinstance(child, nn.Linear) and not isinstance(child, Linear) and _is_plain(child):
             child.__class__ = Linear
             child.register_module("input_quantizer", None)
             child.register_module("output_quantizer", None)
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """A linear of a block by its name; ArchitectureError if it is none."""
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureError(f"{type(block).__name__} has no linear {name!r}") from None
+    if not isinstance(module, nn.Linear):
+        raise ArchitectureError(f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a linear")
+    return module
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether a linear holds nothing but weight and bias, and its class computes their product."""
+    return linear.state_dict().keys() <= {"weight", "bias"} and _multiplies(type(linear))
+
+
+def _multiplies(kind: type[nn.Linear]) -> bool:
+    """Whether a class of linears computes x Wᵀ + b whatever its code looks like: seen on a small one."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    small = kind.__new__(kind)
+    nn.Linear.__init__(small, 5, 3)
+    x = torch.linspace(-1, 2, 10).view(2, 5)
+    try:
+        found = small(x)
+    except (AttributeError, TypeError, RuntimeError):  # it needs what its own __init__ makes
+        return False
+    return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, small.weight, small.bias))

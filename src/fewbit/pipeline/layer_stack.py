@@ -18,8 +18,8 @@ from fewbit.config.spec import SCALE_DTYPES, QuantizationSpec
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
 from fewbit.models.architecture import Groups
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
+from fewbit.models.linear import linear_of
 from fewbit.pipeline.reference import Reference
-from fewbit.pipeline.stages import linear_of
 
 Inputs = Tensor | Sequence[Tensor | Item]
 """Batches of the first layer's input [batch, tokens, channels]; with keyword arguments as the items of a

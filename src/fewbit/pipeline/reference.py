@@ -8,7 +8,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from fewbit.models.architecture import Groups
-from fewbit.pipeline.stages import linear_of
+from fewbit.models.linear import linear_of
 
 
 class Reference:

@@ -22,7 +22,9 @@ from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError
 from fewbit.models.forward_manager import LayerForwardManager, forward_manager
+from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
+from fewbit.models.probe import shared_inputs
 from fewbit.nn.quantizer import weight_spec
 from fewbit.pipeline.layer_stack import (
     Inputs,
@@ -35,10 +37,9 @@ from fewbit.pipeline.layer_stack import (
     replacing_weights,
     stored_dtype,
 )
-from fewbit.pipeline.probe import shared_inputs
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
 from fewbit.pipeline.staged import StagedForward, Strategy
-from fewbit.pipeline.stages import Stage, linear_of
+from fewbit.pipeline.stages import Stage
 
 logger = logging.getLogger("fewbit")
 

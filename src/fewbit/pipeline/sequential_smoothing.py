@@ -28,7 +28,9 @@ from fewbit.errors import ConfigError
 from fewbit.models import folding
 from fewbit.models.architecture import Scaling
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, forward_manager
+from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
+from fewbit.models.probe import shared_inputs
 from fewbit.models.scalings import scalings_of_block
 from fewbit.nn.quantizer import make_spec, weight_spec
 from fewbit.pipeline.layer_stack import (
@@ -41,8 +43,6 @@ from fewbit.pipeline.layer_stack import (
     linears_of,
     stored_dtype,
 )
-from fewbit.pipeline.probe import shared_inputs
-from fewbit.pipeline.stages import linear_of
 
 logger = logging.getLogger("fewbit")
 

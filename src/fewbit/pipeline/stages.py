@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fewbit.calibration.observers import make_observer
 from fewbit.calibration.statistics import Statistics
-from fewbit.errors import ArchitectureError
 from fewbit.models.architecture import Groups
+from fewbit.models.linear import linear_of
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attention import ATTRIBUTE
 
@@ -127,17 +127,6 @@ def stages_of(
         for order, group in enumerate(groups)
         if group
     ]
-
-
-def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """A linear of a block by its name; ArchitectureError if it is none."""
-    try:
-        module = block.get_submodule(name)
-    except AttributeError:
-        raise ArchitectureError(f"{type(block).__name__} has no linear {name!r}") from None
-    if not isinstance(module, nn.Linear):
-        raise ArchitectureError(f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a linear")
-    return module
 
 
 def calibration_stops(block: nn.Module, groups: Groups, prefix: str = "") -> list[CalibrationStop]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from fewbit.models.architecture import Groups
-from fewbit.pipeline.stages import linear_of
+from fewbit.models.linear import linear_of
 
 
 def shared_inputs(block: nn.Module, names: Collection[str], forwards: Sequence[Callable[[], object]]) -> Groups:

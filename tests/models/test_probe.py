@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fewbit.pipeline.probe import shared_inputs
+from fewbit.models.probe import shared_inputs
 
 
 class Attention(nn.Module):
