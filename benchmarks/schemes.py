@@ -4,12 +4,14 @@
         --evaluation EVALUATION.txt --json benchmarks/results/schemes.json [--peer-python PEER/bin/python]
 
 Weights of 4 bits and less are measured on the dithered model (the other's lie on a 4-bit grid), the rest on the
-original. FP8_BLOCK is missing: SmolLM2's 576 channels are no multiple of its groups of 128 activations. 32 × 512 tokens, seed 0; 16 windows of 512 of a text that was not used for calibration. Rows that the JSON
-has already are not measured again, so the script can be stopped and started. `--only W8A8:gptq` measures chosen rows.
+original. FP8_BLOCK is missing: SmolLM2's 576 channels are no multiple of its groups of 128 activations. 32 × 512
+tokens, seed 0; 16 windows of 512 of a text that was not used for calibration. Rows that the JSON has already are not
+measured again, so the script can be stopped and started. `--only W8A8:gptq` measures chosen rows.
 """
 
 import argparse
 import datetime
+import functools
 import json
 import subprocess
 import tempfile
@@ -22,7 +24,17 @@ ALGORITHMS = ("rtn", "gptq", "awq", "awq+gptq")
 SMOOTH = ("smoothquant+gptq", "smoothquant+gptq:drift=0.5")
 WIDE = ["W8A8_STATIC", "FP8", "FP8_DYNAMIC", "W8A16-g64", "W8A16_ASYM-g64"]
 WIDE += ["MXFP8", "MXFP6", "MXINT8", "MX9", "MX6", "BFP16"]
-NARROW = ["W4A16-g64", "W4A16_ASYM-g64", "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "W4A8-g64", "W4AFP8-g64", "W4A4-g64"]
+NARROW = [
+    "W4A16-g64",
+    "W4A16_ASYM-g64",
+    "NVFP4",
+    "NVFP4A16",
+    "MXFP4",
+    "MXFP4A16",
+    "W4A8-g64",
+    "W4AFP8-g64",
+    "W4A4-g64",
+]
 NARROW += ["W3A16-g64", "W3A16_ASYM-g64", "W2A16-g64", "W2A16_ASYM-g64"]
 CACHES = ["KV8", "KVFP8", "KV4"]
 PEER = [
@@ -88,8 +100,14 @@ def measure_peer(model: Path, scheme: str, algorithm: str, args: argparse.Namesp
         return evaluated(Path(scratch) / "compressed", model, args) | {"seconds": measured["quantize_seconds"]}
 
 
+@functools.cache
+def reference(model: Path) -> fewbit.Reference:
+    return fewbit.Reference(model)
+
+
 def evaluated(quantized: Path, model: Path, args: argparse.Namespace) -> dict:
-    found = fewbit.evaluate(quantized, args.evaluation, sequence_length=512, max_windows=args.windows, against=model)
+    options = {"sequence_length": 512, "max_windows": args.windows, "against": reference(model)}
+    found = fewbit.evaluate(quantized, args.evaluation, **options)
     return {
         "perplexity": found.perplexity,
         "reference_perplexity": found.reference_perplexity,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fewbit.config.spec import QuantizationConfig as QuantizationConfig
     from fewbit.config.spec import QuantizationSpec as QuantizationSpec
     from fewbit.errors import FewbitError as FewbitError
+    from fewbit.evaluation.reference import Reference as Reference
     from fewbit.io import dump as dump
     from fewbit.io import load as load
     from fewbit.model_quantizer import ModelQuantizer as ModelQuantizer
@@ -98,6 +99,7 @@ _HOME = {
     "QuantizationConfig": "fewbit.config.spec",
     "QuantizationSpec": "fewbit.config.spec",
     "FewbitError": "fewbit.errors",
+    "Reference": "fewbit.evaluation.reference",
     "dump": "fewbit.io",
     "load": "fewbit.io",
     "ModelQuantizer": "fewbit.model_quantizer",

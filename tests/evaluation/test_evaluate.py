@@ -12,7 +12,7 @@ import fewbit
 from fewbit.calibration.tokens import tokenize
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.errors import CalibrationError, CheckpointError
-from fewbit.evaluation import metrics
+from fewbit.evaluation import metrics, reference
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import attention_config
@@ -102,6 +102,18 @@ def test_kl_and_top1_are_those_of_a_plain_loop(
     assert found.kl_p99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-3)
     assert found.top1_agreement == pytest.approx((ours.argmax(-1) == reference.argmax(-1)).double().mean().item())
     assert 0 < found.kl_mean < found.kl_p99
+
+
+def test_a_reference_is_computed_once_per_text(finished_run, checkpoint, evaluation_file, windows, monkeypatch):
+    model, run = checkpoint("llama"), finished_run("llama")
+    plain = [fewbit.evaluate(run, ids, against=model) for ids in (windows, windows[:2])]
+    called = []
+    original = reference.last_hidden_states
+    monkeypatch.setattr(reference, "last_hidden_states", lambda *args: called.append(args) or original(*args))
+    kept = fewbit.Reference(model)
+    found = [fewbit.evaluate(run, ids, against=kept) for ids in (windows, windows, windows[:2], windows[:2])]
+    assert found == [plain[0], plain[0], plain[1], plain[1]]
+    assert len(called) == 2
 
 
 def test_kl_of_different_distributions_is_the_sum_over_the_vocabulary():

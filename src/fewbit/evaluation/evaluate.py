@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fewbit.calibration.tokens import begin_with, beginning, checked_ids, read_texts, tokenize
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 from fewbit.evaluation import metrics
+from fewbit.evaluation.reference import Reference, last_hidden_states
 from fewbit.evaluation.sources import open_any
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.pipeline.hidden_states import HiddenStates
@@ -55,25 +56,26 @@ def evaluate(
     *,
     sequence_length: int = 2048,
     max_windows: int | None = None,
-    against: str | Path | PreTrainedModel | None = None,
+    against: str | Path | PreTrainedModel | Reference | None = None,
     tokenizer: Any = None,
     device: str = "auto",
     activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
 ) -> Evaluation:
     """Perplexity of a checkpoint, run, export or module on a text file (or token ids [windows, tokens]).
 
-    With `against`, also the distance to that reference model. Raises FewbitError for unusable input.
+    With `against`, also the distance to that model; a Reference computes its side once for several comparisons.
+    Raises FewbitError for unusable input.
     """
     if sequence_length < 2:
         raise ConfigError(f"the sequence length must be at least 2, not {sequence_length}")
     if max_windows is not None and max_windows < 1:
         raise ConfigError(f"the number of windows must be at least 1, not {max_windows}")
     blockwise = open_any(model)
-    reference = open_any(against) if against is not None else None
-    if reference is not None and reference.config.vocab_size != blockwise.config.vocab_size:
+    reference = against if isinstance(against, Reference | None) else Reference(against)
+    if reference is not None and reference.model.config.vocab_size != blockwise.config.vocab_size:
+        sizes = f"{blockwise.config.vocab_size} and {reference.model.config.vocab_size}"
         raise CheckpointError(
-            f"the models have vocabularies of {blockwise.config.vocab_size} and {reference.config.vocab_size} tokens; "
-            "only models with the same tokens can be compared"
+            f"the models have vocabularies of {sizes} tokens; only models with the same tokens can be compared"
         )
     if isinstance(text, Tensor):
         ids = checked_ids(text)
@@ -82,11 +84,11 @@ def evaluate(
     target = choose_device(device)
     budget = parse_size(activation_memory) // (1 if reference is None else 2)
     with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
-        hidden = _last_hidden_states(blockwise, ids, target, budget, Path(scratch) / "model")
+        hidden = last_hidden_states(blockwise, ids, target, budget, Path(scratch))
         if reference is None:
             return _score(blockwise, hidden, ids, target)
-        reference_hidden = _last_hidden_states(reference, ids, target, budget, Path(scratch) / "reference")
-        return _compare(blockwise, hidden, reference, reference_hidden, ids, target)
+        expected = reference.last_hidden_states(ids, target, budget)
+        return _compare(blockwise, hidden, reference.model, expected, ids, target)
 
 
 def _windows(text: str | Path, tokenizer: Any, length: int, max_windows: int | None) -> Tensor:
@@ -101,22 +103,6 @@ def _windows(text: str | Path, tokenizer: Any, length: int, max_windows: int | N
         raise CalibrationError(f"text {source} has {tokens.numel()} tokens, less than one window of {length}")
     count = min(count, max_windows or count)
     return begin_with(first, tokens[: count * length].view(count, length))
-
-
-def _last_hidden_states(
-    model: BlockwiseModel, ids: Tensor, device: torch.device, budget: int, scratch: Path
-) -> HiddenStates:
-    """Output of the last block for every window, each block loaded once."""
-    states = HiddenStates(budget, scratch)
-    calls = []
-    for index, inputs in enumerate(model.enter([{"input_ids": window.unsqueeze(0)} for window in ids], device)):
-        states.put(index, inputs.hidden)
-        calls.append(inputs.calls)
-    for number in range(len(model)):
-        with model.loaded(number, device) as block, torch.no_grad():
-            for index in range(len(states)):
-                states.put(index, model.call_block(block, states.get(index).to(device), calls[index][number]))
-    return states
 
 
 def _pieces(states: HiddenStates, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,53 @@
+"""What every evaluation begins with: the last block's output for every window, each block loaded once."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fewbit.evaluation.sources import open_any
+from fewbit.models.blockwise import BlockwiseModel
+from fewbit.pipeline.hidden_states import HiddenStates
+
+
+class Reference:
+    """A model that others are compared with. What it computes for a text is kept for the next comparison.
+
+    Args:
+        model: checkpoint, run, export or module.
+    """
+
+    def __init__(self, model: str | Path | PreTrainedModel) -> None:
+        self.model = open_any(model)
+        self._scratch = tempfile.TemporaryDirectory(prefix="fewbit-")
+        self._ids: Tensor | None = None
+        self._states: HiddenStates | None = None
+
+    def last_hidden_states(self, ids: Tensor, device: torch.device, budget: int) -> HiddenStates:
+        """For windows `ids` [windows, tokens]; up to `budget` bytes of it in memory, the rest in files."""
+        if self._states is None or self._ids is None or not torch.equal(ids, self._ids):
+            if self._states is not None:
+                self._states.close()
+            self._states = last_hidden_states(self.model, ids, device, budget, Path(self._scratch.name) / "states")
+            self._ids = ids.clone()
+        return self._states
+
+
+def last_hidden_states(
+    model: BlockwiseModel, ids: Tensor, device: torch.device, budget: int, scratch: Path
+) -> HiddenStates:
+    """Output of the last block for each window of `ids` [windows, tokens]."""
+    states = HiddenStates(budget, scratch)
+    calls = []
+    for index, inputs in enumerate(model.enter([{"input_ids": window.unsqueeze(0)} for window in ids], device)):
+        states.put(index, inputs.hidden)
+        calls.append(inputs.calls)
+    for number in range(len(model)):
+        with model.loaded(number, device) as block, torch.no_grad():
+            for index in range(len(states)):
+                states.put(index, model.call_block(block, states.get(index).to(device), calls[index][number]))
+    return states
