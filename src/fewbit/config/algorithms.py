@@ -86,6 +86,14 @@ class GPTQConfig:
 
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_gptq)
 
+    def drift_batches(self, total: int) -> list[int]:
+        """Numbers of the batches, of `total`, on which the drift is measured: evenly spaced, at least one; none if
+        drift is off."""
+        if self.drift == 0:
+            return []
+        count = max(1, round(self.drift_data * total))
+        return sorted({number * total // count for number in range(count)})
+
 
 def _translate_search(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)

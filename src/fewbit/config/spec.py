@@ -239,10 +239,7 @@ class QuantizationConfig:
         for name, spec in self.activations.items():
             if spec is None:
                 continue
-            if spec.observer in WEIGHT_ONLY_OBSERVERS:
-                raise ConfigError(f"{name}: observer {spec.observer} is for weights; use minmax, mse or percentile")
-            if spec.first_stage is not None:
-                raise ConfigError(f"{name}: first_stage is for weights; an activation takes residual=True")
+            _check_activation(name, spec)
             if spec.residual and not spec.is_dynamic:
                 raise ConfigError(f"{name}: residual needs is_dynamic=True: what is left over has a scale of its own")
             if (
@@ -294,6 +291,14 @@ class QuantizationConfig:
         return any(spec is not None and spec.needs_data for spec in self.activations.values())
 
 
+def _check_activation(name: str, spec: QuantizationSpec) -> None:
+    """ConfigError for what only a weight can have."""
+    if spec.observer in WEIGHT_ONLY_OBSERVERS:
+        raise ConfigError(f"{name}: observer {spec.observer} is for weights; use minmax, mse or percentile")
+    if spec.first_stage is not None:
+        raise ConfigError(f"{name}: first_stage is for weights; an activation takes residual=True")
+
+
 @config_class
 class AttentionConfig:
     """What is quantized inside attention, after rotary embeddings. None leaves the tensor as it is.
@@ -314,10 +319,7 @@ class AttentionConfig:
         for name, spec in self.specs.items():
             if spec is None:
                 continue
-            if spec.observer in WEIGHT_ONLY_OBSERVERS:
-                raise ConfigError(f"attention {name}: observer {spec.observer} is for weights; use minmax or mse")
-            if spec.first_stage is not None:
-                raise ConfigError(f"attention {name}: first_stage is for weights; leave it out")
+            _check_activation(f"attention {name}", spec)
             if not spec.is_dynamic and not spec.format.is_cast and spec.qscheme not in ("per_tensor", "per_channel"):
                 raise ConfigError(
                     f"attention {name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot "

@@ -42,6 +42,35 @@ class FakeQuant(nn.Module):
     _known: tuple[object, Tensor] | None
     """The weight's identity and its quantized values."""
 
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        config: QuantizationConfig | str | None = None,
+        *,
+        weight: QuantizationSpec | None = None,
+        input_tensors: QuantizationSpec | None = None,
+        output_tensors: QuantizationSpec | None = None,
+        bias: QuantizationSpec | None = None,
+        group_size: int | None = None,
+    ) -> Self:
+        """The same linear or convolution, fake-quantized. `module` stays as it is and shares its parameters.
+
+        Args:
+            config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given.
+            weight, input_tensors, output_tensors, bias: specs that replace the config's.
+            group_size: of the weight; −1 is one scale per output channel.
+
+        ConfigError if nothing is to be quantized or the spec does not fit the weight.
+        """
+        specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
+        return _adopt(cls._like(module), module, _resolve(config or cls.preset, specs, group_size))
+
+    @classmethod
+    def _like(cls, module: Any) -> Self:
+        """One of `module`'s shape, without weights."""
+        raise TypeError(f"{cls.__name__} is no module of its own; use FakeQuantLinear or a FakeQuantConv")
+
     def set_config(self, config: QuantizationConfig) -> None:
         """Quantize by `config` from now on; what calibration found is forgotten."""
         for field, slot in (("input_tensors", "input_quantizer"), ("output_tensors", "output_quantizer")):
@@ -93,29 +122,8 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
     """y = Q_out(Q_in(x) · Q(W)ᵀ + b)."""
 
     @classmethod
-    def from_module(
-        cls,
-        linear: nn.Linear,
-        config: QuantizationConfig | str | None = None,
-        *,
-        weight: QuantizationSpec | None = None,
-        input_tensors: QuantizationSpec | None = None,
-        output_tensors: QuantizationSpec | None = None,
-        bias: QuantizationSpec | None = None,
-        group_size: int | None = None,
-    ) -> Self:
-        """The same linear, fake-quantized. `linear` stays as it is and shares its parameters.
-
-        Args:
-            config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given.
-            weight, input_tensors, output_tensors, bias: specs that replace the config's.
-            group_size: of the weight; −1 is one scale per output channel.
-
-        ConfigError if nothing is to be quantized or the spec does not fit the weight.
-        """
-        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
-        return _adopt(made, linear, _resolve(config or cls.preset, specs, group_size))
+    def _like(cls, module: Any) -> Self:
+        return cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out] in x's dtype."""
@@ -132,32 +140,19 @@ class FakeQuantConv(FakeQuant):
     """What the convolutions have in common."""
 
     @classmethod
-    def from_module(
-        cls,
-        conv: nn.Conv1d | nn.Conv2d,
-        config: QuantizationConfig | str | None = None,
-        *,
-        weight: QuantizationSpec | None = None,
-        input_tensors: QuantizationSpec | None = None,
-        output_tensors: QuantizationSpec | None = None,
-        bias: QuantizationSpec | None = None,
-        group_size: int | None = None,
-    ) -> Self:
-        """The same convolution, fake-quantized; arguments as in FakeQuantLinear.from_module."""
-        made = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
+    def _like(cls, module: Any) -> Self:
+        return cls(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            bias=module.bias is not None,
+            padding_mode=module.padding_mode,
             device="meta",
         )
-        specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
-        return _adopt(made, conv, _resolve(config or cls.preset, specs, group_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, channels, …] or [channels, …]."""

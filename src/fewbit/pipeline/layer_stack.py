@@ -43,7 +43,32 @@ class Batch:
         return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def batches_of(inputs: Inputs) -> list[Batch]:
+@dataclass(frozen=True)
+class Stack:
+    """Layers, their linears and what goes into them, checked before anything is changed."""
+
+    layers: list[nn.Module]
+    linears: list[dict[str, str]]
+    """Per layer {name inside the layer: full name} of those to quantize."""
+    batches: list[Batch]
+    root: str
+    """What full names begin with."""
+
+
+def open_stack(
+    layers: Iterable[nn.Module], inputs: Inputs, spec: QuantizationSpec, exclude: Sequence[str], prefix: str
+) -> Stack:
+    """Layers and inputs for quantization by `spec`. FewbitError for what cannot be honoured."""
+    stack = list(layers)
+    root = f"{prefix}." if prefix else ""
+    linears = _linears(stack, root, exclude)
+    _check_shapes(stack, linears, spec)
+    batches = _batches(inputs)
+    _check_rotations(stack, batches)
+    return Stack(stack, linears, batches, root)
+
+
+def _batches(inputs: Inputs) -> list[Batch]:
     """Batches of recorded inputs; the tensors are not copied, and never written to."""
     items = [inputs] if isinstance(inputs, Tensor | Mapping) else inputs
     batches = []
@@ -63,9 +88,8 @@ def batches_of(inputs: Inputs) -> list[Batch]:
     return batches
 
 
-def linears_of(layers: Sequence[nn.Module], prefix: str, exclude: Sequence[str]) -> list[dict[str, str]]:
+def _linears(layers: Sequence[nn.Module], root: str, exclude: Sequence[str]) -> list[dict[str, str]]:
     """Per layer {name inside the layer: full name} of its linears. ConfigError for a pattern that matches none."""
-    root = f"{prefix}." if prefix else ""
     found = [
         {
             name: f"{root}{index}" + (f".{name}" if name else "")
@@ -86,7 +110,7 @@ def linears_of(layers: Sequence[nn.Module], prefix: str, exclude: Sequence[str])
     ]
 
 
-def check_shapes(layers: Sequence[nn.Module], linears: Sequence[Mapping[str, str]], spec: QuantizationSpec) -> None:
+def _check_shapes(layers: Sequence[nn.Module], linears: Sequence[Mapping[str, str]], spec: QuantizationSpec) -> None:
     """ConfigError for the first linear that the spec's groups or blocks do not divide."""
     for layer, names in zip(layers, linears, strict=True):
         for name, full in names.items():
@@ -99,7 +123,7 @@ def check_shapes(layers: Sequence[nn.Module], linears: Sequence[Mapping[str, str
                 ) from None
 
 
-def check_rotations(layers: Iterable[nn.Module], batches: Iterable[Batch]) -> None:
+def _check_rotations(layers: Iterable[nn.Module], batches: Iterable[Batch]) -> None:
     """ArchitectureError if layers rotate positions in several ways and the inputs hold the embeddings of one."""
     kinds = set()
     for layer in layers:
@@ -136,7 +160,8 @@ class Pass:
 
     def reference(self, groups: Groups, config: GPTQConfig) -> Reference | None:
         """The same layer in full precision, if the drift of the inputs is wanted. Call it before weights change."""
-        if config.drift == 0:
+        chosen = config.drift_batches(len(self.batches))
+        if not chosen:
             return None
         # shares its parameters with the layer, which gets others when it is quantized
         original = copy.deepcopy(self.layer, {id(p): p for p in self.layer.parameters()})
@@ -148,8 +173,6 @@ class Pass:
         def emit(index: int, output: Tensor) -> None:
             self.batches[index].reference = output.to(self.batches[index].hidden.device)
 
-        count = max(1, round(config.drift_data * len(self.batches)))
-        chosen = sorted({number * len(self.batches) // count for number in range(count)})  # evenly spaced
         return Reference(original, groups, chosen, forward, emit)
 
     def _call(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -26,17 +26,7 @@ from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
 from fewbit.models.probe import shared_inputs
 from fewbit.nn.quantizer import weight_spec
-from fewbit.pipeline.layer_stack import (
-    Inputs,
-    Pass,
-    batches_of,
-    check_rotations,
-    check_shapes,
-    computing,
-    linears_of,
-    replacing_weights,
-    stored_dtype,
-)
+from fewbit.pipeline.layer_stack import Inputs, Pass, computing, open_stack, replacing_weights, stored_dtype
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
 from fewbit.pipeline.staged import StagedForward, Strategy
 from fewbit.pipeline.stages import Stage
@@ -99,14 +89,10 @@ def run_gptq_for_sequential_layers(
     Raises ConfigError for what cannot be honoured, before anything is changed.
     """
     weights, algorithm = _resolved(spec, config)
-    stack = list(layers)
-    linears = linears_of(stack, prefix, exclude)
-    check_shapes(stack, linears, weights)
-    batches = batches_of(inputs)
-    check_rotations(stack, batches)
+    stack = open_stack(layers, inputs, weights, exclude, prefix)
     results: dict[str, LinearResult] = {}
-    for layer, names in zip(stack, linears, strict=True):
-        results |= _quantize_layer(Pass(layer, batches, forward), names, weights, algorithm, strategy)
+    for layer, names in zip(stack.layers, stack.linears, strict=True):
+        results |= _quantize_layer(Pass(layer, stack.batches, forward), names, weights, algorithm, strategy)
         trim_heap()
     return results
 

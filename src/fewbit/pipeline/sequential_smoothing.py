@@ -33,16 +33,7 @@ from fewbit.models.memory import trim_heap
 from fewbit.models.probe import shared_inputs
 from fewbit.models.scalings import scalings_of_block
 from fewbit.nn.quantizer import make_spec, weight_spec
-from fewbit.pipeline.layer_stack import (
-    Inputs,
-    Pass,
-    batches_of,
-    check_rotations,
-    check_shapes,
-    computing,
-    linears_of,
-    stored_dtype,
-)
+from fewbit.pipeline.layer_stack import Inputs, Pass, computing, open_stack, stored_dtype
 
 logger = logging.getLogger("fewbit")
 
@@ -136,20 +127,15 @@ def run_smooth_quant_for_sequential_layers(
     Raises ConfigError for what cannot be honoured, and if nothing in the layers can be scaled.
     """
     quantization, search = _resolved(spec, config)
-    stack = list(layers)
-    linears = linears_of(stack, prefix, exclude)
     assert quantization.weight is not None
-    check_shapes(stack, linears, quantization.weight)
-    batches = batches_of(inputs)
-    check_rotations(stack, batches)
-    root = f"{prefix}." if prefix else ""
+    stack = open_stack(layers, inputs, quantization.weight, exclude, prefix)
+    sample = 0
+    if isinstance(search, SmoothQuantConfig) and quantization.input_tensors is not None:
+        sample = search.sample_tokens
     known: dict[tuple[object, ...], tuple[Scaling, ...]] = {}
     results: dict[str, ScaleSearch] = {}
-    for index, (layer, names) in enumerate(zip(stack, linears, strict=True)):
-        run = Pass(layer, batches, forward)
-        sample = 0
-        if isinstance(search, SmoothQuantConfig) and quantization.input_tensors is not None:
-            sample = search.sample_tokens
+    for index, (layer, names) in enumerate(zip(stack.layers, stack.linears, strict=True)):
+        run = Pass(layer, stack.batches, forward)
         with computing(layer), torch.no_grad():
             every = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
             kind = (type(layer), *((name, p.shape) for name, p in layer.named_parameters()))
@@ -162,9 +148,10 @@ def run_smooth_quant_for_sequential_layers(
                 if not readers or scaling not in statistics:
                     continue
                 found = _scaled(layer, scaling, readers, statistics.pop(scaling), quantization, search, gptq_follows)
-                results[f"{root}{index}.{scaling.producer}"] = found
+                name = f"{stack.root}{index}.{scaling.producer}"
+                results[name] = found
                 gain = found.loss / found.loss_before if found.loss_before else 1.0
-                logger.info("%s%d.%s alpha %s loss × %.3f", root, index, scaling.producer, found.alpha, gain)
+                logger.info("%s alpha %s loss × %.3f", name, found.alpha, gain)
         trim_heap()
     if not results:
         raise ConfigError(

@@ -96,9 +96,8 @@ class Smoother:
         Returns members and statistics in terms of the scaled input, or None if nothing is gained by scaling.
         """
         name = f"{prefix}{scaling.producer}"
-        producer = results.get(name)
-        rows = self._source.info()[f"{name}.weight"].shape[0]
-        is_norm = len(self._source.info()[f"{name}.weight"].shape) == 1
+        shape = self._source.info()[f"{name}.weight"].shape
+        rows, is_norm = shape[0], len(shape) == 1
         device = statistics.moment.device
         channels = folding.channel_map(members[0].weight.shape[1], rows, self._head_dim)
         found = search_scales(
@@ -118,27 +117,12 @@ class Smoother:
         if found.alpha is None:
             return None
         wanted = folding.per_row(found.scale.cpu(), channels, rows)
-        bias = self._bias(f"{name}.bias", dense)
-        if producer is not None:
-            there = producer.weight.scale.device
-            moved = None if bias is None else bias.to(there)
-            quantized, folded_bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
-            results[name] = replace(producer, weight=quantized)
-            taken, folded_bias = taken.cpu(), None if folded_bias is None else folded_bias.cpu()
-        else:
-            weight = self._read(f"{name}.weight", dense)
-            if is_norm:
-                weight, folded_bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
-            else:
-                weight, folded_bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
-            dense[f"{name}.weight"] = weight
-        if folded_bias is not None:
-            dense[f"{name}.bias"] = folded_bias
-        folded = [prefix + other for other in scaling.others]
-        folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
+        taken = self._divide(name, scaling, wanted, is_norm, results, dense)
         columns = taken[channels].to(device)
         for other in scaling.others:
             dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
+        folded = [prefix + other for other in scaling.others]
+        folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
         scaled = replace(
             statistics,
             moment=transform_moment(statistics.moment, columns),
@@ -146,6 +130,32 @@ class Smoother:
         )
         members = [replace(member, weight=member.weight * columns) for member in members]
         return members, scaled, Found(scaling, found, columns, tuple(folded) if is_norm else ())
+
+    def _divide(
+        self,
+        name: str,
+        scaling: Scaling,
+        wanted: Tensor,
+        is_norm: bool,
+        results: dict[str, LinearResult],
+        dense: dict[str, Tensor],
+    ) -> Tensor:
+        """Divide the rows of a norm or linear; returns what they were divided by, which storage may round. [rows]"""
+        bias = self._bias(f"{name}.bias", dense)
+        if (producer := results.get(name)) is not None:
+            there = producer.weight.scale.device
+            moved = None if bias is None else bias.to(there)
+            quantized, bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
+            results[name] = replace(producer, weight=quantized)
+        else:
+            weight = self._read(f"{name}.weight", dense)
+            if is_norm:
+                dense[f"{name}.weight"], bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
+            else:
+                dense[f"{name}.weight"], bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
+        if bias is not None:
+            dense[f"{name}.bias"] = bias.cpu()
+        return taken.cpu()
 
     def clipped(self, members: list[Member], moment: Tensor) -> list[Member]:
         """The members with their ranges clipped, if the recipe asks for it; `moment` is that of their input."""

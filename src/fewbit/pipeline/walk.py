@@ -83,7 +83,7 @@ class Walk:
         self._attach()
         if calibration is None:
             return self._without_data(finished)
-        share = self.activation_memory // (2 if self.drift_batches(len(calibration.batches)) else 1)
+        share = self.activation_memory // (2 if self._drift_batches(calibration) else 1)
         hidden = HiddenStates(share, self.directory.work / "quantized")
         reference = HiddenStates(share, self.directory.work / "reference")
         try:
@@ -104,17 +104,13 @@ class Walk:
         if inside is not None and inside.probabilities is not None and inside.probabilities.needs_data:
             return "replay"  # suspended with their square
         per_token = 4 * (3 * self._channels() + widest)  # residual, hidden states in and out, the suspended input
-        if self.drift_batches(len(calibration.batches)):
+        if self._drift_batches(calibration):
             per_token *= 2  # the forward in full precision waits beside the other
         return "staged" if calibration.tokens * per_token <= self.activation_memory else "replay"
 
-    def drift_batches(self, batches: int) -> list[int]:
-        """Numbers of the batches on which the inputs' drift is measured: evenly spaced, at least one."""
+    def _drift_batches(self, calibration: CalibrationSet) -> list[int]:
         algorithm = self.config.codes
-        if not isinstance(algorithm, GPTQConfig) or algorithm.drift == 0:
-            return []
-        count = max(1, round(algorithm.drift_data * batches))
-        return sorted({number * batches // count for number in range(count)})
+        return algorithm.drift_batches(len(calibration.batches)) if isinstance(algorithm, GPTQConfig) else []
 
     def _with_data(
         self,
@@ -124,7 +120,7 @@ class Walk:
         finished: dict[int, list[dict[str, Any]]],
     ) -> list[dict[str, Any]]:
         calls: list[list[BlockCall]] = []
-        drift_batches = self.drift_batches(len(calibration.batches))
+        drift_batches = self._drift_batches(calibration)
         for index, inputs in enumerate(self.model.enter(list(calibration.batches), self.device)):
             hidden.put(index, inputs.hidden)
             if index in drift_batches:
