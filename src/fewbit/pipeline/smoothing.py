@@ -57,17 +57,16 @@ class Smoother:
         Its readers are exactly the group, all of them quantized; and what the producer gives out is not quantized
         itself, neither as an output nor as the values of a KV cache.
         """
-        attention = self._plan.attention
-        cached = attention is not None and attention.value is not None
         for scaling in self._scalings:
             if set(scaling.readers) != set(group):
                 continue
             specs = [self._plan.linears[f"{prefix}{name}"] for name in group]
             if any(found.spec is not None and _is_cut(found.spec, found.shape) for found in specs):
                 return None
-            quantized_output = f"{prefix}{scaling.producer}.output" in self._plan.activations
-            values = scaling.producer.rpartition(".")[2].startswith("v")
-            return None if quantized_output or (values and cached) else scaling
+            producer = f"{prefix}{scaling.producer}"
+            activations = self._plan.activations  # what a linear inside attention gives to another are values
+            quantized = f"{producer}.output" in activations or f"{producer.rpartition('.')[0]}.value" in activations
+            return None if quantized else scaling
         return None
 
     def sample_tokens(self, group: tuple[str, ...], prefix: str) -> int:
