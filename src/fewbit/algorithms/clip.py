@@ -14,7 +14,7 @@ from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import scales
 from fewbit.numerics.scale_format import ScaleFormat
 
-SHARES = tuple(1.0 - 0.05 * step for step in range(11))  # of the range
+SHARES = tuple(1.0 - 0.05 * step for step in range(1, 11))  # of the range
 ELEMENTS = 2**21  # weights that are worked on at a time
 
 
@@ -42,26 +42,18 @@ def _clipped(weight: Tensor, blocks: Tensor, spec: QuantizationSpec, scale: Scal
     if spec.symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    best = [torch.ones_like(low), torch.ones_like(high)]
-    least = torch.full_like(low, torch.inf)
 
-    def consider(share_low: Tensor, share_high: Tensor) -> None:
-        nonlocal least
-        stored, zero = rule.from_range(share_low * low, share_high * high)
-        delta = scales.fake_quantize(tiles, scale.value(stored), zero, spec.format, spec.round_method).sub_(tiles)
-        error = torch.bmm(delta, blocks).mul_(delta).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        for end, share in enumerate((share_low, share_high)):
-            best[end] = torch.where(better, share, best[end])
+    def cost(scale_value: Tensor, zero: Tensor | None) -> Tensor:
+        delta = scales.fake_quantize(tiles, scale_value, zero, spec.format, spec.round_method).sub_(tiles)
+        return torch.bmm(delta, blocks).mul_(delta).sum(-1)
 
+    best = scales.RangeSearch(rule, low, high, cost)
     for share in SHARES:
-        consider(torch.full_like(low, share), torch.full_like(high, share))
+        best.consider(share, share)
     if not spec.symmetric:
         for share in SHARES:
-            consider(torch.full_like(low, share), best[1])
+            best.consider(share, best.share_high)
         for share in SHARES:
-            consider(best[0], torch.full_like(high, share))
-    limits = [(share * end).unsqueeze(-1) for share, end in zip(best, (low, high), strict=True)]
-    clipped: Tensor = tiles.clamp(*limits)
+            best.consider(best.share_low, share)
+    clipped: Tensor = tiles.clamp((best.share_low * low).unsqueeze(-1), (best.share_high * high).unsqueeze(-1))
     return clipped.transpose(0, 1).flatten(1)

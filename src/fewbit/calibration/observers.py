@@ -31,7 +31,7 @@ from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.numerics.grouping import Tiling
 from fewbit.numerics.scale_format import unit_for
-from fewbit.numerics.scales import PIECE, GridRule
+from fewbit.numerics.scales import PIECE, GridRule, RangeSearch
 from fewbit.tensor import QuantizedActivation
 
 MOVING_AVERAGE_WEIGHT = 0.01  # of the newest batch
@@ -192,37 +192,22 @@ def least_error(
     `tiles`, `importance` [tiles, n] float32, `low`, `high` [tiles]. Shares of the range are tried from large to small,
     for affine grids then of each end alone. The whole range is tried first, so the result is never worse than minmax.
     """
-    shares = [torch.zeros_like(low), torch.zeros_like(high)]  # octaves of the best range, relative to the whole one
-    stored, zero = rule.from_range(low, high)
-    scale = rule.scale.value(stored)
-    error = rule.error(tiles, scale, zero, importance)
-
-    def consider(octaves_low: Tensor, octaves_high: Tensor) -> None:
-        nonlocal scale, zero, error
-        stored, other_zero = rule.from_range(low * octaves_low.exp2(), high * octaves_high.exp2())
-        other = rule.scale.value(stored)
-        other_error = rule.error(tiles, other, other_zero, importance)
-        better = other_error < error
-        scale, error = torch.where(better, other, scale), torch.where(better, other_error, error)
-        if zero is not None and other_zero is not None:
-            zero = torch.where(better, other_zero, zero)
-        shares[:] = [torch.where(better, octaves_low, shares[0]), torch.where(better, octaves_high, shares[1])]
-
+    best = RangeSearch(rule, low, high, lambda scale, zero: rule.error(tiles, scale, zero, importance))
     for octaves in OCTAVES:
-        consider(torch.full_like(low, octaves), torch.full_like(high, octaves))
+        best.consider(2**octaves, 2**octaves)
     if not rule.symmetric:
         for octaves in OCTAVES:
-            consider(torch.full_like(low, octaves), shares[1])
+            best.consider(2**octaves, best.share_high)
         for octaves in OCTAVES:
-            consider(shares[0], torch.full_like(high, octaves))
+            best.consider(best.share_low, 2**octaves)
     for step in FINER_OCTAVES:
-        around_low, around_high = shares
-        for signed in (-step, step):
-            consider(around_low + signed, around_high + signed)
+        around_low, around_high = best.share_low, best.share_high
+        for factor in (2**-step, 2**step):
+            best.consider(around_low * factor, around_high * factor)
             if not rule.symmetric:
-                consider(around_low + signed, around_high)
-                consider(around_low, around_high + signed)
-    return rule.scale.store(scale), zero
+                best.consider(around_low * factor, around_high)
+                best.consider(around_low, around_high * factor)
+    return rule.scale.store(best.scale), best.zero
 
 
 OBSERVERS: dict[str, type[Observer]] = {

@@ -14,6 +14,7 @@ grids one integer zero point, per tile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -190,34 +191,51 @@ class GridRule:
     def _search_affine(self, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         low, high = tiles.aminmax(dim=-1)
         low, high = low.clamp(max=0), high.clamp(min=0)
-        stored, found_zero = self.from_range(low, high)
-        assert found_zero is not None
-        best_zero: Tensor = found_zero
-        best = self.scale.value(stored)
-        best_error = self.error(tiles, best, best_zero, importance)
-        shares = [torch.ones_like(low), torch.ones_like(high)]
-
-        def consider(share_low: Tensor, share_high: Tensor) -> None:
-            nonlocal best, best_zero, best_error
-            ends = share_low * low, share_high * high
-            stored = self.scale.store((ends[1] - ends[0]) / (self.fmt.largest - self.fmt.smallest))
-            zero = self.zero_point(ends[0], stored)
-            scale = self.scale.value(stored)
-            error = self.error(tiles, scale, zero, importance)
-            better = error < best_error
-            best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
-            best_error = torch.where(better, error, best_error)
-            for index, share in enumerate((share_low, share_high)):
-                shares[index] = torch.where(better, share, shares[index])
-
-        for factor in self.coarse:
-            consider(torch.full_like(low, factor), torch.full_like(high, factor))
+        best = RangeSearch(self, low, high, lambda scale, zero: self.error(tiles, scale, zero, importance))
+        for share in self.coarse:
+            best.consider(share, share)
         for step in REFINE:  # then each end on its own
-            around_low, around_high = shares
+            around_low, around_high = best.share_low, best.share_high
             for sign in (-step, step):
-                consider(around_low + sign, around_high)
-                consider(around_low, around_high + sign)
-        return self.scale.store(best), best_zero
+                best.consider(around_low + sign, around_high)
+                best.consider(around_low, around_high + sign)
+        assert best.zero is not None
+        return self.scale.store(best.scale), best.zero
+
+
+class RangeSearch:
+    """Tries ranges for groups of values and keeps, for each group, the one whose grid costs least so far.
+
+    Args:
+        rule: turns ranges into grids.
+        low, high: the whole range of each group [...], which is tried first.
+        cost: of (scale value [...], zero point [...] or None): [...].
+    """
+
+    def __init__(
+        self, rule: GridRule, low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> None:
+        self._rule = rule
+        self._cost = cost
+        self.low, self.high = low, high
+        self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)
+        """Of each end, in the best range."""
+        stored, self.zero = rule.from_range(low, high)
+        self.scale = rule.scale.value(stored)
+        """As it is stored, in float32."""
+        self.error = cost(self.scale, self.zero)
+
+    def consider(self, share_low: Tensor | float, share_high: Tensor | float) -> None:
+        """Try shares of both ends, the same for all groups or one for each [...]."""
+        stored, zero = self._rule.from_range(share_low * self.low, share_high * self.high)
+        scale = self._rule.scale.value(stored)
+        error = self._cost(scale, zero)
+        better = error < self.error
+        self.scale, self.error = torch.where(better, scale, self.scale), torch.where(better, error, self.error)
+        if zero is not None and self.zero is not None:
+            self.zero = torch.where(better, zero, self.zero)
+        self.share_low = torch.where(better, share_low, self.share_low)
+        self.share_high = torch.where(better, share_high, self.share_high)
 
 
 def encode(tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat, rounding: RoundMethod) -> Tensor:
