@@ -37,7 +37,7 @@ def _clipped(weight: Tensor, blocks: Tensor, spec: QuantizationSpec, scale: Scal
     """`clip` of some rows; `blocks` [groups, columns, columns] of H."""
     rule = spec.grid_rule(scale)
     tiles = weight.unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)  # [groups, rows, columns]
-    low, high = tiles.aminmax(dim=-1)
+    low, high = scales.extremes(tiles)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         high = torch.maximum(high, -low)

@@ -38,7 +38,7 @@ from fewbit.numerics import matmul
 from fewbit.numerics.cholesky import inverse_cholesky
 from fewbit.numerics.formats import NumberFormat, RoundMethod, round_steps_
 from fewbit.numerics.scale_format import ScaleFormat
-from fewbit.numerics.scales import GridRule
+from fewbit.numerics.scales import GridRule, extremes
 from fewbit.tensor import QuantTensor
 
 LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
@@ -345,7 +345,7 @@ def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
 
 def _candidates(w: Tensor, rule: GridRule) -> Grid:
     """Grids [candidates, rows] worth trying for a group with current weights `w` [g, rows]."""
-    low, high = w.aminmax(dim=0)
+    low, high = extremes(w, dim=0)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if rule.symmetric:
         return Grid(rule.candidates(low, high), None, rule.fmt, rule.rounding)

@@ -224,7 +224,7 @@ class _Target:
         scaled = (self.rows * scale).unflatten(1, (-1, self.columns))  # [rows, groups, columns]
         weights = (importance / scale.square()).view(-1, self.columns)
         if self.low is None or self.high is None:
-            low, high = scaled.aminmax(dim=-1)
+            low, high = scales.extremes(scaled)
         else:
             low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
             high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)

@@ -31,7 +31,7 @@ from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.numerics.grouping import Tiling
 from fewbit.numerics.scale_format import unit_for
-from fewbit.numerics.scales import PIECE, GridRule, RangeSearch
+from fewbit.numerics.scales import PIECE, GridRule, RangeSearch, extremes
 from fewbit.tensor import QuantizedActivation
 
 MOVING_AVERAGE_WEIGHT = 0.01  # of the newest batch
@@ -66,7 +66,7 @@ class Observer(ABC):
                 f"a batch of {tuple(x.shape)} has {tuple(tiles.shape[:-1])} scales, batches before it had "
                 f"{tuple(self.low.shape)}; a static {self.spec.qscheme} scale needs batches of one width"
             )
-        self.accumulate(tiles, *tiles.aminmax(dim=-1))
+        self.accumulate(tiles, *extremes(tiles))
 
     def accumulate(self, tiles: Tensor, low: Tensor, high: Tensor) -> None:
         """Take tiles [rows, columns, n] float32 and their range [rows, columns] into account."""

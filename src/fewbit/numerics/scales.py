@@ -62,7 +62,7 @@ class GridRule:
         if self.rule == "percentile":
             low, high = percentile_range(tiles, self.percentile, self.symmetric)
         else:
-            low, high = tiles.aminmax(dim=-1)
+            low, high = extremes(tiles)
         return self.from_range(low.float(), high.float())
 
     def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +147,7 @@ class GridRule:
         return torch.cat(scales), torch.cat(zeros) if zeros else None
 
     def _search_symmetric(self, tiles: Tensor, importance: Tensor | None) -> Tensor:
-        low, high = tiles.aminmax(dim=-1)
+        low, high = extremes(tiles)
         low, high = low.clamp(max=0), high.clamp(min=0)
         best = self.scale.round(self.covering(torch.maximum(high, -low)))
         best_error = self.error(tiles, best, None, importance)
@@ -189,7 +189,7 @@ class GridRule:
         return self.scale.store(best)
 
     def _search_affine(self, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        low, high = tiles.aminmax(dim=-1)
+        low, high = extremes(tiles)
         low, high = low.clamp(max=0), high.clamp(min=0)
         best = RangeSearch(self, low, high, lambda scale, zero: self.error(tiles, scale, zero, importance))
         for share in self.coarse:
@@ -268,6 +268,11 @@ def fake_quantize(
         return fmt.round_(steps, rounding).mul_(by)
     offset = zero.float().unsqueeze(-1)
     return fmt.round_(steps.add_(offset), rounding).sub_(offset).mul_(by)
+
+
+def extremes(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Least and largest value along an axis. (torch's aminmax takes up to twenty times as long on CPUs.)"""
+    return x.amin(dim), x.amax(dim)
 
 
 def percentile_range(tiles: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
