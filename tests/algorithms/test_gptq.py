@@ -72,6 +72,30 @@ def loss(weight, moment, outcome):
     return float(quadratic_form(outcome.weight.dequantize() - weight, moment).sum())
 
 
+@pytest.mark.parametrize("name", ["affine", "NVFP4", "FP4", "affine-channel", "FP8-channel"])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 32])
+def test_few_tokens_never_cost_more_than_rounding_does(name, tokens):
+    """An expert that a handful of tokens reached: H says nothing of most scales, so they must not follow it."""
+    spec = GRIDS[name]
+    weight, everything = correlated()
+    generator = torch.Generator().manual_seed(tokens)
+    roots = torch.linalg.cholesky(everything.double()).float()
+    x = torch.randn(tokens, weight.shape[1], generator=generator) @ roots.T
+    found = gptq(weight, x.T @ x, spec, format_of(spec, weight), GPTQConfig())
+    plain = rtn(weight, None, spec, format_of(spec, weight))
+    assert loss(weight, everything, found) < 1.2 * loss(weight, everything, plain)
+
+
+def test_one_huge_channel_leaves_the_scales_of_other_groups_alone():
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    size = torch.ones(512)
+    size[5] = 1e4
+    x = torch.randn(2048, 512, generator=torch.Generator().manual_seed(1)) * size
+    found = gptq(weight, x.T @ x, SYMMETRIC, BF16, GPTQConfig()).weight.dequantize()[:, 32:]
+    rest = weight[:, 32:]
+    assert float((found * rest).sum() / rest.square().sum()) == pytest.approx(1.0, abs=0.01)
+
+
 @pytest.mark.parametrize("spec", [SYMMETRIC, AFFINE, PLAIN, PER_CHANNEL, PER_TENSOR])
 @pytest.mark.parametrize("order", ["activation", "group-aware", "none"])
 def test_gptq_loses_far_less_than_rounding_on_correlated_inputs(spec, order):

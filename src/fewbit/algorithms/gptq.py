@@ -39,6 +39,7 @@ from fewbit.numerics.cholesky import inverse_cholesky
 from fewbit.numerics.formats import NumberFormat, RoundMethod, round_steps_
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.numerics.scales import GridRule, extremes
+from fewbit.numerics.second_moment import importance
 from fewbit.tensor import QuantTensor
 
 LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
@@ -103,6 +104,9 @@ class _Problem:
     """[rows, in]."""
     moment: Tensor
     """H [in, in]."""
+    ridge: float
+    """What damping adds to H's diagonal. Scales are fitted under the damped H, too: with fewer tokens than groups, H
+    alone says nothing of most scales."""
     group: int
     """Columns per scale."""
     rule: GridRule
@@ -134,11 +138,12 @@ def gptq(
         return None
     if drift is not None and config.drift > 0:
         weight = drifted(weight, drift, choosing, config.drift)
+    ridge = solving.damping * float(moment.diagonal().mean(dtype=torch.float64))
     parts = []
     rows_at_once = max(64, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
-        problem = _Problem(weight[rows], moment, group, rule)
+        problem = _Problem(weight[rows], moment, ridge, group, rule)
         if fixed is None:
             solution = solve_greedily(problem, choosing)
         else:
@@ -258,7 +263,8 @@ def refit(problem: _Problem, factor: Factor, solution: Solution, config: GPTQCon
 
     In the end the scales are fitted to the codes that were kept.
     """
-    projected = matmul.linear(problem.weight, problem.moment)  # W·H, needed by every fit
+    projected = matmul.linear(problem.weight, problem.moment)
+    projected.add_(problem.weight, alpha=problem.ridge)  # W·H, damped, needed by every fit
     for _ in range(config.refits):
         grid = replace(solution.grid, scale=fitted_scale(problem, projected, solution))
         found = solve(problem, factor, grid, config.block_size)
@@ -276,7 +282,7 @@ def fitted_scale(problem: _Problem, projected: Tensor, solution: Solution) -> Te
     """Scales [groups, rows] with the least loss for fixed levels t, as they are stored.
 
     The loss of a row is sᵀAs − 2bᵀs + const with A_gh = t_g H_gh t_h and b_g = (W·H)_g · t_g (`projected` is W·H
-    [rows, in]). Rows whose loss does not fall, once rounded, keep their scales; so do groups of zero levels only.
+    [rows, in], H damped). Rows whose loss does not fall, once rounded, keep their scales; so do groups of zero levels.
     """
     if problem.rule.scale.is_power_of_two:  # too coarse to be fitted: the search has chosen the binade
         return solution.grid.scale
@@ -308,12 +314,15 @@ def _fitted_scale(problem: _Problem, projected: Tensor, levels: Tensor, scale: T
         quadratic[number, number:] = row
         quadratic[number + 1 :, number] = row[1:]
     quadratic = quadratic.permute(2, 0, 1)  # [rows, groups, groups]
+    size_of_levels = levels.view(rows, groups, size).square().sum(-1)
+    quadratic.diagonal(dim1=1, dim2=2).add_(size_of_levels, alpha=problem.ridge)
     linear = (projected * levels).view(rows, groups, size).sum(-1)  # [rows, groups]
     diagonal = quadratic.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0
-    ridge = 1e-6 * diagonal.mean(1, keepdim=True) + empty + torch.finfo(torch.float32).tiny
-    lower, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(ridge))
-    fitted = torch.cholesky_solve(linear.unsqueeze(-1), lower).squeeze(-1)
+    tiny = 1e-6 * diagonal + empty + torch.finfo(torch.float32).tiny  # each group's own: one may be huge
+    lower, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(tiny))
+    residual = linear - (quadratic @ scale.T.unsqueeze(-1)).squeeze(-1)
+    fitted = scale.T + torch.cholesky_solve(residual.unsqueeze(-1), lower).squeeze(-1)
     fitted = torch.where(empty | ~torch.isfinite(fitted), scale.T, fitted)
     fitted = problem.rule.scale.round(fitted)
 
@@ -373,8 +382,8 @@ def _most_promising(w: Tensor, grids: Grid, precision: Tensor) -> Grid:
 def _grid_of_original(weight: Tensor, moment: Tensor, spec: QuantizationSpec, rule: GridRule) -> Grid:
     """Grids [groups, rows] fixed before the loop from the original weight, by the spec's rule."""
     tiling = spec.tiling
-    importance = tiling.split(moment.diagonal().expand_as(weight)) if rule.rule == "search" else None
-    stored, zero = rule.find(tiling.split(weight), importance)
+    weights = tiling.split(importance(moment).expand_as(weight)) if rule.rule == "search" else None
+    stored, zero = rule.find(tiling.split(weight), weights)
     tile_rows, _ = tiling.tile(*weight.shape)
     rows = weight.shape[0]
     scale = rule.scale.value(stored).repeat_interleave(tile_rows, 0)[:rows].T.contiguous()

@@ -1,7 +1,7 @@
 """Round to nearest: every weight goes to the nearest code of its group's grid.
 
 The only choice is the grid. With the spec's observer "search" it is the one with the least squared error, each
-column weighted by diag(H) = Σ x² of its input (all columns alike without calibration data).
+column weighted by diag(H) = Σ x² of its input, slightly damped (all columns alike without calibration data).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from torch import Tensor
 from fewbit.algorithms.outcome import Outcome
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics.scale_format import ScaleFormat
+from fewbit.numerics.second_moment import importance
 from fewbit.tensor import quantize
 
 
 def rtn(weight: Tensor, moment: Tensor | None, spec: QuantizationSpec, scale: ScaleFormat) -> Outcome:
     """Quantize `weight` [out, in] float32; `moment` is H = XᵀX [in, in] float32 or None."""
-    importance = None
-    if moment is not None:
-        importance = spec.tiling.split(moment.diagonal().expand_as(weight))
-    stored, zero = spec.grid_rule(scale).find(spec.tiling.split(weight), importance)
+    weights = None if moment is None else spec.tiling.split(importance(moment).expand_as(weight))
+    stored, zero = spec.grid_rule(scale).find(spec.tiling.split(weight), weights)
     return Outcome(quantize(weight, spec, scale, stored, zero))

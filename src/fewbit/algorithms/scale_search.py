@@ -38,6 +38,7 @@ from fewbit.nn.activation import ActivationQuantizer
 from fewbit.numerics import matmul, scales
 from fewbit.numerics.scale_format import nearest_power_of_two, unit_for
 from fewbit.numerics.scales import GridRule
+from fewbit.numerics.second_moment import importance
 
 ROWS = 128  # of all members together that the error is measured on
 WORTH_IT = 0.98  # of the loss before: what gains less is within the estimate's own error
@@ -213,8 +214,8 @@ class _Target:
     stands_for: float
     """Rows of the linear per row here."""
 
-    def deviation(self, scale: Tensor, importance: Tensor) -> Tensor:
-        """Δ = Q(W·s)/s − W of the rows [rows, in], on the grid with the least Σ Δ² · importance [in] of each tile."""
+    def deviation(self, scale: Tensor, costs: Tensor) -> Tensor:
+        """Δ = Q(W·s)/s − W of the rows [rows, in], on the grid with the least Σ Δ² · costs [in] of each tile."""
         fmt = self.spec.format
         unit = 1.0
         if self.spec.scale_type == "e4m3":
@@ -222,7 +223,7 @@ class _Target:
         format = self.spec.scale_format(self.dtype, unit)
         rule = self.spec.grid_rule(format)
         scaled = (self.rows * scale).unflatten(1, (-1, self.columns))  # [rows, groups, columns]
-        weights = (importance / scale.square()).view(-1, self.columns)
+        weights = (costs / scale.square()).view(-1, self.columns)
         if self.low is None or self.high is None:
             low, high = scales.extremes(scaled)
         else:
@@ -337,11 +338,11 @@ class _Objective:
 
     def loss(self, targets: list[_Target], scale: Tensor) -> float:
         """Estimated squared error of the outputs."""
-        importance = self.moment.diagonal() if self.costs is None else self.costs
+        weights = importance(self.moment) if self.costs is None else self.costs
         noise = None if self.activation is None else self.activation.deviation(scale)
         total = 0.0
         for target in targets:
-            delta = target.deviation(scale, importance)
+            delta = target.deviation(scale, weights)
             if self.costs is None:
                 error = matmul.linear(self.moment, delta).mul_(delta.T).sum(dtype=torch.float64)
             else:

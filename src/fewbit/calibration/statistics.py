@@ -74,7 +74,7 @@ class Statistics:
         """Mirror H; CalibrationError if `name`'s inputs held NaN or infinity."""
         second_moment.symmetrize(self.moment)
         if self.drift is not None:
-            self.drift *= self.tokens / self.drift_tokens
+            self.drift *= self.tokens / max(1, self.drift_tokens)
         diagonal = self.moment.diagonal()  # a non-finite input makes its own square non-finite
         if not bool(torch.isfinite(diagonal).all()):
             channel = int((~torch.isfinite(diagonal)).nonzero()[0])

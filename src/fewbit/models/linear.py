@@ -38,7 +38,7 @@ class Linear(nn.Linear):
         product = matmul.linear(seen.reshape(-1, seen.shape[-1]), self.weight)
         if self.bias is not None:
             product += self.bias
-        out = product.view(*seen.shape[:-1], -1)
+        out = product.view(*seen.shape[:-1], product.shape[-1])  # there may be no token at all
         return out if self.output_quantizer is None else self.output_quantizer(out)
 
 

@@ -12,6 +12,8 @@ from fewbit.numerics import matmul
 TILES = 8
 NARROWEST, WIDEST = 192, 768
 
+IMPORTANCE_OF_ALL = 0.01  # of the mean
+
 
 def accumulate(moment: Tensor, x: Tensor) -> None:
     """moment += xᵀx in place, upper tiles only; call `symmetrize` once at the end.
@@ -52,3 +54,12 @@ def quadratic_form(delta: Tensor, moment: Tensor) -> Tensor:
     rows_at_once = max(1, 2**25 // delta.shape[1])  # 128 MB of float32 at a time
     parts = [matmul.linear(part, moment).mul_(part).sum(-1, dtype=torch.float64) for part in delta.split(rows_at_once)]
     return torch.cat(parts)
+
+
+def importance(moment: Tensor) -> Tensor:
+    """What a squared error of each weight's column costs, [in]: diag(H), and 1 % of its mean for every channel.
+
+    The share of the mean is GPTQ's damping: channels that calibration hardly saw are not free.
+    """
+    diagonal = moment.diagonal()
+    return diagonal + IMPORTANCE_OF_ALL * diagonal.mean()

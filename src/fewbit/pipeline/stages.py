@@ -81,6 +81,8 @@ class Stage:
         self.statistics = None
 
     def finish(self) -> None:
+        if self.statistics is not None and self.statistics.tokens == 0:  # an expert that was called without any
+            self.statistics = None
         if self.statistics is not None:
             self.statistics.finish(self.name)
         self._decide(self)
