@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--peer-python", type=Path, help="python of an environment with llmcompressor 0.14")
     parser.add_argument("--only", action="append", help="SCHEME:ALGORITHM; repeatable")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th row from the I-th, to share the work")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--json", type=Path, required=True)
@@ -139,7 +140,8 @@ def main() -> None:
             for scheme, algorithm in (name.split(":") for name in PEER)
             if not args.only or f"{scheme}:{algorithm}" in args.only
         ]
-    for which, scheme, algorithm, tool in wanted:
+    part, parts = map(int, args.part.split("/"))
+    for which, scheme, algorithm, tool in wanted[part::parts]:
         if (which, scheme, algorithm, tool) in known:
             continue
         run = measure if tool == "fewbit" else measure_peer

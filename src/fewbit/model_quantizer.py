@@ -130,7 +130,7 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
         setattr(model.get_submodule(parent), leaf, made.to(linear.weight.device).train(model.training))
     inside = {name: known for name, known in activations.items() if name.rpartition(".")[2] not in SLOTS}
     if (wanted := attention_config(inside)) is not None:
-        attention.attach(model, wanted, inside)
+        attention.attach(model, wanted, inside, persistent=True)
 
 
 def _token_batch(item: Any) -> dict[str, Tensor]:

@@ -60,6 +60,11 @@ class Statistics:
             second_moment.accumulate_product(self.drift, _rows(reference, mask) - rows, rows)
             self.drift_tokens += rows.shape[0]
 
+    def scaled(self, columns: Tensor) -> Statistics:
+        """Of the input divided by `columns` [channels]: H / (s sᵀ), and the drift likewise. Keeps no sample."""
+        drift = None if self.drift is None else _divided(self.drift, columns)
+        return Statistics(_divided(self.moment, columns), self.tokens, drift, self.drift_tokens)
+
     def _keep(self, rows: Tensor) -> None:
         """Every n-th token; n doubles whenever too many were kept."""
         self._kept.append(rows[-self.tokens % self._stride :: self._stride].clone())
@@ -82,6 +87,12 @@ class Statistics:
                 f"the input of {name!r} holds NaN or infinity (channel {channel}); is the model damaged?"
             )
         return self
+
+
+def _divided(moment: Tensor, scale: Tensor) -> Tensor:
+    by = scale.reciprocal()
+    divided: Tensor = moment * by.unsqueeze(1) * by
+    return divided
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

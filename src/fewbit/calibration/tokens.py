@@ -158,6 +158,8 @@ def _ready_batches(items: Sequence[Mapping[str, Tensor]]) -> CalibrationSet:
     for batch, item in zip(batches, items, strict=True):
         if "attention_mask" in item:
             batch["attention_mask"] = item["attention_mask"].cpu()
+    if not any(batch.get("attention_mask", batch["input_ids"] == batch["input_ids"]).any() for batch in batches):
+        raise CalibrationError("the attention masks of the calibration batches leave every token out")
     return CalibrationSet(batches, "batches", sum(batch["input_ids"].shape[0] for batch in batches))
 
 

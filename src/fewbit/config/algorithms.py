@@ -41,19 +41,46 @@ class RTNConfig:
     name: Literal["rtn"] = "rtn"
 
 
+_GPTQ_NAMES = {
+    **dict.fromkeys(("damp_percent", "damp", "percdamp", "rel_damp", "dampening_frac"), "damping"),
+    "blocksize": "block_size",
+    **dict.fromkeys(("actorder", "desc_act", "quantization_order"), "order"),
+}
+_ORDERS = {"True": "activation", "static": "activation", "weight": "activation", "False": "none", "default": "none"}
+_OF_THE_SPEC = ("bits", "method", "group_size", "w_method", "a_method", "q_linear_type")
+
+
+def _renamed(fields: Mapping[str, Any], ours: Mapping[str, str]) -> dict[str, Any]:
+    """Fields by other libraries' names under fewbit's. Their None is "not said"; two names of a field are an error."""
+    found: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for theirs, value in fields.items():
+        name = ours.get(theirs, theirs)
+        if name in names:
+            raise ConfigError(f"{names[name]} and {theirs} are two names of one field; give one of them")
+        names[name] = theirs
+        if value is not None or theirs == name:
+            found[name] = value
+    return found
+
+
 def _translate_gptq(fields: dict[str, Any]) -> dict[str, Any]:
-    fields = dict(fields)
-    for theirs in ("damp_percent", "damp", "percdamp", "rel_damp", "dampening_frac"):
-        if theirs in fields:
-            fields["damping"] = fields.pop(theirs)
-    if "blocksize" in fields:
-        fields["block_size"] = fields.pop("blocksize")
-    if "actorder" in fields:
-        fields["order"] = "activation" if fields.pop("actorder") else "none"
-    if "desc_act" in fields:
-        fields["order"] = "activation" if fields.pop("desc_act") else "none"
-    if "quantization_order" in fields:
-        fields["order"] = {"default": "none"}.get(fields["quantization_order"], fields.pop("quantization_order"))
+    if fields.get("actorder", "") is None:  # llm-compressor's word for no order
+        fields = fields | {"actorder": "none"}
+    fields = _renamed(fields, _GPTQ_NAMES)
+    if "order" in fields:
+        order = fields["order"]
+        if str(order) in ("group", "dynamic"):
+            raise ConfigError(
+                f"actorder {order} moves columns between groups (g_idx), which no engine reads; use static"
+            )
+        fields["order"] = _ORDERS.get(str(order), order)
+    for other in _OF_THE_SPEC:
+        if other in fields:
+            raise ConfigError(
+                f"GPTQConfig has no {other}: how weights are quantized is said by the spec. For both in one object, "
+                "for run_gptq_for_sequential_layers, use SequentialGPTQConfig"
+            )
     if fields.pop("static_groups", True) is False and fields.get("order", "activation") != "none":
         raise ConfigError("static_groups=False moves columns between groups (g_idx), which no engine reads any more")
     if fields.pop("true_sequential", True) is False:
@@ -96,10 +123,13 @@ class GPTQConfig:
 
 
 def _translate_search(fields: dict[str, Any]) -> dict[str, Any]:
-    fields = dict(fields)
-    for theirs, ours in (("duo_scaling", "duo_scale"), ("smoothing_strength", "alpha")):
-        if theirs in fields:
-            fields[ours] = fields.pop(theirs)
+    fields = _renamed(fields, {"duo_scaling": "duo_scale", "smoothing_strength": "alpha"})
+    for other in _OF_THE_SPEC:
+        if other in fields:
+            raise ConfigError(
+                f"the search has no {other}: how linears are quantized is said by the spec. For both in one object, "
+                "for run_smooth_quant_for_sequential_layers, use SequentialSmoothQuantConfig"
+            )
     for theirs in ("model_decoder_layers", "embedding_layers"):
         fields.pop(theirs, None)  # found in the architecture
     return fields
@@ -161,9 +191,9 @@ ALGORITHMS: dict[str, type[RTNConfig] | type[GPTQConfig] | type[AWQConfig] | typ
 
 def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
     """Algorithms from a name, names joined by "+" ("awq+gptq"), with options ("gptq:drift=0.5", or {name: gptq,
-    drift: 0.5}), a config object, or a list of these. ConfigError for an order that makes no sense."""
+    drift: 0.5}), a config object, or a list of these, in any order: scales are searched before codes."""
     parts = value if isinstance(value, list | tuple) else value.split("+") if isinstance(value, str) else [value]
-    found = tuple(_algorithm(part) for part in parts)
+    found = tuple(_algorithm(part) for part in parts if part is not None)
     searches = [config for config in found if isinstance(config, ScaleSearchConfig)]
     codes = [config for config in found if isinstance(config, CodeConfig)]
     if len(searches) > 1 or len(codes) > 1:

@@ -240,8 +240,6 @@ class QuantizationConfig:
             if spec is None:
                 continue
             _check_activation(name, spec)
-            if spec.residual and not spec.is_dynamic:
-                raise ConfigError(f"{name}: residual needs is_dynamic=True: what is left over has a scale of its own")
             if (
                 spec.is_dynamic
                 and (spec.qscheme == "per_block" or spec.tiling.rows != 1)
@@ -297,6 +295,8 @@ def _check_activation(name: str, spec: QuantizationSpec) -> None:
         raise ConfigError(f"{name}: observer {spec.observer} is for weights; use minmax, mse or percentile")
     if spec.first_stage is not None:
         raise ConfigError(f"{name}: first_stage is for weights; an activation takes residual=True")
+    if spec.residual and not spec.is_dynamic:
+        raise ConfigError(f"{name}: residual needs is_dynamic=True: what is left over has a scale of its own")
 
 
 @config_class

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
-from fewbit.errors import ArchitectureError, CheckpointError
+from fewbit.errors import ArchitectureError, CalibrationError, CheckpointError
 from fewbit.models import detect, linear
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_heap
@@ -144,6 +144,14 @@ class BlockwiseModel:
         Batches without padding that have the same shape share masks and rotary embeddings.
         """
         parent = self.skeleton.get_submodule(self.architecture.blocks.rpartition(".")[0])
+        tokens = self.skeleton.get_input_embeddings().num_embeddings
+        for batch in batches:
+            ids = batch["input_ids"]
+            if bool(((ids < 0) | (ids >= tokens)).any()):
+                raise CalibrationError(
+                    f"token ids go from {int(ids.min())} to {int(ids.max())}, but the model has the tokens 0 to "
+                    f"{tokens - 1}; is the tokenizer another model's?"
+                )
         shared: dict[tuple[int, ...], list[BlockCall]] = {}
         with self._outside_loaded(device, skip_head=True):
             for batch in batches:

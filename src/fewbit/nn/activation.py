@@ -71,12 +71,12 @@ class ActivationQuantizer(KeepsDtypes):
         """Whether something is missing that only data can tell."""
         return self.spec.needs_data and self.scale is None and self.global_scale is None
 
-    def format(self, x: Tensor) -> ScaleFormat:
-        """How scales are stored; without calibration the second level of e4m3 comes from x, too."""
+    def format(self, x: Tensor | None = None) -> ScaleFormat:
+        """How scales are stored; without calibration the second level of e4m3 comes from x."""
         unit = self.global_scale
-        if self.spec.scale_type == "e4m3" and unit is None:
+        if self.spec.scale_type == "e4m3" and unit is None and x is not None:
             unit = unit_for(float(x.abs().max()), self.spec.format)
-        # a dynamic scale is never stored, so it is not rounded to what scales are stored in
+        # no checkpoint holds a dynamic scale, so it is not rounded to what scales are stored in there
         return self.spec.scale_format(torch.float32 if self.spec.is_dynamic else self.dtype, unit or 1.0)
 
     def forward(self, x: Tensor) -> Tensor:

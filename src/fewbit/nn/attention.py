@@ -36,6 +36,7 @@ _REGISTRY, _EAGER = (
     "eager_attention_forward",
 )  # in every modeling file that has the interface
 _CACHED = "_fewbit_quantized_by_cache"
+_GUARDED = "_fewbit_attention_guarded"
 _PREVIOUS = {name: previous for previous, name in IMPLEMENTATION_OVER.items()}
 
 
@@ -58,11 +59,12 @@ class HeadsQuantizer(ActivationQuantizer):
         state: QuantizedActivation | None = None,
         dtype: torch.dtype = torch.float32,
         pad: bool = False,
+        persistent: bool = False,
     ) -> None:
         _check(spec)
         if spec.qscheme == "per_channel":
             spec = replace(spec, ch_axis=1)  # heads are the matrix's columns
-        super().__init__(spec, state, dtype)
+        super().__init__(spec, state, dtype, persistent)
         self.pad = pad
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,13 +111,14 @@ class AttentionQuantizers(nn.Module):
         config: AttentionConfig,
         states: Mapping[str, QuantizedActivation] | None = None,
         dtype: torch.dtype = torch.float32,
+        persistent: bool = False,
     ) -> None:
         super().__init__()
         for slot, spec in config.specs.items():
             state = (states or {}).get(slot)
             quantizer = None
             if spec is not None:
-                quantizer = HeadsQuantizer(spec, state, dtype, pad=slot == "probabilities")
+                quantizer = HeadsQuantizer(spec, state, dtype, slot == "probabilities", persistent)
             setattr(self, slot, quantizer)
 
     def slots(self) -> dict[str, HeadsQuantizer]:
@@ -141,6 +144,7 @@ def attach(
     states: Mapping[str, QuantizedActivation] | None = None,
     dtype: torch.dtype = torch.float32,
     prefix: str = "",
+    persistent: bool = False,
 ) -> dict[str, AttentionQuantizers]:
     """Quantize inside every attention module of a transformers model or of one of its blocks.
 
@@ -150,6 +154,7 @@ def attach(
             are left to others. Static specs without a state have to be calibrated (`observer`) before they quantize.
         dtype: what scales are stored in where the spec leaves it to the checkpoint.
         prefix: full name of `model` if it is a block, e.g. "model.layers.0".
+        persistent: what calibration found is part of the model's `state_dict`.
 
     Returns the quantizers by the full names of the modules they are on. Quantizers that were there are replaced.
     ArchitectureError if the model's attention cannot be reached.
@@ -161,10 +166,16 @@ def attach(
             "keys and values cannot be quantized; leave attention (the KV cache) out of the recipe"
         )
     implementations = {name: _implementation_for(name, module, config) for name, module in modules.items()}
-    attached = {name: AttentionQuantizers(config, states_of(name, states), dtype) for name in modules}
+    attached = {name: AttentionQuantizers(config, states_of(name, states), dtype, persistent) for name in modules}
     register()
     for name, module in modules.items():
+        weight = next(module.parameters(), None)
+        if weight is not None and not weight.is_meta:  # a skeleton's scales go where its block is loaded
+            attached[name].to(weight.device)
         setattr(module, ATTRIBUTE, attached[name])
+        if not hasattr(module, _GUARDED):
+            module.register_forward_pre_hook(_refuse_bypass)
+            setattr(module, _GUARDED, True)
         _config(module)._attn_implementation = implementations[name]
     return attached
 
@@ -255,6 +266,16 @@ def _additive_mask(
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+def _refuse_bypass(module: nn.Module, _args: Any) -> None:
+    """ConfigError if somebody gave the model another attention implementation, which knows of no quantizers."""
+    name = _config(module)._attn_implementation
+    if hasattr(module, ATTRIBUTE) and name not in _PREVIOUS:
+        raise ConfigError(
+            f"attention implementation {name!r} would leave out the quantizers of {type(module).__name__}; "
+            f"set {IMPLEMENTATION!r} again, or take them off (fewbit.nn.attention.detach)"
+        )
 
 
 def _config(module: nn.Module) -> Any:

@@ -21,7 +21,6 @@ from fewbit.errors import ConfigError
 from fewbit.nn.attention import HeadsQuantizer, attention_modules, mark_as_cached, states_of
 from fewbit.numerics import scales
 from fewbit.numerics.packing import pack, unpack
-from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantizedActivation, from_unsigned
 
 Parts = dict[str, Tensor]
@@ -37,7 +36,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         attention: specs of key and value; one that is None is stored as it is. Query and probabilities are no business
             of a cache and refused.
         states: per layer, what calibration found for static specs ({"key": …, "value": …}).
-        dtype: what scales are stored in where the spec leaves it to the checkpoint.
+        dtype: what static scales are stored in where the spec leaves it to the checkpoint.
 
     ConfigError for dynamic scales that tokens share (per_tensor, per_channel): a cache sees one token after the other.
     """
@@ -113,7 +112,7 @@ def _decode_once(quantizer: HeadsQuantizer, parts: Parts, channels: int, stage: 
         stored = quantizer.to_matrix(parts[f"{stage}scale"])
         zero = quantizer.to_matrix(parts[f"{stage}zero_point"]) if f"{stage}zero_point" in parts else None
     assert stored is not None
-    scale = _scale_format(quantizer).value(stored)
+    scale = quantizer.format().value(stored)
     values = scales.decode(quantizer.split(matrix), scale, zero, spec.format)
     return quantizer.from_matrix(spec.tiling.merge(values, *matrix.shape), codes.shape)
 
@@ -123,7 +122,7 @@ def _encode_once(quantizer: HeadsQuantizer, x: Tensor) -> Parts:
     if spec.format.is_cast:
         return {"codes": x.to(spec.format.code_dtype)}
     matrix = quantizer.to_matrix(x)
-    tiles, format = quantizer.split(matrix), _scale_format(quantizer)
+    tiles, format = quantizer.split(matrix), quantizer.format()
     stored, zero = quantizer.find_scale(tiles, format)
     codes = scales.encode(tiles, format.value(stored), zero, spec.format, spec.round_method)
     codes = quantizer.from_matrix(spec.tiling.merge(codes, *matrix.shape), x.shape)
@@ -136,10 +135,6 @@ def _encode_once(quantizer: HeadsQuantizer, x: Tensor) -> Parts:
         if zero is not None:
             parts["zero_point"] = quantizer.from_matrix(zero, shape)
     return parts
-
-
-def _scale_format(quantizer: HeadsQuantizer) -> ScaleFormat:
-    return quantizer.spec.scale_format(quantizer.dtype, quantizer.global_scale or 1.0)
 
 
 class _TokenStore:

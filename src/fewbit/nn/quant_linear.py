@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import ConfigError
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.quantizer import quantize_matrix, weight_spec
@@ -25,7 +26,8 @@ class QuantLinear(KeepsDtypes):
     """y = x · Ŵᵀ + b with Ŵ = (codes − zero_point) · scale, in x's dtype.
 
     Buffers: `codes` int32 [out, words] (a cast's are its own dtype [out, in]), `scale` as stored [tiles along out,
-    tiles along in], `zero_point` int32 [tiles along out, words] for affine specs, `global_scale` [1] for e4m3 scales.
+    tiles along in], `zero_point` int32 [tiles along out, words] for affine specs, `global_scale` [1] for e4m3 scales,
+    `format` uint8, the spec in words, so that a state dict of another spec is refused.
     `input_quantizer` and `output_quantizer`, where set, fake-quantize what comes in and goes out.
     """
 
@@ -41,6 +43,7 @@ class QuantLinear(KeepsDtypes):
         self.spec = weight.spec
         for name, tensor in weight.to_tensors().items():
             self.register_buffer(name, tensor)
+        self.register_buffer("format", torch.tensor(list(self.spec.summary.encode()), dtype=torch.uint8))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.input_quantizer = self.output_quantizer = None
 
@@ -120,6 +123,13 @@ class QuantLinear(KeepsDtypes):
             tensor = getattr(self, name)
             tensors[name] = tensor[scales] if name == "zero_point" else tensor
         return QuantTensor.from_tensors(tensors, self.spec, (stop - start, self.in_features))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        found = state_dict.get(f"{prefix}format")
+        words = None if found is None else bytes(found.tolist()).decode(errors="replace")
+        if words is not None and words != self.spec.summary:
+            raise ConfigError(f"{prefix[:-1]!r} of the state dict is {words}, the model's is {self.spec.summary}")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -86,7 +86,7 @@ class NumberFormat:
         raises ValueError, because a silent 0 would hide a broken tensor.
         """
         if self.is_cast:  # NaN stays NaN
-            return x.clamp(self.smallest, self.largest).to(self.code_dtype)
+            return x.float().clamp(self.smallest, self.largest).to(self.code_dtype)
         isnan = x.isnan()
         if self.nan_code is None and bool(isnan.any()):
             raise ValueError(f"NaN cannot be encoded as {self.name}")

@@ -51,18 +51,26 @@ class ScaleFormat:
         return self.type in ("float", "pof2")
 
     def store(self, scale: Tensor) -> Tensor:
-        """The stored form of wanted scales (float32). Never zero: where nothing is to be scaled, 1 takes its place
-        (e4m3: the smallest there is)."""
+        """The stored form of wanted scales (float32). Never zero: where nothing is to be scaled, 1 takes its place;
+        where a scale is too small for its dtype, the smallest there is (in e4m3 for both). Infinite ones are NaN in
+        bytes, so that what is not finite does not come out as a number."""
         if self.type == "e4m3":
-            steps = FORMATS["e4m3"].round_((scale / self.unit).float())
-            return steps.clamp_(min=E4M3_SMALLEST).to(torch.float8_e4m3fn)
+            steps = (scale / self.unit).float()
+            finite = steps.isfinite()
+            steps = FORMATS["e4m3"].round_(steps.nan_to_num_()).clamp_(min=E4M3_SMALLEST)
+            return steps.masked_fill_(~finite, torch.nan).to(torch.float8_e4m3fn)
         if self.is_power_of_two:
             scale = nearest_power_of_two(scale)
             if self.type == "microexponent":  # before zeros become 1: a pair of zeros lifts no other
                 scale = _share_exponents(scale)
             scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         stored = scale.to(self.dtype)
-        return stored if self.type == "e8m0" else torch.where(stored == 0, torch.ones_like(stored), stored)
+        if not self.may_be_negative:  # a byte, which holds every power of two that is left
+            return stored
+        limits = torch.finfo(self.dtype)
+        smallest = torch.full_like(stored, limits.smallest_normal * limits.eps).copysign(stored)
+        instead = torch.where(scale == 0, torch.ones_like(stored), smallest)
+        return torch.where(stored == 0, instead, stored)
 
     def value(self, stored: Tensor) -> Tensor:
         """What a stored scale stands for, float32."""
@@ -88,7 +96,7 @@ def nearest_power_of_two(scale: Tensor) -> Tensor:
     exponent = exponent - 1 + (mantissa.abs() > 0.5**0.5).to(exponent.dtype)
     power = torch.ldexp(torch.ones_like(scale), exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT))
     signed: Tensor = power.copysign(scale).masked_fill(scale == 0, 0.0)
-    return signed
+    return signed.masked_fill(~scale.isfinite(), torch.nan)
 
 
 def block_exponent_scale(magnitude: Tensor, fmt: NumberFormat, mode: ExponentMode) -> Tensor:
@@ -97,7 +105,7 @@ def block_exponent_scale(magnitude: Tensor, fmt: NumberFormat, mode: ExponentMod
     floor: 2^(floor(log2 amax) − emax), OCP's; elements above the largest saturate. ceil: the next power of two up.
     rceil: the smallest power of two with which nothing saturates. even: like floor after amax was rounded to the
     element's mantissa bits, so that the block moves up a binade when its maximum would round there.
-    Blocks of zeros get 1. float32 → float32.
+    Blocks of zeros get 1, those that hold infinity or NaN get NaN. float32 → float32.
     """
     amax = magnitude.float().clamp(min=2.0**SMALLEST_EXPONENT)  # subnormals would underflow below
     if mode == "rceil":
@@ -111,7 +119,8 @@ def block_exponent_scale(magnitude: Tensor, fmt: NumberFormat, mode: ExponentMod
             amax = ((amax.view(torch.int32) + half) & ~(2 * half - 1)).view(torch.float32)
         exponent = torch.frexp(amax).exponent - 1 - fmt.emax
     scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT))
-    return torch.where(magnitude == 0, torch.ones_like(scale), scale)
+    scale = torch.where(magnitude == 0, torch.ones_like(scale), scale)
+    return scale.masked_fill(~magnitude.isfinite(), torch.nan)
 
 
 def _ceil_log2(x: Tensor) -> Tensor:

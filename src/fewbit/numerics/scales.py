@@ -97,7 +97,8 @@ class GridRule:
 
     def zero_point(self, low: Tensor, stored: Tensor) -> Tensor:
         """The code that stands for 0 when `low` maps to the smallest code."""
-        return self.fmt.encode(self.fmt.smallest - low.float() / self.scale.value(stored))
+        zero = self.fmt.smallest - low.float() / self.scale.value(stored)
+        return self.fmt.encode(zero.nan_to_num_())  # NaN has a NaN scale, which is what shows
 
     def ends(self, low: Tensor, high: Tensor) -> list[Tensor]:
         """Symmetric scales, not yet stored, that just cover a range: one of either sign for integers, whose two ends
@@ -278,12 +279,17 @@ def extremes(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
 def percentile_range(tiles: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Ends [...] of the range that holds `percentile` percent of the values of tiles [..., n].
 
-    Symmetric: ± the magnitude that so many stay below. Otherwise the rest is left out half on either side.
+    Symmetric: ± the magnitude that so many stay below. Otherwise the rest is left out half on either side. Where that
+    leaves zeros alone, the range is that of all values.
     """
     last = tiles.shape[-1] - 1
     outside = (100.0 - percentile) / 100.0 * last
     if symmetric:
-        high = tiles.float().abs().sort(dim=-1).values[..., last - round(outside)]
+        order = tiles.float().abs().sort(dim=-1).values
+        high = order[..., last - round(outside)]
+        high = torch.where(high == 0, order[..., last], high)
         return -high, high
     order = tiles.float().sort(dim=-1).values
-    return order[..., round(outside / 2)], order[..., last - round(outside / 2)]
+    low, high = order[..., round(outside / 2)], order[..., last - round(outside / 2)]
+    nothing = (low == 0) & (high == 0)
+    return torch.where(nothing, order[..., 0], low), torch.where(nothing, order[..., last], high)

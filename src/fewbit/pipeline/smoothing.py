@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fewbit.algorithms.clip import clip
-from fewbit.algorithms.scale_search import ScaleSearch, search_scales, transform_moment
+from fewbit.algorithms.scale_search import ScaleSearch, is_cut, search_scales
 from fewbit.calibration.statistics import Statistics
 from fewbit.checkpoint.source import TensorSource
 from fewbit.config.algorithms import AWQConfig, GPTQConfig, ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.recipe import Config
-from fewbit.config.spec import QuantizationSpec
 from fewbit.models import folding
 from fewbit.models.architecture import Groups, Scaling
 from fewbit.models.blockwise import BlockwiseModel
@@ -54,19 +53,21 @@ class Smoother:
     def scaling(self, group: tuple[str, ...], prefix: str) -> Scaling | None:
         """What can be scaled before a group of linears; None if nothing can be without touching something else.
 
-        Its readers are exactly the group, all of them quantized; and what the producer gives out is not quantized
-        itself, neither as an output nor as the values of a KV cache.
+        Its readers are exactly the group, all of them quantized; the producer, if it is quantized, has scales of its
+        own for every row; and what it gives out is not quantized itself, neither as an output nor as the values of a
+        KV cache.
         """
         for scaling in self._scalings:
             if set(scaling.readers) != set(group):
                 continue
-            specs = [self._plan.linears[f"{prefix}{name}"] for name in group]
-            if any(found.spec is not None and _is_cut(found.spec, found.shape) for found in specs):
+            readers = [self._plan.linears[f"{prefix}{name}"] for name in group]
+            if any(linear.spec is not None and is_cut(linear.spec, linear.shape) for linear in readers):
                 return None
             producer = f"{prefix}{scaling.producer}"
             activations = self._plan.activations  # what a linear inside attention gives to another are values
             quantized = f"{producer}.output" in activations or f"{producer.rpartition('.')[0]}.value" in activations
-            return None if quantized else scaling
+            divided = self._plan.weights.get(f"{producer}.weight")
+            return None if quantized or (divided is not None and divided.tiling.rows != 1) else scaling
         return None
 
     def sample_tokens(self, group: tuple[str, ...], prefix: str) -> int:
@@ -122,13 +123,8 @@ class Smoother:
             dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
         folded = [prefix + other for other in scaling.others]
         folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
-        scaled = replace(
-            statistics,
-            moment=transform_moment(statistics.moment, columns),
-            drift=None if statistics.drift is None else transform_moment(statistics.drift, columns),
-        )
         members = [replace(member, weight=member.weight * columns) for member in members]
-        return members, scaled, Found(scaling, found, columns, tuple(folded) if is_norm else ())
+        return members, statistics.scaled(columns), Found(scaling, found, columns, tuple(folded) if is_norm else ())
 
     def _divide(
         self,
@@ -173,13 +169,6 @@ class Smoother:
 
     def _bias(self, name: str, dense: Mapping[str, Tensor]) -> Tensor | None:
         return self._read(name, dense) if name in dense or name in self._source.info() else None
-
-
-def _is_cut(spec: QuantizationSpec, shape: tuple[int, int]) -> bool:
-    """Whether 2-D blocks are cut at the matrix's edges, which the search's estimate does not know."""
-    return spec.block_size is not None and any(
-        size % block for size, block in zip(shape, spec.block_size, strict=True)
-    )
 
 
 def searched(groups: Groups, smoother: Smoother | None, prefix: str) -> dict[int, Scaling]:
