@@ -340,3 +340,23 @@ def test_the_run_of_a_module_is_that_of_its_checkpoint(random_model, checkpoint,
     ours, theirs = (run.activations() for run in runs)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name].scale, theirs[name].scale) for name in ours)
+
+
+def test_scales_inside_attention_are_part_of_the_state(random_model):
+    models = [random_model("llama") for _ in range(2)]
+    for model, ids in zip(models, (IDS, IDS.flip(0) // 2), strict=True):
+        quantized(model, RECIPES["static cache"], [ids])
+    assert not torch.equal(logits_of(models[0]), logits_of(models[1]))
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(logits_of(models[0]), logits_of(models[1]))
+
+
+def test_a_network_whose_calibration_fails_is_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    before = list(model)
+    config = Config.from_dict({"scheme": "W8A8_STATIC", "algorithm": "rtn"})
+    with pytest.raises(CalibrationError):
+        ModelQuantizer(config).quantize_model(model, [torch.zeros(2, 8)])
+    assert list(model) == before
+    ModelQuantizer(config).quantize_model(model, [torch.ones(2, 8)])
+    assert isinstance(model[0], FakeQuantLinear)

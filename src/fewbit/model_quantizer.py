@@ -96,11 +96,17 @@ class ModelQuantizer:
         needs_data = any(found.needs_data for found in configs.values())
         if needs_data and dataloader is None:
             raise CalibrationError("static activation scales need calibration data; give a dataloader")
+        before = {name: model.get_submodule(name) for name in configs}
         ptq.replace_(model, configs)
-        if needs_data and dataloader is not None:
+        if not needs_data or dataloader is None:
+            return
+        try:
             with ptq.calibrate(model), torch.no_grad():
                 for item in dataloader:
                     _call(model, item)
+        except BaseException:  # as it was: the user may try again with other data
+            ptq.exchange(model, {id(model.get_submodule(name)): module for name, module in before.items()})
+            raise
 
 
 def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:

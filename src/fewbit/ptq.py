@@ -215,7 +215,7 @@ def freeze(model: nn.Module) -> nn.Module:
             made[id(module)] = _baked(module)
     if not made:
         raise ConfigError(f"{type(model).__name__} has nothing to freeze; call quantize_(model) first")
-    _exchange(model, made)
+    exchange(model, made)
     return model
 
 
@@ -254,7 +254,7 @@ def _fake(name: str, module: nn.Module, config: QuantizationConfig) -> FakeQuant
 
 def _install(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
     """Exchange modules, and keep torch from computing past them."""
-    _exchange(model, made)
+    exchange(model, made)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # torch's fused kernel would go past the quantized linears
@@ -307,7 +307,7 @@ def _skipped(model: nn.Module, excluded: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _exchange(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+def exchange(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
     """Put modules in the place of others, by the others' id, wherever these are used."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

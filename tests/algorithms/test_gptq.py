@@ -255,3 +255,12 @@ def test_a_drifted_weight_gives_the_output_of_the_original_inputs():
     corrected = drifted(weight, (original - seen).T @ seen, factor, 1.0)
     torch.testing.assert_close(seen @ corrected.T, original @ weight.T, rtol=1e-3, atol=1e-2)
     assert torch.equal(drifted(weight, torch.zeros(32, 32), factor, 1.0), weight)
+
+
+@pytest.mark.parametrize("block", [(1, 48), (1, 200), (32, 48)])
+@pytest.mark.parametrize("observer", ["search", "minmax"])
+def test_blocks_may_be_cut_at_the_edge(block, observer):
+    weight, moment = correlated()
+    spec = QuantizationSpec(dtype="int4", qscheme="per_block", block_size=block, observer=observer)
+    found = gptq(weight, moment, spec, BF16, GPTQConfig())
+    assert loss(weight, moment, found) < 0.7 * loss(weight, moment, rtn(weight, moment, spec, BF16))

@@ -274,3 +274,11 @@ def test_nothing_before_windows_leaves_them():
     windows = torch.arange(6).view(2, 3)
     assert begin_with(torch.tensor([], dtype=torch.int64), windows) is windows
     assert begin_with(torch.tensor([9, 8]), windows).tolist() == [[9, 8, 0, 1, 2], [9, 8, 3, 4, 5]]
+
+
+def test_masks_that_leave_everything_out_are_refused():
+    ids = torch.ones(2, LENGTH, dtype=torch.int64)
+    empty = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    with pytest.raises(CalibrationError, match="leave every token out"):
+        calibration_set([empty, empty], None, num_samples=1, sequence_length=LENGTH, seed=0)
+    assert calibration_set([empty, {"input_ids": ids}], None, num_samples=1, sequence_length=LENGTH, seed=0)

@@ -302,6 +302,9 @@ class TestAlgorithms:
             ({"quantization_order": "default"}, {"order": "none"}),
             ({"quantization_order": "activation"}, {"order": "activation"}),
             ({"blocksize": 64, "damp": 0.1}, {"block_size": 64, "damping": 0.1}),
+            ({"damp_percent": None, "desc_act": None}, {}),
+            *(({"actorder": order}, {"order": "activation"}) for order in (True, "static", "weight", "activation")),
+            *(({"actorder": order}, {"order": "none"}) for order in (False, None, "none")),
         ],
     )
     def test_gptqs_options_by_other_names(self, theirs, ours):
@@ -313,6 +316,13 @@ class TestAlgorithms:
             (GPTQConfig, {"static_groups": False}, "static_groups"),
             (GPTQConfig, {"true_sequential": False}, "true_sequential"),
             (GPTQConfig, {"damp_percent": 1.0}, "damping"),
+            (GPTQConfig, {"damp_percent": 0.1, "damping": 0.01}, "damp_percent and damping are two names"),
+            (GPTQConfig, {"desc_act": True, "quantization_order": "default"}, "desc_act and quantization_order"),
+            (GPTQConfig, {"actorder": "group"}, "actorder group moves columns"),
+            (GPTQConfig, {"actorder": "foo"}, "order"),
+            (GPTQConfig, {"bits": 4, "group_size": 64}, "SequentialGPTQConfig"),
+            (SmoothQuantConfig, {"w_method": "per-block"}, "SequentialSmoothQuantConfig"),
+            (SmoothQuantConfig, {"alpha": 0.5, "smoothing_strength": 0.2}, "alpha and smoothing_strength"),
             (AWQConfig, {"scaling_layers": [{"prev_op": "a"}]}, "layers"),
             (AWQConfig, {"scaling_layers": [{"prev_op": "a", "layer": ["b"]}]}, "did you mean 'layers'"),
             (AWQConfig, {"scaling_layers": "auto"}, "scaling_layers"),

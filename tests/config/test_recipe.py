@@ -54,6 +54,13 @@ def from_text(text: str, directory) -> Config:
     return Config.from_yaml(file)
 
 
+def test_null_means_in_yaml_what_none_means_in_python():
+    plain = {"scheme": "W8A8", "algo_config": None, "layer_quant_config": {"*.v_proj": None}}
+    config = Config.from_dict(plain)
+    assert config.algo_config == (RTNConfig(),)
+    assert config.layer_quant_config == {"*.v_proj": QuantizationConfig()}
+
+
 class TestYAML:
     @pytest.mark.parametrize(
         "text",

@@ -1,10 +1,12 @@
 """ActivationQuantizer: its tiles, what it keeps and what it refuses."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fewbit.config.schemes import SCHEMES
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.nn.activation import ActivationQuantizer
@@ -108,3 +110,45 @@ class TestStateDict:
         assert torch.equal(model[0].scale, state.scale)
         assert model[0].scale.dtype == torch.float32
         assert model[1].weight.dtype == dtype
+
+
+DYNAMIC = {name: scheme.config.input_tensors for name, scheme in SCHEMES.items() if scheme.config.input_tensors}
+
+
+@pytest.mark.parametrize("name", [name for name, spec in DYNAMIC.items() if spec.is_dynamic])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_seen_behind_the_quantizer_and_spoils_only_its_tokens(name, bad):
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    x[0, 3] = bad
+    out = ActivationQuantizer(DYNAMIC[name])(x)
+    assert not bool(out[0, 3].isfinite())
+    assert bool(out[1:].isfinite().all())
+
+
+def test_an_affine_activation_lets_nan_through():
+    spec = replace(TOKEN, dtype="uint4", symmetric=False)
+    out = ActivationQuantizer(spec)(torch.tensor([[1.0, math.nan], [1.0, 2.0]]))
+    assert bool(out[0].isnan().all())
+    assert bool(out[1].isfinite().all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_percentile_that_leaves_zeros_alone_takes_everything(symmetric):
+    dtype = "int8" if symmetric else "uint8"
+    spec = replace(TOKEN, dtype=dtype, symmetric=symmetric, observer="percentile", percentile=90.0)
+    x = torch.zeros(1, 64)
+    x[0, :3] = torch.tensor([300.0, 200.0, 100.0])
+    torch.testing.assert_close(ActivationQuantizer(spec)(x), x, atol=2.0, rtol=0)
+
+
+def test_casts_work_on_every_float_dtype():
+    x = torch.tensor([[1.0009765625, 65504.0]], dtype=torch.float16)
+    out = ActivationQuantizer(QuantizationSpec(dtype="bfloat16"))(x)
+    assert out.dtype == torch.float16
+    assert out[0, 0].item() == 1.0
+
+
+def test_a_width_that_microexponent_blocks_do_not_divide_is_refused_in_a_sentence():
+    spec = QuantizationSpec(dtype="mx9", observer="minmax", is_dynamic=True)
+    with pytest.raises(ConfigError, match="1 × 16 do not divide a matrix of 2 × 50"):
+        ActivationQuantizer(spec)(torch.zeros(2, 50))

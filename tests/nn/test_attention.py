@@ -380,3 +380,20 @@ def test_specs_without_meaning_for_heads_are_refused_before_anything_changes(
         attach(model, AttentionConfig(key=refused))
     assert model.config._attn_implementation == "sdpa"
     assert "attention_quantizers" not in dict(model.model.layers[0].self_attn.named_children())
+
+
+def test_another_implementation_set_afterwards_is_refused_instead_of_leaving_quantizers_out(random_model):
+    model = random_model("llama")
+    ids = torch.arange(8)[None]
+    attach(model, AttentionConfig(key=spec(), value=spec()))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ConfigError, match="'sdpa' would leave out the quantizers"):
+        model(input_ids=ids)
+    detach(model)
+    model(input_ids=ids)
+
+
+def test_residual_needs_dynamic_scales():
+    static = QuantizationSpec(dtype="int4", qscheme="per_tensor", observer="minmax", residual=True)
+    with pytest.raises(ConfigError, match="attention key: residual needs is_dynamic=True"):
+        AttentionConfig(key=static)

@@ -113,3 +113,13 @@ def test_a_vector_and_no_rows_have_products_too():
 def test_groups_that_do_not_divide_are_an_error():
     with pytest.raises(ConfigError, match="cannot be quantized int4 per_group 128"):
         QuantLinear.from_module(linear(), 4)
+
+
+def test_a_state_dict_of_another_spec_is_refused():
+    made = {name: QuantLinear.from_module(linear(), spec=SPECS[name]) for name in ("int4 groups", "nvfp4")}
+    other = QuantLinear.from_module(linear(), spec=QuantizationSpec(dtype="e2m1", group_size=32))
+    with pytest.raises(ConfigError, match="is int4 per_group 32, the model's is e2m1 per_group 32"):
+        nn.Sequential(other).load_state_dict(nn.Sequential(made["int4 groups"]).state_dict())
+    again = QuantLinear.from_module(linear(seed=1), spec=SPECS["nvfp4"])
+    again.load_state_dict(made["nvfp4"].state_dict())
+    assert torch.equal(again.dequantize(), made["nvfp4"].dequantize())

@@ -232,3 +232,26 @@ def test_even_moves_fp4_up_a_binade_from_seven_quarters_on(power):
 def test_even_moves_int8_up_where_the_largest_would_round_to_128():
     amax = torch.tensor([127.0, 127.49, 127.5, 128.0])
     assert block_exponent_scale(amax, FORMATS["int8"], "even").tolist() == [1, 1, 2, 2]
+
+
+@every_format
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_not_finite_does_not_become_a_number(format, bad):
+    scale = torch.ones(2, PAIRS)
+    scale[0, 3] = bad
+    value = format.round(scale)
+    assert not bool(value[0, 3].isfinite())
+    assert bool(value[1].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_a_scale_too_small_for_its_dtype_becomes_the_smallest_and_not_one(dtype):
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    wanted = torch.tensor([1e-60, -1e-60], dtype=torch.float64).float() if dtype == torch.float32 else None
+    wanted = torch.tensor([tiny / 4, -tiny / 4]) if wanted is None else wanted
+    stored = ScaleFormat("float", dtype).store(wanted)
+    if dtype == torch.float32:  # nothing smaller can even be wanted
+        assert stored.tolist() == [1.0, 1.0]
+    else:
+        assert stored.tolist() == [tiny, -tiny]
+    assert ScaleFormat("float", dtype).store(torch.zeros(1)).item() == 1.0

@@ -171,6 +171,10 @@ def test_static_scales_are_of_inputs_as_the_folded_model_gives_them(any_scale, c
             {"layer_quant_config": {"*.up_proj": {"weight": LOSSLESS, "output_tensors": {"dtype": "int8"} | TENSOR}}},
             {"mlp.down_proj"},
         ),
+        (  # rows that share a scale cannot be divided once they are quantized
+            {"layer_quant_config": {"*.up_proj": {"weight": {"dtype": "int8", "qscheme": "per_tensor"}}}},
+            {"mlp.down_proj"},
+        ),
     ],
     ids=str,
 )

@@ -21,12 +21,12 @@ ELEMENTS = 2**21  # weights that are worked on at a time
 def clip(weight: Tensor, moment: Tensor, spec: QuantizationSpec, scale: ScaleFormat) -> Tensor:
     """The weight [out, in] float32, clipped; `moment` is H [in, in] float32 of its input.
 
-    Symmetric grids shrink both ends alike, affine grids also each end on its own. Weights whose rows share a scale
-    come back as they are. This is for observers that take the range as they find it (minmax); "search" and GPTQ
-    choose ranges themselves.
+    Symmetric grids shrink both ends alike, affine grids also each end on its own. Weights whose rows share a scale, or
+    whose blocks are cut at the edge, come back as they are. This is for observers that take the range as they find it
+    (minmax); "search" and GPTQ choose ranges themselves.
     """
     tile_rows, columns = spec.tiling.tile(*weight.shape)
-    if tile_rows > 1 or spec.format.is_cast:
+    if tile_rows > 1 or spec.format.is_cast or weight.shape[1] % columns:
         return weight
     blocks = torch.stack([moment[at : at + columns, at : at + columns] for at in range(0, weight.shape[1], columns)])
     rows_at_once = max(1, ELEMENTS // weight.shape[1])

@@ -127,7 +127,8 @@ def gptq(
     """
     _, group = spec.tiling.tile(*weight.shape)
     rule = spec.grid_rule(scale)
-    search = spec.observer == "search" and spec.tiling.rows == 1 and scale.type != "microexponent"
+    whole = weight.shape[1] % group == 0  # blocks may be cut at the edge
+    search = spec.observer == "search" and spec.tiling.rows == 1 and scale.type != "microexponent" and whole
     by_group = search and spec.qscheme == "per_group"
     fixed = None if by_group else _grid_of_original(weight, moment, spec, rule)
     choosing = _factored(moment, group, _CHOOSING_ORDER[config.order] if by_group else config.order, config.damping)

@@ -128,7 +128,9 @@ class Config:
                 table = _mapping(values[field], field)
                 # the shorthand sizes the groups of named schemes; a spec written out says its own size
                 values[field] = {
-                    key: _quantization_config(value, group_size if isinstance(value, str) else None)
+                    key: _quantization_config(
+                        {} if value is None else value, group_size if isinstance(value, str) else None
+                    )
                     for key, value in table.items()
                 }
         if "exclude" in values:

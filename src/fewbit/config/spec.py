@@ -162,7 +162,8 @@ class QuantizationSpec:
         size = self.group_size or 0
         along_rows = self.ch_axis in (0, -2)
         if self.qscheme == "per_group":
-            return Tiling(rows=size, columns=1) if along_rows else Tiling(rows=1, columns=size)
+            block = PAIRS if self.scale_type == "microexponent" else 1
+            return Tiling(rows=size, columns=1) if along_rows else Tiling(rows=1, columns=size, block=block)
         if self.qscheme == "per_channel" and self.ch_axis in (1, -1):
             return Tiling(rows=0, columns=1)
         return Tiling(rows=1, columns=0)

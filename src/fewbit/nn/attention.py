@@ -75,8 +75,8 @@ class HeadsQuantizer(ActivationQuantizer):
             if self.observer is not None:  # it may have found the scale meanwhile and taken itself away
                 return x
         channels = x.shape[-1]
-        if self.pad and self.spec.group_size is not None and channels % self.spec.group_size:
-            x = nn.functional.pad(x, (0, -channels % self.spec.group_size))
+        if self.pad and self.spec.group_size is not None and channels % self.spec.tiling.span:
+            x = nn.functional.pad(x, (0, -channels % self.spec.tiling.span))
         quantized = self.from_matrix(super().forward(self.to_matrix(x)), x.shape)
         return quantized[..., :channels].contiguous()  # one layout, so one rounding, whatever the granularity
 
@@ -317,9 +317,9 @@ def _implementation_for(name: str, module: nn.Module, config: AttentionConfig) -
     head_dim = getattr(module, "head_dim", None)
     for slot in ("key", "value", "query"):
         spec: QuantizationSpec | None = getattr(config, slot)
-        if spec is not None and spec.group_size and isinstance(head_dim, int) and head_dim % spec.group_size:
+        if spec is not None and spec.group_size and isinstance(head_dim, int) and head_dim % spec.tiling.span:
             raise ConfigError(
-                f"attention {slot}: group_size {spec.group_size} does not divide {name}'s {head_dim} channels"
+                f"attention {slot}: group_size {spec.tiling.span} does not divide {name}'s {head_dim} channels"
             )
     return IMPLEMENTATION_OVER[previous]
 

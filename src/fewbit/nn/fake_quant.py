@@ -200,7 +200,7 @@ def _adopt(made: M, module: nn.Module, config: QuantizationConfig) -> M:
         else (module.in_channels, module.out_channels)
     )
     for spec, channels in ((config.input_tensors, inputs), (config.output_tensors, outputs)):
-        if spec is not None and channels % (spec.tiling.columns or channels):
+        if spec is not None and channels % (spec.tiling.span or channels):
             raise ConfigError(f"an activation of {channels} channels cannot be quantized {spec.summary}")
     made.train(module.training)
     made.set_config(config)

@@ -23,12 +23,20 @@ class Tiling:
     rows: int = 1
     columns: int = 0
     partial: bool = False
+    block: int = 1
+    """Tiles along a row that belong together (the pairs of a microexponent's 16): a row has whole blocks of them."""
+
+    @property
+    def span(self) -> int:
+        """What the number of columns must be a multiple of; 0 if any number is whole."""
+        return self.columns * self.block
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
         """Concrete tile size for a matrix of this size; ValueError if the tiles do not cover it exactly."""
         tile_rows, tile_columns = self.rows or rows, self.columns or columns
-        if not self.partial and (rows % tile_rows or columns % tile_columns):
-            raise ValueError(f"tiles of {tile_rows} × {tile_columns} do not divide a matrix of {rows} × {columns}")
+        span = self.span or columns
+        if not self.partial and (rows % tile_rows or columns % span):
+            raise ValueError(f"tiles of {tile_rows} × {span} do not divide a matrix of {rows} × {columns}")
         return tile_rows, tile_columns
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from fewbit.errors import ConfigError
 from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.nn import attention
-from fewbit.numerics.scale_format import PAIRS
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _grouped(linear: LinearPlan) -> Iterator[tuple[int, int, str, bool]]:
     )
     for spec, (channels, which) in tensors:
         if spec is not None and spec.group_size is not None:
-            size = spec.group_size * (PAIRS if spec.scale_type == "microexponent" else 1)
+            size = spec.group_size if _runs_along_rows(spec) else spec.tiling.span
             yield size, channels, which, spec is config.weight and spec.scale_type == "float"
 
 

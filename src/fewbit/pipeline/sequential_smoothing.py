@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fewbit.algorithms.scale_search import ScaleSearch, search_scales
+from fewbit.algorithms.scale_search import ScaleSearch, is_cut, search_scales
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import AWQConfig, ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.schemes import scheme_config
@@ -145,7 +145,8 @@ def run_smooth_quant_for_sequential_layers(
         with torch.no_grad():
             for scaling in known[kind]:
                 readers = [name for name in scaling.readers if name in names]
-                if not readers or scaling not in statistics:
+                cut = any(is_cut(quantization.weight, linear_of(layer, name).weight.shape) for name in readers)
+                if not readers or cut or scaling not in statistics:
                     continue
                 found = _scaled(layer, scaling, readers, statistics.pop(scaling), quantization, search, gptq_follows)
                 name = f"{stack.root}{index}.{scaling.producer}"
