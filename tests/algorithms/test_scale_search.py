@@ -203,6 +203,25 @@ def test_smoothing_beats_scales_that_know_the_weights_only_where_activations_are
     assert output_error(weight, x, INT8, PER_TOKEN, smooth) < output_error(weight, x, INT8, PER_TOKEN, awq)
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_no_scale_for_weights_is_taken_that_costs_the_activations_more(name, compensated):
+    weight, x = weight_of(), torch.randn(TOKENS, 128, generator=torch.Generator().manual_seed(5))
+    x[::512, 7] = 1000.0  # a few huge tokens make up H; scaled for their sake, channel 7 of the others is lost
+    input_spec, spec = ACTIVATIONS[name]
+    data = {"input_spec": input_spec, "sample": x[::4], "outliers": x[::512], "tokens": TOKENS}
+    options = {"dtype": torch.bfloat16, "compensated": compensated}
+    blind = search_scales([weight], [spec], x.T @ x, AWQConfig(), **options)
+    seeing = search_scales([weight], [spec], x.T @ x, AWQConfig(), **options, **data)
+    typical = x[1:512]
+    before = output_error(weight, typical, spec, input_spec, ONES)
+    assert output_error(weight, typical, spec, input_spec, blind.scale) > 1.1 * before
+    assert output_error(weight, typical, spec, input_spec, seeing.scale) < 1.03 * before
+    assert blind.alpha is not None
+    fixed = AWQConfig(alpha=blind.alpha, duo_scale=blind.duo)
+    assert torch.equal(search_scales([weight], [spec], x.T @ x, fixed, **options, **data).scale, blind.scale)
+
+
 def test_smoothing_without_a_sample_counts_the_weights():
     weight, x, spec = weight_of(), inputs(), replace(INT8, observer="minmax")
     found = search_scales([weight], [spec], x.T @ x, SmoothQuantConfig(), input_spec=PER_TOKEN)

@@ -18,6 +18,8 @@ output. That error needs no forward. With Δ = Q(W·s)/s − W, e = Q(X/s) − X
                    the single token and cannot be had from H. The error of the weights still comes from H, which has
                    seen all tokens; the two are uncorrelated but for the little that e repeats of X, so they add up.
 
+AWQ counts the weights alone. Where activations are quantized too, it takes no scale with which both together lose.
+
 What makes it cheap: evenly spaced rows stand for all of them, and where the spec searches its scales, a few stand for
 those it tries. (They must come near the best one. Where one channel dominates a group, the scale that just meets its
 weight is far better than the next, and a search that overlooks that scales too much.) No scaling at all is always
@@ -93,8 +95,8 @@ def search_scales(
         weights: [out, in] float32 each.
         specs: how each of them will be quantized.
         moment: H = XᵀX [in, in] float32 of the unscaled input.
-        config: what is searched. SmoothQuantConfig counts the activations' error as well, if `input_spec` and
-            `sample` are given.
+        config: what is searched. If `input_spec` and `sample` are given, SmoothQuantConfig counts the activations'
+            error as well, and AWQConfig takes no scale that costs them more than the weights gain.
         dtype: what the checkpoint holds the weights in, which their scales may be stored in.
         input_spec: how the input will be quantized.
         sample: some tokens of the input [tokens, in] float32, which stand for all of them.
@@ -111,24 +113,33 @@ def search_scales(
     targets = _targets(weights, specs, dtype, rows)
     smooth = isinstance(config, SmoothQuantConfig)
     activation = None
-    if smooth and input_spec is not None and sample is not None:
+    if input_spec is not None and sample is not None:
         if tokens is None:
             raise ValueError("a token sample stands for all tokens of H: give their number")
         activation = _activation(sample, outliers, _scoring_spec(input_spec), tokens)
-    objective = _Objective(moment, column_costs(moment) if compensated else None, activation)
+    objective = _Objective(targets, moment, column_costs(moment) if compensated else None, activation)
 
-    before = objective.loss(targets, torch.ones_like(moment[0]))
-    best = ScaleSearch(torch.ones_like(moment[0]), before, before)
+    none = torch.ones_like(moment[0])
+    of_weights, of_inputs = objective.weights(none), objective.inputs(none)
+    before = of_weights + of_inputs if smooth else of_weights
+    best = ScaleSearch(none, before, before)
     worth_it = WORTH_IT_COMPENSATED if compensated else WORTH_IT
     enough = worth_it * before if config.alpha is None else math.inf
     x = moment.diagonal().clamp(min=0).sqrt()
-    if activation is not None:
+    if smooth and activation is not None:
         x = activation.sample.abs().amax(0)
     w = torch.stack([_column_size(*pair, smooth) for pair in zip(weights, specs, strict=True)]).amax(0)
     for alpha, duo, scale in _candidates(x, w, config, tie):
         if power_of_two:
             scale = nearest_power_of_two(scale)
-        loss = objective.loss(targets, scale)
+        loss = objective.weights(scale)
+        if loss >= enough:  # the inputs' error can only add to it
+            continue
+        both = loss + objective.inputs(scale)
+        if smooth:
+            loss = both
+        elif config.alpha is None and both > of_weights + of_inputs:
+            continue
         if loss < enough:
             enough = loss
             best = ScaleSearch(scale, loss, before, alpha, duo)
@@ -334,26 +345,33 @@ def _scoring_spec(spec: QuantizationSpec) -> QuantizationSpec:
 
 @dataclass(frozen=True)
 class _Objective:
-    """What a scale costs."""
+    """What a scale costs: estimated squared errors of the outputs."""
 
+    targets: list[_Target]
     moment: Tensor
     costs: Tensor | None
     """p of the columns where GPTQ follows."""
     activation: _Activation | None
 
-    def loss(self, targets: list[_Target], scale: Tensor) -> float:
-        """Estimated squared error of the outputs."""
-        weights = importance(self.moment) if self.costs is None else self.costs
-        noise = None if self.activation is None else self.activation.deviation(scale)
+    def weights(self, scale: Tensor) -> float:
+        """By the error of the weights."""
         total = 0.0
-        for target in targets:
-            delta = target.deviation(scale, weights)
+        for target in self.targets:
             if self.costs is None:
+                delta = target.deviation(scale, importance(self.moment))
                 error = matmul.linear(self.moment, delta).mul_(delta.T).sum(dtype=torch.float64)
             else:
+                delta = target.deviation(scale, self.costs)
                 error = delta.square_().sum(0, dtype=torch.float64) @ self.costs.double()
-            if noise is not None and self.activation is not None:
-                spread = matmul.linear(noise, target.rows * scale)
-                error = error + (spread.square_().sum(1) @ self.activation.stands_for).double()
             total += float(error) * target.stands_for
+        return total
+
+    def inputs(self, scale: Tensor) -> float:
+        """By the error of the inputs; 0 where they are not quantized."""
+        if self.activation is None:
+            return 0.0
+        noise, total = self.activation.deviation(scale), 0.0
+        for target in self.targets:
+            spread = matmul.linear(noise, target.rows * scale)
+            total += float((spread.square_().sum(1) @ self.activation.stands_for).double()) * target.stands_for
         return total

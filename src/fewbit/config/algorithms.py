@@ -151,6 +151,8 @@ class AWQConfig:
     and GPTQ do that anyway.)"""
     scale_clamp_min: Annotated[float, Field(gt=0)] = 1e-4
     """No channel is scaled by less, nor by more than the inverse."""
+    sample_tokens: Annotated[int, Field(gt=0)] = 512
+    """Tokens of a quantized input that are kept to see that scales do not cost it more than the weights gain."""
     scaling_layers: tuple[ScalingLayer, ...] | None = None
     """Which layer before which linears is scaled; None takes what the architecture says."""
 

@@ -129,9 +129,7 @@ def run_smooth_quant_for_sequential_layers(
     quantization, search = _resolved(spec, config)
     assert quantization.weight is not None
     stack = open_stack(layers, inputs, quantization.weight, exclude, prefix)
-    sample = 0
-    if isinstance(search, SmoothQuantConfig) and quantization.input_tensors is not None:
-        sample = search.sample_tokens
+    sample = 0 if quantization.input_tensors is None else search.sample_tokens
     known: dict[tuple[object, ...], tuple[Scaling, ...]] = {}
     results: dict[str, ScaleSearch] = {}
     for index, (layer, names) in enumerate(zip(stack.layers, stack.linears, strict=True)):

@@ -17,7 +17,7 @@ from fewbit.algorithms.clip import clip
 from fewbit.algorithms.scale_search import ScaleSearch, is_cut, search_scales
 from fewbit.calibration.statistics import Statistics
 from fewbit.checkpoint.source import TensorSource
-from fewbit.config.algorithms import AWQConfig, GPTQConfig, ScaleSearchConfig, SmoothQuantConfig
+from fewbit.config.algorithms import AWQConfig, GPTQConfig, ScaleSearchConfig
 from fewbit.config.recipe import Config
 from fewbit.models import folding
 from fewbit.models.architecture import Groups, Scaling
@@ -72,9 +72,7 @@ class Smoother:
 
     def sample_tokens(self, group: tuple[str, ...], prefix: str) -> int:
         """Tokens of the group's input that the search wants to see."""
-        config = self._search
-        quantized = f"{prefix}{group[0]}.input" in self._plan.activations
-        return config.sample_tokens if isinstance(config, SmoothQuantConfig) and quantized else 0
+        return self._search.sample_tokens if f"{prefix}{group[0]}.input" in self._plan.activations else 0
 
     def apply(
         self,
