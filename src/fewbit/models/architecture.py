@@ -53,7 +53,7 @@ class Architecture:
     """`model_type` of the configurations that this row describes."""
     groups: Groups
     scalings: tuple[Scaling, ...] = ()
-    """What can be scaled; empty for a family that was detected: see folding.py."""
+    """What can be scaled; empty for a family that was detected: see scalings.py."""
     blocks: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     head: str = "lm_head"

@@ -70,7 +70,7 @@ def quantize_model(
     if check is not None:
         check(plan)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
-    search = config.scale_search  # proves its scalings on the model as it is, so before anything is quantized
+    search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
     smoother = Smoother(blockwise, plan, config, search) if search is not None else None
     identity = _identity(blockwise, config, data)
     if not resume:

@@ -9,12 +9,12 @@ computes the finished blocks as the interrupted one did: the vectors are kept be
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from fewbit.algorithms.clip import clip
-from fewbit.algorithms.scale_search import ScaleSearch, is_cut, search_scales
+from fewbit.algorithms.scale_search import is_cut, search_scales
 from fewbit.calibration.statistics import Statistics
 from fewbit.checkpoint.source import TensorSource
 from fewbit.config.algorithms import AWQConfig, GPTQConfig, ScaleSearchConfig
@@ -23,20 +23,9 @@ from fewbit.models import folding
 from fewbit.models.architecture import Groups, Scaling
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.scalings import head_dim, scalings
+from fewbit.pipeline.block_work import BlockWork, Found
 from fewbit.pipeline.plan import Plan
-from fewbit.pipeline.stage_quantizer import LinearResult, Member
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was done at one stage."""
-
-    scaling: Scaling
-    search: ScaleSearch
-    columns: Tensor
-    """[in]: what the readers' columns were multiplied by."""
-    folded: tuple[str, ...]
-    """Tensors around a norm that changed. (Those around a linear change exactly, so nobody has to know them.)"""
+from fewbit.pipeline.stage_quantizer import Member
 
 
 class Smoother:
@@ -75,24 +64,19 @@ class Smoother:
         return self._search.sample_tokens if f"{prefix}{group[0]}.input" in self._plan.activations else 0
 
     def apply(
-        self,
-        scaling: Scaling,
-        members: list[Member],
-        statistics: Statistics,
-        results: dict[str, LinearResult],
-        dense: dict[str, Tensor],
-        prefix: str,
-    ) -> tuple[list[Member], Statistics, Found] | None:
+        self, scaling: Scaling, members: list[Member], statistics: Statistics, work: BlockWork
+    ) -> tuple[list[Member], Statistics, Tensor] | None:
         """Search the scale before a stage and fold it into whoever makes its input.
 
         Args:
             members: the stage's linears.
             statistics: of the input as it comes.
-            results: linears of the block that are quantized already; a producer among them is rescaled.
-            dense: tensors of the block that changed; a producer that stays as it is ends here.
+            work: the block; a producer that is quantized already is rescaled there, another one changes there.
 
-        Returns members and statistics in terms of the scaled input, or None if nothing is gained by scaling.
+        Returns members and statistics in terms of the scaled input and what it is divided by [in], or None if nothing
+        is gained by scaling.
         """
+        prefix, dense = work.prefix, work.dense
         name = f"{prefix}{scaling.producer}"
         shape = self._source.info()[f"{name}.weight"].shape
         rows, is_norm = shape[0], len(shape) == 1
@@ -115,34 +99,28 @@ class Smoother:
         if found.alpha is None:
             return None
         wanted = folding.per_row(found.scale.cpu(), channels, rows)
-        taken = self._divide(name, scaling, wanted, is_norm, results, dense)
+        taken = self._divide(name, scaling, wanted, work)
         columns = taken[channels].to(device)
         for other in scaling.others:
             dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
         folded = [prefix + other for other in scaling.others]
         folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
         members = [replace(member, weight=member.weight * columns) for member in members]
-        return members, statistics.scaled(columns), Found(scaling, found, columns, tuple(folded) if is_norm else ())
+        work.found.append(Found(scaling, found, columns, tuple(folded) if is_norm else ()))
+        return members, statistics.scaled(columns), columns
 
-    def _divide(
-        self,
-        name: str,
-        scaling: Scaling,
-        wanted: Tensor,
-        is_norm: bool,
-        results: dict[str, LinearResult],
-        dense: dict[str, Tensor],
-    ) -> Tensor:
+    def _divide(self, name: str, scaling: Scaling, wanted: Tensor, work: BlockWork) -> Tensor:
         """Divide the rows of a norm or linear; returns what they were divided by, which storage may round. [rows]"""
+        dense = work.dense
         bias = self._bias(f"{name}.bias", dense)
-        if (producer := results.get(name)) is not None:
+        if (producer := work.results.get(name)) is not None:
             there = producer.weight.scale.device
             moved = None if bias is None else bias.to(there)
             quantized, bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
-            results[name] = replace(producer, weight=quantized)
+            work.results[name] = replace(producer, weight=quantized)
         else:
             weight = self._read(f"{name}.weight", dense)
-            if is_norm:
+            if weight.ndim == 1:  # a norm
                 dense[f"{name}.weight"], bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
             else:
                 dense[f"{name}.weight"], bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)

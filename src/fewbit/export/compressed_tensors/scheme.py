@@ -1,7 +1,7 @@
 """Specs in compressed-tensors' words and back: the QuantizationArgs of one tensor, and the layout of a weight.
 
 Readers fail on keys they do not know, so as few as possible are written. What the format has no words for is refused
-with a ConfigError that says why; `check.py` adds whose it is.
+with a ConfigError that says why; `config.py` adds whose it is.
 
     strategy       tensor, channel, group, block (weights); tensor, token, group (activations); attn_head (KV cache)
     tensor_group   NVFP4: groups of 16 with e4m3 scales and one more scale for the tensor. Of activations only that
