@@ -94,11 +94,7 @@ class NativePart:
         self._smoothed: dict[str, list[str]] = described.get("smoothing", {"modules": [], "folded": []})
         stored = (
             {f"{name}.smoothing" for name in self._smoothed["modules"]}
-            | {
-                f"{name}.{part}"
-                for name, (spec, _) in self.quantized.items()
-                for part in QuantTensor.stored_names(spec)
-            }
+            | {part for name, (spec, _) in self.quantized.items() for part in _stored(name, spec)}
             | {f"{name}.{part}" for name, entry in flows.items() for part in entry["stored"]}
         )
         self.dense = {name: info for name, info in header.items() if name not in stored}
@@ -122,6 +118,11 @@ class NativePart:
         stored = self._get([f"{name}.{part}" for part in parts])
         return QuantTensor.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec, shape)
 
+    def global_scale(self, name: str) -> float:
+        """Second-level scale of one weight, whose codes are not read; 1.0 if it has none."""
+        spec, _ = self.quantized[name]
+        return float(self._get([part])[part]) if (part := f"{name}.global_scale") in _stored(name, spec) else 1.0
+
     def activations(self) -> dict[str, QuantizedActivation]:
         """Quantized activations by module and slot."""
         found = {}
@@ -142,6 +143,11 @@ class NativePart:
     def _get(self, stored_names: list[str]) -> dict[str, Tensor]:
         with safe_open(self.file, framework="pt", device="cpu") as opened:
             return {stored: opened.get_tensor(stored).clone() for stored in stored_names}
+
+
+def _stored(name: str, spec: QuantizationSpec) -> list[str]:
+    """Names of the tensors that a quantized weight is stored as."""
+    return [f"{name}.{part}" for part in QuantTensor.stored_names(spec)]
 
 
 class NativeCheckpoint:

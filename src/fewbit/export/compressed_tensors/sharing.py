@@ -23,7 +23,7 @@ def fused_with(name: str) -> Iterator[str]:
 def unshared(checkpoint: NativeCheckpoint) -> str | None:
     """What is wrong with the second-level scales of a run's weights and inputs, in a sentence; None if nothing is."""
     for part in checkpoint.parts:
-        units = {name.removesuffix(".weight"): part.read_quantized(name).global_scale
+        units = {name.removesuffix(".weight"): part.global_scale(name)
                  for name, (spec, _) in part.quantized.items() if spec.scale_type == "e4m3"}  # fmt: skip
         inputs = {
             name.removesuffix(".input"): activation.global_scale
