@@ -4,9 +4,10 @@
         --evaluation EVALUATION.txt --json benchmarks/results/schemes.json [--peer-python PEER/bin/python]
 
 Weights of 4 bits and less are measured on the dithered model (the other's lie on a 4-bit grid), the rest on the
-original. FP8_BLOCK is missing: SmolLM2's 576 channels are no multiple of its groups of 128 activations. 32 × 512
-tokens, seed 0; 16 windows of 512 of a text that was not used for calibration. Rows that the JSON has already are not
-measured again, so the script can be stopped and started. `--only W8A8:gptq` measures chosen rows.
+original. FP8_BLOCK is measured on the model of --blocks, if that is given: SmolLM2's 576 channels are no multiple of
+its groups of 128 activations, Gemma 3's are. 32 × 512 tokens, seed 0 (or --seed); 16 windows of 512 of a text that was
+not used for calibration. Rows that the JSON has already are not measured again, so the script can be stopped and
+started. `--only W8A8:gptq` measures chosen rows.
 """
 
 import argparse
@@ -57,6 +58,7 @@ def rows(only: list[str] | None) -> list[tuple[str, str, str]]:
     found += [("original", scheme, "none") for scheme in CACHES]
     found += [("dithered", scheme, algorithm) for scheme in NARROW for algorithm in ALGORITHMS]
     found += [("original", scheme, algorithm) for scheme in WIDE for algorithm in ALGORITHMS]
+    found += [("blocks", "FP8_BLOCK", algorithm) for algorithm in ALGORITHMS]
     return [row for row in found if not only or f"{row[1]}:{row[2]}" in only]
 
 
@@ -73,6 +75,7 @@ def measure(model: Path, scheme: str, algorithm: str, args: argparse.Namespace) 
             calibration=args.calibration,
             num_samples=args.num_samples,
             sequence_length=512,
+            seed=args.seed,
             output=Path(scratch) / "run",
             progress=False,
         )
@@ -120,21 +123,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path)
     parser.add_argument("dithered", type=Path)
+    parser.add_argument("--blocks", type=Path, help="a model whose channels are multiples of 128")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--peer-python", type=Path, help="python of an environment with llmcompressor 0.14")
     parser.add_argument("--only", action="append", help="SCHEME:ALGORITHM; repeatable")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th row from the I-th, to share the work")
     parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="which windows of the calibration text; fewbit's rows only"
+    )
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     report = {"samples": [args.num_samples, 512], "windows": args.windows, "rows": []}
     if args.json.exists():
         report = json.loads(args.json.read_text())
-    known = {(row["model"], row["scheme"], row["algorithm"], row["tool"]) for row in report["rows"]}
-    wanted = [(*row, "fewbit") for row in rows(args.only)]
-    if args.peer_python:
+    known = {
+        (row["model"], row["scheme"], row["algorithm"], row["tool"])
+        for row in report["rows"]
+        if row.get("seed", 0) == args.seed
+    }
+    wanted = [(*row, "fewbit") for row in rows(args.only) if getattr(args, row[0])]
+    if args.peer_python and args.seed == 0:
         wanted += [
             ("dithered" if scheme.startswith("W4") else "original", scheme, algorithm, "llm-compressor")
             for scheme, algorithm in (name.split(":") for name in PEER)
@@ -146,7 +157,7 @@ def main() -> None:
             continue
         run = measure if tool == "fewbit" else measure_peer
         found = run(getattr(args, which), scheme, algorithm, args)
-        row = {"model": which, "scheme": scheme, "algorithm": algorithm, "tool": tool} | found
+        row = {"model": which, "scheme": scheme, "algorithm": algorithm, "tool": tool, "seed": args.seed} | found
         report["rows"].append(row | {"date": datetime.date.today().isoformat()})
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
