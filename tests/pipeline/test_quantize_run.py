@@ -287,6 +287,16 @@ def test_a_recipe_mixes_specs_and_what_is_excluded_is_reported_with_the_reason(c
     assert run.report["totals"]["bits_per_weight"] == pytest.approx(totals / weights)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "tokens", "warned"), [("gptq", 8, True), ("gptq", 4096, False), ("rtn", 8, False)]
+)
+def test_too_little_text_for_gptq_is_said(checkpoint, tmp_path, algorithm, tokens, warned):
+    ids = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(0)).view(-1, 8)
+    options = {"algorithm": algorithm, "group_size": 32, "progress": False}
+    run = fewbit.quantize(checkpoint("llama"), "W4A16", calibration=ids, output=tmp_path / "run", **options)
+    assert any("calibration tokens are fewer" in warning for warning in run.report["warnings"]) == warned
+
+
 def test_warnings_of_the_plan_are_in_the_report(checkpoint, quick, tmp_path):
     arguments = {key: value for key, value in quick.items() if key not in ("scheme", "group_size")}
     config = {"scheme": "W4A16", "group_size": 32, "layer_quant_config": {"*.v_proj": "W8A16"}}

@@ -157,7 +157,8 @@ MIXTURES = {
 def test_a_mixture_is_what_its_rules_say_and_survives_its_export(wide, tmp_path, name, algorithm):
     recipe, inputs = MIXTURES[name]
     run = fewbit.Run(walk(wide, tmp_path / "run", recipe | {"algorithm": algorithm}))
-    assert report_of(run.directory)["warnings"] == []
+    warnings = report_of(run.directory)["warnings"]
+    assert [warning for warning in warnings if "calibration tokens are fewer" not in warning] == []
     made = NativeCheckpoint(run.directory)
     specs = {key.removeprefix("model.layers.0.").removesuffix(".weight"): spec for key, (spec, _) in
              made.quantized.items()}  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def quantize_model(
     if check is not None:
         check(plan)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
+    plan = replace(plan, warnings=plan.warnings + _too_little(plan, config, data))
     search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
     smoother = Smoother(blockwise, plan, config, search) if search is not None else None
     identity = _identity(blockwise, config, data)
@@ -183,6 +185,17 @@ def _calibration(
     wanted = config.calibration
     tokenizer = tokenizer or load_tokenizer(model.source.directory)
     return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed)
+
+
+def _too_little(plan: Plan, config: Config, data: CalibrationSet | None) -> list[str]:
+    """A warning if H cannot tell all channels of an input apart, so that codes are fitted to the calibration text."""
+    widths = [linear.shape[1] for linear in plan.linears.values() if linear.spec is not None]
+    if data is None or isinstance(config.codes, RTNConfig) or not widths or data.tokens >= max(widths):
+        return []
+    return [
+        f"{data.tokens} calibration tokens are fewer than the {max(widths)} inputs of the widest linear, so "
+        f"{config.codes.name} fits weights to this text; give more (--num-samples, --sequence-length)"
+    ]
 
 
 def _check_weights(model: BlockwiseModel) -> None:
