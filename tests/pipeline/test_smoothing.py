@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from walks import TENSOR, TOKEN, WEIGHT, batches, counted, emulate, run_through, walk, watch
 
 import fewbit
@@ -12,6 +13,7 @@ from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.errors import ConfigError
 from fewbit.numerics.scale_format import nearest_power_of_two
+from fewbit.pipeline.stages import Stage
 
 # Each weight has a scale of its own, at which it is the largest code: quantized, but as it was.
 LOSSLESS = {"dtype": "e2m1", "group_size": 1, "observer": "minmax"}
@@ -105,14 +107,16 @@ def test_staged_and_replay_fold_to_the_same_bytes(any_scale, checkpoint, tmp_pat
 # --- what is reported and calibrated is what is stored --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["awq+rtn", "awq+gptq"])
+@pytest.mark.parametrize("inputs", [{}, TOKEN, TENSOR], ids=["as they are", "dynamic", "static"])
+@pytest.mark.parametrize("algorithm", ["awq+rtn", "awq+gptq", "smoothquant+gptq"])
 def test_the_reported_loss_of_scaled_linears_is_that_of_the_folded_model(
-    any_scale, checkpoint, dequantized, tmp_path, algorithm
+    any_scale, checkpoint, dequantized, tmp_path, algorithm, inputs
 ):
-    recipe = {"global_quant_config": {"weight": WEIGHT}, "algorithm": algorithm}
+    quantized = {"input_tensors": {"dtype": "int8"} | inputs} if inputs else {}
+    recipe = {"global_quant_config": {"weight": WEIGHT} | quantized, "algorithm": algorithm}
     run = walk(checkpoint("llama"), tmp_path / "run", recipe)
     source, made = SafetensorsSource(checkpoint("llama")), NativeCheckpoint(run)
-    model = dequantized(run)
+    model = emulate(dequantized(run), made.activations())
     seen = watch(model)
     run_through(model, batches())
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
@@ -209,13 +213,43 @@ def test_scaling_layers_of_the_recipe_replace_the_familys(any_scale, checkpoint,
         assert scaled(run) == {f"model.layers.{n}.mlp.down_proj" for n in range(2)}
 
 
-def test_a_search_that_gains_nothing_leaves_everything_as_plain_rounding_does(checkpoint, tmp_path, files_of):
-    recipe = {"scheme": "W8A16", "group_size": 32}
-    clamped = [{"name": "awq", "scale_clamp_min": 1.0}, {"name": "rtn"}]  # every scale is one
-    plain = walk(checkpoint("llama"), tmp_path / "plain", recipe)
-    searched = walk(checkpoint("llama"), tmp_path / "searched", recipe | {"algo_config": clamped})
+NOTHING_TO_GAIN = {
+    "weights": {"scheme": "W8A16", "group_size": 32},
+    "dynamic": {"scheme": "W8A8"},
+    "static": {"scheme": "W8A8_STATIC"},
+    "second level": {"scheme": "NVFP4"},
+}
+
+
+@pytest.mark.parametrize("codes", [{"name": "rtn"}, {"name": "gptq"}, {"name": "gptq", "drift": 0.5}], ids=str)
+@pytest.mark.parametrize("recipe", NOTHING_TO_GAIN)
+def test_a_search_that_gains_nothing_leaves_everything_as_without(checkpoint, tmp_path, files_of, recipe, codes):
+    clamped = {"name": "awq", "scale_clamp_min": 1.0}  # every scale is one
+    recipes = (NOTHING_TO_GAIN[recipe] | {"algo_config": algorithms} for algorithms in ([codes], [clamped, codes]))
+    plain, searched = (
+        walk(checkpoint("llama"), tmp_path / name, each)
+        for name, each in zip(("plain", "searched"), recipes, strict=True)
+    )
     assert scaled(searched) == set()
     assert files_of(plain) == files_of(searched)
+    reports = [json.loads((run / "report.json").read_text(encoding="utf-8")) for run in (plain, searched)]
+    losses = [[row.get("loss") for row in report["linears"]] for report in reports]
+    assert losses[0] == losses[1]
+
+
+def test_drift_is_that_of_the_input_as_it_is_divided():
+    generator = torch.Generator().manual_seed(0)
+    x, reference, columns = (torch.rand(64, 8, generator=generator) + 0.5 for _ in range(3))
+    columns = columns[0]
+    linear = nn.Linear(8, 4)
+    stage = Stage(0, {"linear": linear}, lambda stage: None)
+    stage.add(x, None, reference)
+    plain = stage.statistics.scaled(columns)
+    stage.reset()
+    linear.smoothing = columns
+    stage.add(x / columns, None, reference)
+    torch.testing.assert_close(stage.statistics.moment.triu(), plain.moment.triu())
+    torch.testing.assert_close(stage.statistics.drift, plain.drift)
 
 
 # --- the search is worth it -----------------------------------------------------------------------------------------

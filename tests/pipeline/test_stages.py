@@ -15,7 +15,16 @@ from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import attach
 from fewbit.pipeline.staged import StagedForward
-from fewbit.pipeline.stages import ATTENTION, INPUT, OUTPUT, WEIGHTS, CalibrationStop, calibration_stops, stages_of
+from fewbit.pipeline.stages import (
+    ATTENTION,
+    INPUT,
+    OUTPUT,
+    SCALES,
+    WEIGHTS,
+    CalibrationStop,
+    calibration_stops,
+    stages_of,
+)
 
 CHANNELS = 16
 STRATEGIES = ["staged", "replay"]
@@ -77,7 +86,8 @@ class Walked:
         self.stops = calibration_stops(block, groups)
         for stop in self.stops:
             stop.finish = self._noting(stop)
-        stages = stages_of(block, groups, self._decide, samples)
+        self.searched = {}
+        stages = stages_of(block, groups, self._decide, self._scale, samples)
         forward = StagedForward(
             stages, masks or [None] * len(batches), lambda index: block(batches[index]), calibrations=self.stops
         )
@@ -91,6 +101,10 @@ class Walked:
             finish()
 
         return noting
+
+    def _scale(self, stage):
+        self.order.append(stage.order)
+        self.searched[stage.name] = stage.statistics
 
     def _decide(self, stage):
         self.order.append(stage.order)
@@ -181,19 +195,22 @@ def test_a_stage_whose_scales_are_searched_sees_the_input_as_it_comes_and_keeps_
     block, batches = make(every=QuantizationConfig(input_tensors=STATIC)), inputs(*SHAPES)
     walked = Walked(block, batches, strategy, samples={0: 6})
     rows = torch.cat([x.flatten(0, 1) for x in batches])
-    found = walked.statistics["q"]
+    found = walked.searched["q"]
     torch.testing.assert_close(found.moment, rows.T @ rows, rtol=1e-4, atol=1e-4)
     assert found.sample.shape == (6, CHANNELS)
     assert {tuple(row.tolist()) for row in found.sample} <= {tuple(row.tolist()) for row in rows}
-    assert walked.statistics["o"].sample is None
-    assert walked.order[:2] == [(0, WEIGHTS), (0, INPUT)]  # the range is known once channels are scaled
+    assert list(walked.searched) == ["q"]
+    assert walked.statistics["q"].sample is None
+    met = torch.cat([block.q.input_quantizer(x).flatten(0, 1) for x in batches])
+    torch.testing.assert_close(walked.statistics["q"].moment, met.T @ met, rtol=1e-4, atol=1e-4)
+    assert walked.order[:3] == [(0, SCALES), (0, INPUT), (0, WEIGHTS)]  # the range is known once channels are scaled
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_range_is_that_of_the_smoothed_input(strategy):
     block, batches = make(every=QuantizationConfig(input_tensors=STATIC)), inputs(*SHAPES)
     columns = torch.linspace(0.5, 4.0, CHANNELS)
-    stages = stages_of(block, GROUPS, lambda stage: _smooth(stage, columns), {0: 0})
+    stages = stages_of(block, GROUPS, lambda stage: None, lambda stage: _smooth(stage, columns), {0: 1})
     stops = calibration_stops(block, GROUPS)
     StagedForward(stages, [None] * 3, lambda index: block(batches[index]), calibrations=stops).run(
         lambda index, output: None, strategy
@@ -203,9 +220,8 @@ def test_a_range_is_that_of_the_smoothed_input(strategy):
 
 
 def _smooth(stage, columns):
-    if stage.name == "q":
-        for linear in stage.members.values():
-            linear.smoothing = columns
+    for linear in stage.members.values():
+        linear.smoothing = columns
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

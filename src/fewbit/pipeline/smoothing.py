@@ -59,13 +59,25 @@ class Smoother:
             return None if quantized or (divided is not None and divided.tiling.rows != 1) else scaling
         return None
 
-    def sample_tokens(self, group: tuple[str, ...], prefix: str) -> int:
-        """Tokens of the group's input that the search wants to see."""
-        return self._search.sample_tokens if f"{prefix}{group[0]}.input" in self._plan.activations else 0
+    def samples(self, groups: Groups, prefix: str) -> dict[int, int]:
+        """Tokens that the search wants to see, of each scaled group whose input is quantized.
 
-    def apply(
-        self, scaling: Scaling, members: list[Member], statistics: Statistics, work: BlockWork
-    ) -> tuple[list[Member], Statistics, Tensor] | None:
+        H of such an input is gathered as it comes, for the search, and as the weights meet it, for the codes. Where
+        nothing is quantized the second follows from the first (`Statistics.scaled`).
+        """
+        activations, wanted = self._plan.activations, self._search.sample_tokens
+        return {
+            order: wanted
+            for order in self.scaled(groups, prefix)
+            if f"{prefix}{groups[order][0]}.input" in activations
+        }
+
+    def scaled(self, groups: Groups, prefix: str) -> dict[int, Scaling]:
+        """Which of a block's groups are scaled, by their number."""
+        found = {order: self.scaling(group, prefix) for order, group in enumerate(groups)}
+        return {order: scaling for order, scaling in found.items() if scaling is not None}
+
+    def apply(self, scaling: Scaling, members: list[Member], statistics: Statistics, work: BlockWork) -> Tensor | None:
         """Search the scale before a stage and fold it into whoever makes its input.
 
         Args:
@@ -73,8 +85,8 @@ class Smoother:
             statistics: of the input as it comes.
             work: the block; a producer that is quantized already is rescaled there, another one changes there.
 
-        Returns members and statistics in terms of the scaled input and what it is divided by [in], or None if nothing
-        is gained by scaling.
+        Returns what the input is divided by, and the members' columns are to be multiplied by [in]; None if nothing is
+        gained by scaling.
         """
         prefix, dense = work.prefix, work.dense
         name = f"{prefix}{scaling.producer}"
@@ -105,9 +117,8 @@ class Smoother:
             dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
         folded = [prefix + other for other in scaling.others]
         folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
-        members = [replace(member, weight=member.weight * columns) for member in members]
         work.found.append(Found(scaling, found, columns, tuple(folded) if is_norm else ()))
-        return members, statistics.scaled(columns), columns
+        return columns
 
     def _divide(self, name: str, scaling: Scaling, wanted: Tensor, work: BlockWork) -> Tensor:
         """Divide the rows of a norm or linear; returns what they were divided by, which storage may round. [rows]"""
@@ -145,11 +156,3 @@ class Smoother:
 
     def _bias(self, name: str, dense: Mapping[str, Tensor]) -> Tensor | None:
         return self._read(name, dense) if name in dense or name in self._source.info() else None
-
-
-def searched(groups: Groups, smoother: Smoother | None, prefix: str) -> dict[int, Scaling]:
-    """Which of a block's groups are scaled, by their number."""
-    if smoother is None:
-        return {}
-    found = {order: smoother.scaling(group, prefix) for order, group in enumerate(groups)}
-    return {order: scaling for order, scaling in found.items() if scaling is not None}

@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fewbit.errors import ArchitectureError
 from fewbit.models.linear import Linear
 from fewbit.pipeline.reference import Reference
-from fewbit.pipeline.stages import ATTENTION, CalibrationStop, Stage, Stop
+from fewbit.pipeline.stages import ATTENTION, WEIGHTS, CalibrationStop, Stage, Stop
 
 Strategy = Literal["staged", "replay"]
 
@@ -136,7 +136,7 @@ class StagedForward:
         else:
             mask = None  # tokens were routed: what reaches the linear is no longer laid out like the batch
         reference = None
-        if self._reference is not None and isinstance(stop, Stage):
+        if self._reference is not None and stop.order[1] == WEIGHTS:
             reference = self._reference.input_of(stop.order[0], index)
             if reference is not None and reference.shape != x.shape:
                 reference = None  # other tokens were routed here than in full precision
@@ -162,24 +162,23 @@ class StagedForward:
 def _suspending(stage: Stage, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """A forward of a stage's member that waits until the stage is done."""
     original = linear.forward
-    as_met = not stage.raw and isinstance(linear, Linear)
 
     def forward(x: Tensor) -> Tensor:
         run = getcurrent()
         if not isinstance(run, _BatchRun):
             return original(x)
-        first = not stage.done
-        if as_met:
-            assert isinstance(linear, Linear)
-            seen = linear.seen(x)
-            if first:
-                run.park(stage, seen)
+        if stage.before is not None and not stage.before.done:
+            run.park(stage.before, x)
+        if not isinstance(linear, Linear):
+            if not stage.done:
+                run.park(stage, x)
             run.check_input(stage, name, x)
-            return linear.multiply(seen)
-        if first:
-            run.park(stage, x)
+            return original(x)
+        seen, smoothing = linear.seen(x), linear.smoothing
+        if not stage.done:
+            run.park(stage, seen)
         run.check_input(stage, name, x)
-        return original(x)
+        return linear.multiply(seen if linear.smoothing is smoothing else linear.seen(x))
 
     return forward
 

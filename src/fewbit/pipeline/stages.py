@@ -16,7 +16,7 @@ from fewbit.nn.attention import ATTRIBUTE
 
 Order = tuple[int, int]
 """Group of linears, and what of it: earlier stops are decided first when batches wait at several."""
-INPUT, WEIGHTS, OUTPUT, ATTENTION = range(4)
+SCALES, INPUT, WEIGHTS, OUTPUT, ATTENTION = range(5)
 PLACES = {"input_quantizer": INPUT, "output_quantizer": OUTPUT}
 
 
@@ -40,15 +40,16 @@ class Stop(Protocol):
 
 
 class Stage:
-    """Linears that share an input: when all batches have come, their weights are quantized.
+    """Linears that share an input: when all batches have come, something is decided about their weights.
 
     Args:
         order: number of the group in the block.
         members: the linears by name.
-        decide: quantizes them. `statistics` is complete then, or None if no token arrived.
-        raw: count the input as it comes, not as the weight meets it (smoothed, quantized): scales of channels are
-            still to be searched.
+        decide: quantizes them (at SCALES, scales their columns). `statistics` is complete then, or None if no token
+            arrived.
+        place: WEIGHTS sees the input as the weights meet it (smoothed, quantized), SCALES as it comes.
         sample: tokens of the input to keep, evenly spread over the batches' order of arrival.
+        before: the stop at SCALES that comes first, if there is one.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class Stage:
         members: dict[str, nn.Linear],
         decide: Callable[[Stage], None],
         *,
-        raw: bool = False,
+        place: int = WEIGHTS,
         sample: int = 0,
+        before: Stage | None = None,
     ) -> None:
-        self.order: Order = (order, WEIGHTS)
+        self.order: Order = (order, place)
         self.members = members
-        self.raw = raw
+        self.before = before
         self.done = False
         self.statistics: Statistics | None = None
         self._decide = decide
@@ -75,6 +77,9 @@ class Stage:
     def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
         if self.statistics is None:
             self.statistics = Statistics.empty(x.shape[-1], x.device, self._sample)
+        smoothing = getattr(next(iter(self.members.values())), "smoothing", None)
+        if reference is not None and smoothing is not None:
+            reference = reference / smoothing  # as x came
         self.statistics.add(x, mask, reference)
 
     def reset(self) -> None:
@@ -113,22 +118,27 @@ class CalibrationStop:
 
 
 def stages_of(
-    block: nn.Module, groups: Groups, decide: Callable[[Stage], None], samples: Mapping[int, int] | None = None
+    block: nn.Module,
+    groups: Groups,
+    decide: Callable[[Stage], None],
+    scale: Callable[[Stage], None] | None = None,
+    samples: Mapping[int, int] | None = None,
 ) -> list[Stage]:
-    """One stage per group of linears of a block that is not empty, numbered as the groups are. Those in `samples` get
-    their input as it comes, and keep that many of its tokens."""
-    samples = samples or {}
-    return [
-        Stage(
-            order,
-            {name: linear_of(block, name) for name in group},
-            decide,
-            raw=order in samples,
-            sample=samples.get(order, 0),
-        )
-        for order, group in enumerate(groups)
-        if group
-    ]
+    """One stage per group of linears of a block that is not empty, numbered as the groups are.
+
+    Those in `samples` have a stop before, for `scale`: it gets their input as it comes, and keeps that many of its
+    tokens. (Where nothing happens to an input, what the stage itself gets is the input as it comes.)
+    """
+    stages = []
+    for order, group in enumerate(groups):
+        if not group:
+            continue
+        members = {name: linear_of(block, name) for name in group}
+        before = None
+        if scale is not None and samples is not None and order in samples:
+            before = Stage(order, members, scale, place=SCALES, sample=samples[order])
+        stages.append(Stage(order, members, decide, before=before))
+    return stages
 
 
 def calibration_stops(block: nn.Module, groups: Groups, prefix: str = "") -> list[CalibrationStop]:

@@ -28,7 +28,7 @@ from fewbit.pipeline.plan import Plan
 from fewbit.pipeline.progress import ProgressView
 from fewbit.pipeline.report import linear_row
 from fewbit.pipeline.run_directory import RunDirectory
-from fewbit.pipeline.smoothing import Smoother, searched
+from fewbit.pipeline.smoothing import Smoother
 from fewbit.pipeline.stage_quantizer import Member, quantize_stage
 from fewbit.pipeline.staged import StagedForward, Strategy
 from fewbit.pipeline.stages import Stage, calibration_stops, stages_of
@@ -102,18 +102,19 @@ class Walk:
         """One block from loading to writing; what it holds in memory goes with it."""
         work = BlockWork(index, self.model.block_name(index) + ".")
         groups = self.plan.block_groups[index]
-        scaled = searched(groups, self.smoother, work.prefix)
+        smoother = self.smoother
+        scaled = smoother.scaled(groups, work.prefix) if smoother is not None else {}
+        samples = smoother.samples(groups, work.prefix) if smoother is not None else {}
         with self.model.loaded(index, self.device) as block:
             reference = passage.reference(block, index, groups)
+
+            def scale(stage: Stage) -> None:
+                self._scale(stage, work, scaled[stage.order[0]])
 
             def decide(stage: Stage) -> None:
                 self._quantize(stage, work, scaled.get(stage.order[0]))
 
-            smoother = self.smoother
-            samples = (
-                {order: smoother.sample_tokens(groups[order], work.prefix) for order in scaled} if smoother else {}
-            )
-            stages = stages_of(block, groups, decide, samples)
+            stages = stages_of(block, groups, decide, scale, samples)
             calibrations = calibration_stops(block, self.model.groups, work.prefix)
             forward = passage.forward(block, index)
             StagedForward(stages, passage.masks, forward, reference, calibrations).run(passage.emit, strategy)
@@ -121,9 +122,6 @@ class Walk:
             for linear in self._linears(work.prefix):
                 linear.smoothing = None
             return rows
-
-    def _sample_tokens(self, group: tuple[str, ...], prefix: str) -> int:
-        return 0 if self.smoother is None else self.smoother.sample_tokens(group, prefix)
 
     def _without_data(self, finished: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -140,21 +138,27 @@ class Walk:
                 rows += self._write(work)
         return rows
 
+    def _scale(self, stage: Stage, work: BlockWork, scaling: Scaling) -> Tensor | None:
+        """Scale the columns of a stage's linears, which divide their input by the same; returns it [in] if anything is
+        gained. They compute what they did."""
+        if stage.statistics is None or self.smoother is None:
+            return None
+        columns = self.smoother.apply(scaling, self._members(stage, work), stage.statistics, work)
+        if columns is not None:
+            for linear in stage.members.values():
+                linear.weight = nn.Parameter(linear.weight * columns, requires_grad=False)
+                linear.smoothing = columns
+        return columns
+
     def _quantize(self, stage: Stage, work: BlockWork, scaling: Scaling | None) -> None:
         prefix = work.prefix
         self.progress.stage(work.index, " ".join(name.rpartition(".")[2] for name in stage.members))
-        info = self.model.source.info()
-        members = []
-        for name, linear in stage.members.items():
-            dtype = info[f"{prefix}{name}.weight"].dtype
-            members.append(Member(prefix + name, linear.weight.data, self.plan.spec(prefix + name), dtype))
         statistics = stage.statistics
-        if scaling is not None and statistics is not None and self.smoother is not None:
-            applied = self.smoother.apply(scaling, members, statistics, work)
-            if applied is not None:
-                members, statistics, columns = applied
-                for linear in stage.members.values():
-                    linear.smoothing = columns
+        if scaling is not None and stage.before is None:
+            columns = self._scale(stage, work, scaling)
+            if columns is not None and statistics is not None:
+                statistics = statistics.scaled(columns)
+        members = self._members(stage, work)
         if self.smoother is not None and statistics is not None:
             members = self.smoother.clipped(members, statistics.moment)
         for name, result in quantize_stage(members, statistics, self.config.codes).items():
@@ -166,6 +170,14 @@ class Walk:
             if result.fallback is not None:
                 logger.warning("%s fell back: %s", name, result.fallback)
                 self.progress.note(f"{name}: {result.fallback}")
+
+    def _members(self, stage: Stage, work: BlockWork) -> list[Member]:
+        """What there is to quantize at a stage."""
+        info, members = self.model.source.info(), []
+        for name, linear in stage.members.items():
+            full = work.prefix + name
+            members.append(Member(full, linear.weight.data, self.plan.spec(full), info[f"{full}.weight"].dtype))
+        return members
 
     def _quantize_bias(self, name: str, linear: nn.Linear, work: BlockWork) -> None:
         """A bias stays a plain tensor; if it has a spec, one that holds values of its grid only."""
