@@ -360,3 +360,14 @@ def test_a_network_whose_calibration_fails_is_as_it_was():
     assert list(model) == before
     ModelQuantizer(config).quantize_model(model, [torch.ones(2, 8)])
     assert isinstance(model[0], FakeQuantLinear)
+
+
+def test_calibration_of_a_network_leaves_its_mode_and_its_running_statistics():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 36, 4))
+    network[1].eval()
+    mean = network[1].running_mean.clone()
+    static = {"dtype": "int8", "qscheme": "per_tensor", "observer": "minmax"}
+    config = fewbit.Config(global_quant_config={"input_tensors": static}, algo_config=None)
+    fewbit.ModelQuantizer(config).quantize_model(network, [torch.randn(2, 3, 8, 8)])
+    assert torch.equal(network[1].running_mean, mean)
+    assert [module.training for module in network] == [True, False, True, True, True]

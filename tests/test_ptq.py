@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fewbit import ptq
 from fewbit.config.spec import QuantizationSpec
@@ -347,3 +348,9 @@ def test_calibration_that_reaches_everything_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         finished(activations="int8")
+
+
+def test_a_weight_that_is_computed_is_refused():
+    linear = prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5)
+    with pytest.raises(ConfigError, match="computed"):
+        quantize_(nn.Sequential(linear), weights="int4")

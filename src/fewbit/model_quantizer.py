@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbit import ptq
+from fewbit.calibration.tokens import token_batch
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.matching import resolve
@@ -54,8 +55,8 @@ class ModelQuantizer:
             self._by_walk(model, dataloader, output)
         elif output is not None:
             raise ConfigError(
-                f"{type(model).__name__} is no transformers model, of which no run is written; leave output out and "
-                "keep its state_dict"
+                f"{type(model).__name__} is no language model of transformers, so no run is written of it; leave "
+                "output out and keep its state_dict"
             )
         else:
             self._by_replacement(model, dataloader)
@@ -70,7 +71,7 @@ class ModelQuantizer:
         if self.config.attention is not None:  # an error now, not after the work
             attention.attach(model, self.config.attention)
             attention.detach(model)
-        data: Any = "none" if dataloader is None else [_token_batch(item) for item in dataloader]
+        data: Any = "none" if dataloader is None else [_ids_and_mask(item) for item in dataloader]
         if data == []:
             raise CalibrationError("the dataloader gave no batch; calibration needs at least one")
         with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
@@ -82,11 +83,13 @@ class ModelQuantizer:
         config = self.config
         if config.algo_config != (RTNConfig(),):
             raise ConfigError(
-                f"{type(model).__name__} is no transformers model, for which only round to nearest works here "
+                f"{type(model).__name__} is no language model of transformers: only round to nearest works here "
                 "(algo_config=RTNConfig()); GPTQ and smoothing of any stack of layers: run_gptq_for_sequential_layers"
             )
         if config.attention is not None:
-            raise ConfigError(f"{type(model).__name__} is no transformers model: its attention cannot be quantized")
+            raise ConfigError(
+                f"{type(model).__name__} is no language model of transformers: its attention cannot be quantized"
+            )
         modules = {name: type(module).__name__ for name, module in ptq.quantizable(model).items()}
         if "" in modules:
             raise ConfigError(f"the model is itself a {modules['']}: use FakeQuantLinear.from_module(model, …)")
@@ -100,13 +103,17 @@ class ModelQuantizer:
         ptq.replace_(model, configs)
         if not needs_data or dataloader is None:
             return
+        training = {module: module.training for module in model.modules()}
         try:
-            with ptq.calibrate(model), torch.no_grad():
+            with ptq.calibrate(model.eval()), torch.no_grad():
                 for item in dataloader:
                     _call(model, item)
         except BaseException:  # as it was: the user may try again with other data
             ptq.exchange(model, {id(model.get_submodule(name)): module for name, module in before.items()})
             raise
+        finally:
+            for module, flag in training.items():
+                module.training = flag
 
 
 def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
@@ -139,15 +146,10 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
         attention.attach(model, wanted, inside, persistent=True)
 
 
-def _token_batch(item: Any) -> dict[str, Tensor]:
-    """A batch of token ids as the walk takes it."""
-    if isinstance(item, Tensor):
-        return {"input_ids": item}
-    if isinstance(item, Mapping) and "input_ids" in item:
-        return {name: item[name] for name in ("input_ids", "attention_mask") if item.get(name) is not None}
-    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
-        return {"input_ids": item[0]}
-    raise CalibrationError(f"a batch must be token ids or a mapping with input_ids, not {type(item).__name__}")
+def _ids_and_mask(item: Any) -> dict[str, Tensor]:
+    """A batch as the walk takes it; whatever else a dataloader gives (labels) is left out."""
+    batch = token_batch(item)
+    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
 
 
 def _call(model: nn.Module, item: Any) -> None:

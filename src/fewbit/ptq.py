@@ -236,7 +236,11 @@ def _config(
     module: nn.Module, weights: str | QuantizationSpec | None, activations: str | QuantizationSpec | None
 ) -> QuantizationConfig:
     """The config of one module, given specs or names."""
-    assert isinstance(module.weight, nn.Parameter)
+    if not isinstance(module.weight, nn.Parameter):
+        raise ConfigError(
+            f"the weight of a {type(module).__name__} is computed anew in every forward (pruned, normalized?); make "
+            "that permanent first, or exclude the module"
+        )
     return QuantizationConfig(
         weight=_weight_spec(weights, module.weight.flatten(1).shape[1]) if isinstance(weights, str) else weights,
         input_tensors=_input_spec(activations) if isinstance(activations, str) else activations,

@@ -282,3 +282,33 @@ def test_masks_that_leave_everything_out_are_refused():
     with pytest.raises(CalibrationError, match="leave every token out"):
         calibration_set([empty, empty], None, num_samples=1, sequence_length=LENGTH, seed=0)
     assert calibration_set([empty, {"input_ids": ids}], None, num_samples=1, sequence_length=LENGTH, seed=0)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [torch.arange(24).view(2, 12), torch.arange(12).view(1, 12)],
+        [list(range(12)), list(range(12, 24)), torch.arange(12)],
+        ({"input_ids": list(row)} for row in (range(12), range(12, 24), range(12))),
+        [(torch.arange(24).view(2, 12), "label"), [torch.arange(12).view(1, 12)]],
+    ],
+    ids=["tensors", "lists", "generator of tables", "tuples"],
+)
+def test_ids_as_dataloaders_give_them_are_ids(items):
+    made = calibration_set(items, None, 8, 12, 0)
+    rows = torch.cat([batch["input_ids"] for batch in made.batches])
+    assert torch.equal(rows, torch.arange(24).view(2, 12)[[0, 1, 0]])
+    assert made.source == "batches"
+
+
+def test_one_table_is_one_batch():
+    made = calibration_set({"input_ids": torch.ones(2, 4, dtype=torch.int64)}, None, 8, 4, 0)
+    assert made.sequences == 2
+
+
+@pytest.mark.parametrize(
+    "items", [[5, 6, 7], ["a text", torch.ones(1, 4, dtype=torch.int64)], [[[1, 2], [3]]], [None]]
+)
+def test_what_is_neither_text_nor_ids_is_refused(items):
+    with pytest.raises(CalibrationError, match="batch"):
+        calibration_set(items, None, 8, 4, 0)

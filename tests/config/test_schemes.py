@@ -129,3 +129,9 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 )
 def test_bits_per_weight_count_codes_scale_and_zero_point(name, size, bits):
     assert dataclasses.replace(SCHEMES[name], config=scheme_config(name, size)).bits_per_weight == bits
+
+
+def test_cache_and_group_size_come_in_either_order():
+    assert parse_scheme("W4A16-g32+KV8") == parse_scheme("W4A16KV8-g32") == parse_scheme("w4a16-g32kv8")
+    with pytest.raises(ConfigError, match="twice"):
+        parse_scheme("W4A16-g32KV8-g64")

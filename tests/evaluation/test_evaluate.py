@@ -243,3 +243,26 @@ def test_every_window_begins_as_texts_do(checkpoint, tokenizer, evaluation_file)
     found = fewbit.evaluate(checkpoint("llama"), evaluation_file, tokenizer=beginner, **EVALUATION)
     assert (found.windows, found.sequence_length) == (3, LENGTH)
     assert found.perplexity == pytest.approx(perplexity(load(checkpoint("llama")), expected), rel=1e-5)
+
+
+def test_as_many_windows_of_ids_are_measured_as_were_wanted(checkpoint):
+    ids = torch.randint(1, 300, (4, 12), generator=torch.Generator().manual_seed(0))
+    some = fewbit.evaluate(checkpoint("llama"), ids, max_windows=2)
+    assert some == fewbit.evaluate(checkpoint("llama"), ids[:2])
+    with pytest.raises(CalibrationError, match="one token"):
+        fewbit.evaluate(checkpoint("llama"), ids[:, :1])
+
+
+def test_a_reference_survives_an_interruption(checkpoint, monkeypatch):
+    first, second = torch.randint(1, 300, (2, 2, 12), generator=torch.Generator().manual_seed(0))
+    reference = fewbit.Reference(checkpoint("llama"))
+    wanted = fewbit.evaluate(checkpoint("llama"), first, against=reference)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fewbit.evaluation.reference.last_hidden_states", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reference.last_hidden_states(second, torch.device("cpu"), 2**30)
+    assert fewbit.evaluate(checkpoint("llama"), first, against=reference) == wanted

@@ -152,3 +152,8 @@ def test_a_width_that_microexponent_blocks_do_not_divide_is_refused_in_a_sentenc
     spec = QuantizationSpec(dtype="mx9", observer="minmax", is_dynamic=True)
     with pytest.raises(ConfigError, match="1 × 16 do not divide a matrix of 2 × 50"):
         ActivationQuantizer(spec)(torch.zeros(2, 50))
+
+
+def test_whole_numbers_are_refused():
+    with pytest.raises(ConfigError, match="int64"):
+        ActivationQuantizer(TOKEN)(torch.tensor([[3, -7, 5, 1]]))

@@ -190,3 +190,16 @@ class TestConvolutions:
         assert FakeQuantConv2d.from_module(conv, weight=INT4).quantized_weight().scale.shape == (4, 1)
         with pytest.raises(ConfigError, match="do not divide"):
             FakeQuantConv2d.from_module(nn.Conv2d(3, 4, 3), weight=INT4)
+
+
+def test_a_preset_made_from_nothing_quantizes_as_one_made_from_a_linear():
+    torch.manual_seed(0)
+    made = W8A8FakeLinear(16, 8)
+    x = torch.randn(4, 16)
+    assert torch.equal(made(x), W8A8FakeLinear.from_module(made)(x))
+    assert not torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias))
+
+
+def test_another_kind_of_module_is_refused():
+    with pytest.raises(ConfigError, match=r"FakeQuantLinear stands for nn\.Linear, not for Conv2d"):
+        FakeQuantLinear.from_module(nn.Conv2d(3, 8, 3), "W8A8")

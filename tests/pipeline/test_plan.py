@@ -153,3 +153,11 @@ def test_mixed_specs_keep_their_group_size_and_their_shared_stage(model):
     assert plan.spec("model.layers.1.self_attn.v_proj").bits == 8
     assert plan.spec("model.layers.1.self_attn.q_proj").bits == 4
     assert plan.block_groups[1] == model.groups
+
+
+def test_a_search_without_weights_to_quantize_is_refused(model):
+    inputs = {"dtype": "int8", "qscheme": "per_token", "observer": "minmax", "is_dynamic": True}
+    with pytest.raises(ConfigError, match="smoothquant"):
+        make_plan(
+            model, Config.from_dict({"global_quant_config": {"input_tensors": inputs}, "algorithm": "smoothquant"})
+        )

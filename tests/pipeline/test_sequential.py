@@ -407,3 +407,12 @@ def test_the_shared_manager_runs_layers_by_default():
         run_gptq_for_sequential_layers([type("MyOwn", (Mlp,), {})()], correlated(), SPEC)
     forward_manager.register("RegisteredHere", plain)
     run_gptq_for_sequential_layers([type("RegisteredHere", (Mlp,), {})()], correlated(), SPEC)
+
+
+def test_a_weight_that_two_linears_share_is_refused():
+    linear_ = linear()
+    tied = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    tied[1].weight = tied[0].weight
+    for layers in ([linear_, linear_], [tied]):
+        with pytest.raises(ConfigError, match="one weight"):
+            run_gptq_for_sequential_layers(layers, torch.randn(1, 8, 32), SPEC)

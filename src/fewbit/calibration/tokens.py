@@ -18,7 +18,7 @@ HUB_PREFIX = "hub:"
 TOKENS_PER_BATCH = 2048  # enough to keep matrix products efficient, few enough to keep a block's activations small
 
 CalibrationData = str | Path | Tensor | Sequence[str] | Sequence[Mapping[str, Tensor]]
-"""A text file, "hub:DATASET", texts, token ids [sequences, tokens], or ready batches with attention masks."""
+"""A text file, "hub:DATASET", texts, token ids [sequences, tokens], or a dataloader's batches (see `token_batch`)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,32 @@ def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
+def token_batch(item: Any) -> dict[str, Tensor]:
+    """A batch as dataloaders give it: token ids, the first of several tensors, or a mapping with input_ids.
+
+    Ids may be lists; one sequence alone is a batch of one.
+    """
+    if isinstance(item, Mapping) and "input_ids" in item:
+        return {name: _rows(value) for name, value in item.items() if value is not None}
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        item = item[0]
+    if isinstance(item, Tensor) or (isinstance(item, list) and item):
+        return {"input_ids": _rows(item)}
+    raise CalibrationError(f"a batch must be token ids or a mapping with input_ids, not {type(item).__name__}")
+
+
+def _rows(ids: Any) -> Tensor:
+    """Token ids or a mask as [sequences, tokens]."""
+    try:
+        rows = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise CalibrationError(
+            f"a batch holds a {type(ids).__name__} that is no matrix of whole numbers; sequences of unlike lengths "
+            "need padding and an attention_mask, or batches of their own"
+        ) from None
+    return rows.unsqueeze(0) if rows.ndim == 1 else rows
+
+
 def calibration_set(
     data: CalibrationData | None, tokenizer: Any, num_samples: int, sequence_length: int, seed: int
 ) -> CalibrationSet:
@@ -67,10 +93,10 @@ def calibration_set(
     if isinstance(data, Tensor):
         return CalibrationSet(_batches(checked_ids(data)), "token ids", data.shape[0])
     if not isinstance(data, str | Path) and data is not None:
-        ready = [item for item in data if isinstance(item, Mapping)]
-        if ready:
-            return _ready_batches(ready)
-        texts, source = [str(text) for text in data], "texts"
+        items: list[Any] = [data] if isinstance(data, Mapping) else list(data)
+        if not all(isinstance(item, str) for item in items):
+            return _ready_batches([token_batch(item) for item in items])
+        texts, source = items, "texts"
     else:
         texts, source = read_texts(data)
     if tokenizer is None:

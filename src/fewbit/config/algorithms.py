@@ -6,7 +6,7 @@ Quark's and llm-compressor's names for options are understood (`damp_percent`, `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import Field
@@ -182,13 +182,9 @@ class SmoothQuantConfig:
 
 CodeConfig = RTNConfig | GPTQConfig
 ScaleSearchConfig = AWQConfig | SmoothQuantConfig
-AlgorithmConfig = RTNConfig | GPTQConfig | AWQConfig | SmoothQuantConfig
-ALGORITHMS: dict[str, type[RTNConfig] | type[GPTQConfig] | type[AWQConfig] | type[SmoothQuantConfig]] = {
-    "rtn": RTNConfig,
-    "gptq": GPTQConfig,
-    "awq": AWQConfig,
-    "smoothquant": SmoothQuantConfig,
-}
+AlgorithmConfig = CodeConfig | ScaleSearchConfig
+ALGORITHMS: dict[str, Any] = {config.name: config for config in (*get_args(CodeConfig), *get_args(ScaleSearchConfig))}
+"""Classes of options by the algorithm's name."""
 
 
 def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
@@ -216,7 +212,8 @@ def _algorithm(value: Any) -> AlgorithmConfig:
     name = options.get("name")
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
-    return ALGORITHMS[name](**options)
+    config: AlgorithmConfig = ALGORITHMS[name](**options)
+    return config
 
 
 def _written_out(text: str) -> dict[str, Any]:

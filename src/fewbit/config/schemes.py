@@ -157,16 +157,21 @@ _SUITES = [
     CacheSuite("KV4", _input("uint4", "per_group", group_size=32, symmetric=False, is_dynamic=True)),
 ]
 KV_SUITES: dict[str, CacheSuite] = {suite.name: suite for suite in _SUITES}
-_NAME = re.compile(r"(?P<base>.*?)\+?(?P<kv>KVFP8|KV8|KV4)?(?:-G(?P<group>\d+|-1))?")
+_GROUP = r"(?:-G(?P<{}>\d+|-1))?"
+_NAME = re.compile(r"(?P<base>.*?)" + _GROUP.format("before") + r"\+?(?P<kv>KVFP8|KV8|KV4)?" + _GROUP.format("after"))
 
 
 def parse_scheme(name: str, group_size: int | None = None) -> tuple[QuantizationConfig, AttentionConfig | None]:
-    """What a scheme's name stands for: a row of SCHEMES, maybe with a KV suite and a group size (W4A8KV4-g128).
+    """What a scheme's name stands for: a row of SCHEMES, maybe with a KV suite and a group size in either order
+    (W4A8KV4-g128, W4A8-g128+KV4).
 
     `group_size` replaces the default of 128, −1 means per channel; it must not contradict the name.
     """
     match = _NAME.fullmatch(name.upper())
-    base, cache, written = (match["base"], match["kv"], match["group"]) if match else (name.upper(), None, None)
+    assert match is not None  # anything is a base
+    base, cache, written = match["base"], match["kv"], match["before"] or match["after"]
+    if match["before"] and match["after"]:
+        raise ConfigError(f"scheme {name!r} names its group size twice")
     scheme = SCHEMES.get(_ALIASES.get(base, base))
     if scheme is None:
         known = [*SCHEMES, *(f"W4A16{suite}" for suite in KV_SUITES)]

@@ -61,7 +61,8 @@ def evaluate(
     device: str = "auto",
     activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
 ) -> Evaluation:
-    """Perplexity of a checkpoint, run, export or module on a text file (or token ids [windows, tokens]).
+    """Perplexity of a checkpoint, run, export or module on a text file, in windows of `sequence_length` tokens, or on
+    token ids [windows, tokens].
 
     With `against`, also the distance to that model; a Reference computes its side once for several comparisons.
     Raises FewbitError for unusable input.
@@ -78,7 +79,9 @@ def evaluate(
             f"the models have vocabularies of {sizes} tokens; only models with the same tokens can be compared"
         )
     if isinstance(text, Tensor):
-        ids = checked_ids(text)
+        ids = checked_ids(text)[:max_windows]
+        if ids.shape[1] < 2:
+            raise CalibrationError("windows of one token have no next token to predict; give at least two")
     else:
         ids = _windows(text, tokenizer or load_tokenizer(blockwise.source.directory), sequence_length, max_windows)
     target = choose_device(device)

@@ -32,6 +32,7 @@ class Reference:
         if self._states is None or self._ids is None or not torch.equal(ids, self._ids):
             if self._states is not None:
                 self._states.close()
+                self._states = self._ids = None  # whatever happens now, what is closed is not used again
             self._states = last_hidden_states(self.model, ids, device, budget, Path(self._scratch.name) / "states")
             self._ids = ids.clone()
         return self._states

@@ -1,4 +1,4 @@
-"""Exporters, one file per target format."""
+"""Exporters, one package per target format."""
 
 from __future__ import annotations
 

@@ -257,7 +257,10 @@ class BlockwiseModel:
         tied = {f"{self.architecture.head}.weight"} if getattr(self.config, "tie_word_embeddings", False) else set()
         for name in self.skeleton.state_dict():
             if name not in stored and name not in tied:
-                raise CheckpointError(f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs")
+                raise CheckpointError(
+                    f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs; if "
+                    "transformers loads it (it renames the tensors of some families), give the loaded model instead"
+                )
 
 
 class _LastBlockReachedError(Exception):

@@ -114,6 +114,8 @@ class ActivationQuantizer(KeepsDtypes):
         spec = self.spec
         if spec.format.is_cast:
             return spec.format.encode(x).to(x.dtype)
+        if not x.is_floating_point():
+            raise ConfigError(f"only floats can be quantized, not {x.dtype}")
         if x.numel() == 0:  # an expert without tokens
             return x
         matrix = x.reshape(-1, x.shape[-1])

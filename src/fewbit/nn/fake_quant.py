@@ -42,6 +42,11 @@ class FakeQuant(nn.Module):
     _known: tuple[object, Tensor] | None
     """The weight's identity and its quantized values."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """A fresh module, with the arguments of its torch class, quantized as its preset says."""
+        super().__init__(*args, **kwargs)
+        self.set_config(scheme_config(self.preset) if self.preset is not None else QuantizationConfig())
+
     @classmethod
     def from_module(
         cls,
@@ -68,8 +73,13 @@ class FakeQuant(nn.Module):
 
     @classmethod
     def _like(cls, module: Any) -> Self:
-        """One of `module`'s shape, without weights."""
+        """One of `module`'s shape, without weights. ConfigError if it is of another kind."""
         raise TypeError(f"{cls.__name__} is no module of its own; use FakeQuantLinear or a FakeQuantConv")
+
+    @classmethod
+    def _check_kind(cls, module: Any, kind: type[nn.Module]) -> None:
+        if not isinstance(module, kind):
+            raise ConfigError(f"{cls.__name__} stands for nn.{kind.__name__}, not for {type(module).__name__}")
 
     def set_config(self, config: QuantizationConfig) -> None:
         """Quantize by `config` from now on; what calibration found is forgotten."""
@@ -123,6 +133,7 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
 
     @classmethod
     def _like(cls, module: Any) -> Self:
+        cls._check_kind(module, nn.Linear)
         return cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,8 +150,12 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
 class FakeQuantConv(FakeQuant):
     """What the convolutions have in common."""
 
+    kind: ClassVar[type[nn.Module]]
+    """The torch class."""
+
     @classmethod
     def _like(cls, module: Any) -> Self:
+        cls._check_kind(module, cls.kind)
         return cls(
             module.in_channels,
             module.out_channels,
@@ -173,9 +188,13 @@ class FakeQuantConv(FakeQuant):
 class FakeQuantConv1d(FakeQuantConv, nn.Conv1d):
     """A fake-quantized nn.Conv1d."""
 
+    kind = nn.Conv1d
+
 
 class FakeQuantConv2d(FakeQuantConv, nn.Conv2d):
     """A fake-quantized nn.Conv2d."""
+
+    kind = nn.Conv2d
 
 
 def _resolve(

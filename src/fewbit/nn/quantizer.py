@@ -89,8 +89,8 @@ def make_spec(
     if name not in METHODS:
         raise ConfigError(f"unknown method {method!r}{nearest(name, METHODS)}")
     if dtype is None:
-        if not 2 <= bits <= 8:
-            raise ConfigError(f"bits must be 2 to 8, not {bits}; for floats say dtype, e.g. dtype='e4m3'")
+        if not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise ConfigError(f"bits must be 2 to 8, not {bits!r}; for floats say dtype, e.g. dtype='e4m3'")
         dtype = f"int{bits}" if symmetric else f"uint{bits}"
     fields: dict[str, Any] = {"dtype": dtype, "symmetric": symmetric, "qscheme": name.replace("-", "_")}
     if name in ("per-block", "per-group"):

@@ -101,6 +101,14 @@ def _linears(layers: Sequence[nn.Module], root: str, exclude: Sequence[str]) -> 
     everything = [full for names in found for full in names.values()]
     if not everything:
         raise ArchitectureError("there is no linear in the layers, so there is nothing to quantize")
+    owners: dict[int, str] = {}
+    for layer, names in zip(layers, found, strict=True):
+        for name, full in names.items():
+            if (first := owners.setdefault(id(linear_of(layer, name).weight), full)) != full:
+                raise ConfigError(
+                    f"{first!r} and {full!r} have one weight, which cannot be quantized for two inputs; give "
+                    "them copies"
+                )
     for pattern in exclude:
         if not any(matches(pattern, full) for full in everything):
             raise ConfigError(f"exclude: {pattern!r} matches no linear{nearest(pattern, everything)[:300]}")

@@ -108,6 +108,12 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     _check_divides(linears)
     if not any(linear.config for linear in linears.values()) and config.attention is None:
         raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no spec")
+    search = config.scale_search
+    if search is not None and not any(linear.spec for linear in linears.values()):
+        raise ConfigError(
+            f"algorithm {search.name}: scales are searched before linears whose weights are quantized, which none is; "
+            "give weights a spec, or leave it out"
+        )
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
     warnings = _unlike_specs(model, linears) + _other_weights(model, linears)
     inside: tuple[str, ...] = ()
