@@ -17,8 +17,9 @@ from fewbit.config.recipe import Config
 from fewbit.config.schemes import parse_scheme
 from fewbit.export import Verification, export_directory, exporter, verify
 from fewbit.export import export as export_run
+from fewbit.pipeline.arguments import DEFAULT_ACTIVATION_MEMORY
 from fewbit.pipeline.plan import Plan
-from fewbit.pipeline.quantize import DEFAULT_ACTIVATION_MEMORY, quantize_model
+from fewbit.pipeline.quantize import quantize_model
 from fewbit.pipeline.report import read_report
 
 

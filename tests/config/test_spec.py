@@ -7,14 +7,15 @@ from fewbit.config.algorithms import AWQConfig, GPTQConfig, RTNConfig, ScalingLa
 from fewbit.config.recipe import CalibrationConfig, Config
 from fewbit.config.spec import (
     ELEMENT_FORMATS,
-    INTEGER_FORMATS,
     AttentionConfig,
     QuantizationConfig,
     QuantizationSpec,
 )
 from fewbit.errors import ConfigError, FewbitError
+from fewbit.numerics.formats import FORMATS
 from fewbit.numerics.grouping import Tiling
 
+INTEGER_FORMATS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
 GROUPED = QuantizationSpec(dtype="int4", qscheme="per_group", group_size=32)
 
 

@@ -39,7 +39,7 @@ from fewbit.config.algorithms import ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.spec import ACCUMULATING_OBSERVERS, QuantizationSpec
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.numerics import matmul, scales
-from fewbit.numerics.scale_format import nearest_power_of_two, unit_for
+from fewbit.numerics.scale_format import nearest_power_of_two
 from fewbit.numerics.scales import GridRule
 from fewbit.numerics.second_moment import importance
 
@@ -233,10 +233,7 @@ class _Target:
     def deviation(self, scale: Tensor, costs: Tensor) -> Tensor:
         """Δ = Q(W·s)/s − W of the rows [rows, in], on the grid with the least Σ Δ² · costs [in] of each tile."""
         fmt = self.spec.format
-        unit = 1.0
-        if self.spec.scale_type == "e4m3":
-            unit = unit_for(float((self.extreme * scale).max()), fmt)
-        format = self.spec.scale_format(self.dtype, unit)
+        format = self.spec.scale_format(self.dtype, self.spec.unit(float((self.extreme * scale).max())))
         rule = self.spec.grid_rule(format)
         scaled = (self.rows * scale).unflatten(1, (-1, self.columns))  # [rows, groups, columns]
         weights = (costs / scale.square()).view(-1, self.columns)

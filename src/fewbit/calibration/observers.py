@@ -30,7 +30,6 @@ from fewbit.calibration.float_histogram import FloatHistogram
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.numerics.grouping import Tiling
-from fewbit.numerics.scale_format import unit_for
 from fewbit.numerics.scales import PIECE, GridRule, RangeSearch, extremes
 from fewbit.tensor import QuantizedActivation
 
@@ -93,9 +92,7 @@ class Observer(ABC):
                 "use other calibration data, is_dynamic=True, or exclude it"
             )
         low, high = torch.where(zero, low.min(), low), torch.where(zero, high.max(), high)
-        unit = 1.0
-        if self.spec.scale_type == "e4m3":
-            unit = unit_for(float(torch.maximum(high, -low).max()), self.spec.format)
+        unit = self.spec.unit(float(torch.maximum(high, -low).max()))
         if self.spec.is_dynamic:
             return QuantizedActivation(self.spec, global_scale=unit)
         scale, zero_point = self.find(self.spec.grid_rule(self.spec.scale_format(self.dtype, unit)), low, high)

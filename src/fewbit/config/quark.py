@@ -82,8 +82,6 @@ PerTensorPercentileObserver = ObserverClass("PerTensorPercentileObserver", "perc
 PerTensorMSEObserver = ObserverClass("PerTensorMSEObserver", "mse", "per_tensor")
 PerTensorHistogramObserver = ObserverClass("PerTensorHistogramObserver", "histogram", "per_tensor")
 
-_SHORT_DTYPES = {"fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2", "fp6_e3m2": "e3m2", "fp6_e2m3": "e2m3", "fp4": "e2m1"}
-
 
 @dataclass(frozen=True)
 class BlockDtype:
@@ -132,7 +130,7 @@ def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
     elif "mx_element_dtype" in fields:
         raise ConfigError("mx_element_dtype goes with dtype mx")
     if "dtype" in fields:
-        fields["dtype"] = _SHORT_DTYPES.get(str(fields["dtype"]), str(fields["dtype"]))
+        fields["dtype"] = Dtype[name].value if (name := str(fields["dtype"])) in Dtype.__members__ else name
         if fields["dtype"] in ("bfloat16", "float16"):  # a cast: nothing else need be said
             fields = {"qscheme": "per_tensor", "observer": "placeholder"} | fields
     for name in ("qscheme", "round_method", "scale_type"):

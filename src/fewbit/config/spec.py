@@ -14,7 +14,7 @@ from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError, nearest
 from fewbit.numerics.formats import FORMATS, NumberFormat, RoundMethod
 from fewbit.numerics.grouping import Tiling
-from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, ScaleType
+from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, ScaleType, unit_for
 from fewbit.numerics.scales import GridRule
 
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -191,6 +191,10 @@ class QuantizationSpec:
         """How the scales of a tensor of that dtype are stored; `unit` is the second level of e4m3."""
         return ScaleFormat(self.scale_type, self.stored_scale_dtype(weight_dtype), unit)
 
+    def unit(self, largest: float) -> float:
+        """Second level of e4m3 scales for a tensor with that largest magnitude; 1.0 where scales have none."""
+        return unit_for(largest, self.format) if self.scale_type == "e4m3" else 1.0
+
     def grid_rule(self, scale: ScaleFormat) -> GridRule:
         """The rule that finds this spec's scales."""
         return GridRule(
@@ -220,7 +224,6 @@ class QuantizationSpec:
 
 
 ELEMENT_FORMATS = [name for name in FORMATS if name != "e8m0"]
-INTEGER_FORMATS = [name for name, fmt in FORMATS.items() if fmt.is_integer]
 
 
 @config_class

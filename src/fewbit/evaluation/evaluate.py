@@ -23,8 +23,8 @@ from fewbit.evaluation import metrics
 from fewbit.evaluation.reference import Reference, last_hidden_states
 from fewbit.evaluation.sources import open_any
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.pipeline.arguments import DEFAULT_ACTIVATION_MEMORY, choose_device, load_tokenizer, parse_size
 from fewbit.pipeline.hidden_states import HiddenStates
-from fewbit.pipeline.quantize import DEFAULT_ACTIVATION_MEMORY, choose_device, load_tokenizer, parse_size
 
 LOGIT_ROWS = 128  # tokens whose logits are in memory at a time: with a vocabulary of 256k, 128 MB
 

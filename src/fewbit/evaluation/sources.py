@@ -13,7 +13,7 @@ from fewbit.errors import CheckpointError
 from fewbit.export import compressed_tensors
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.nn.attach import attach_known, refuse_quantized
-from fewbit.pipeline.quantize import resolve_directory
+from fewbit.pipeline.arguments import resolve_directory
 from fewbit.tensor import QuantizedActivation
 
 

@@ -103,13 +103,22 @@ class BlockwiseModel:
     def block_name(self, index: int) -> str:
         return f"{self.architecture.blocks}.{index}"
 
+    def prefix(self, index: int) -> str:
+        """What the full names of a block's modules begin with."""
+        return f"{self.block_name(index)}."
+
+    def full_groups(self) -> Groups:
+        """Linears that share an input, by their full names, of all blocks."""
+        blocks = [self.prefix(index) for index in range(len(self))]
+        return tuple(tuple(prefix + name for name in group) for prefix in blocks for group in self.groups)
+
     def linears(self) -> dict[str, linear.Linear]:
         """Every linear of the model, inside and outside of the blocks, by its full name."""
         return {name: module for name, module in self.skeleton.named_modules() if isinstance(module, linear.Linear)}
 
     def block_tensors(self, index: int) -> list[str]:
         """Names of one block's tensors in the checkpoint."""
-        prefix = self.block_name(index) + "."
+        prefix = self.prefix(index)
         return [prefix + name for name in self.blocks[index].state_dict()]
 
     def outside_tensors(self) -> list[str]:
@@ -125,7 +134,7 @@ class BlockwiseModel:
 
         `read` gives other weights ({full name: float32 tensor}) than the source's.
         """
-        prefix = self.block_name(index) + "."
+        prefix = self.prefix(index)
         tensors = read() if read is not None else self.source.read(self.block_tensors(index), torch.float32)
         block = self.blocks[index]
         size = sum(tensor.nbytes for tensor in tensors.values())

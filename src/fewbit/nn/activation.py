@@ -18,7 +18,7 @@ from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.numerics import scales
-from fewbit.numerics.scale_format import ScaleFormat, unit_for
+from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantizedActivation
 
 
@@ -74,8 +74,8 @@ class ActivationQuantizer(KeepsDtypes):
     def format(self, x: Tensor | None = None) -> ScaleFormat:
         """How scales are stored; without calibration the second level of e4m3 comes from x."""
         unit = self.global_scale
-        if self.spec.scale_type == "e4m3" and unit is None and x is not None:
-            unit = unit_for(float(x.abs().max()), self.spec.format)
+        if unit is None and x is not None:
+            unit = self.spec.unit(float(x.abs().max()))
         # no checkpoint holds a dynamic scale, so it is not rounded to what scales are stored in there
         return self.spec.scale_format(torch.float32 if self.spec.is_dynamic else self.dtype, unit or 1.0)
 

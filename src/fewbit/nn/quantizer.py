@@ -21,7 +21,7 @@ from torch import Tensor
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError, nearest
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.numerics.scale_format import ScaleFormat, unit_for
+from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantTensor, quantize
 
 METHODS = ("per-tensor", "per-token", "per-channel", "per-block", "per-group")
@@ -142,5 +142,4 @@ def quantize_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the wei
 
 def scale_format(matrix: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> ScaleFormat:
     """How the scales of `matrix` are stored, with the second level that its largest magnitude needs."""
-    unit = unit_for(float(matrix.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
-    return spec.scale_format(dtype, unit)
+    return spec.scale_format(dtype, spec.unit(float(matrix.abs().max())))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fewbit.algorithms.scale_search import ScaleSearch
 from fewbit.checkpoint.native import Smoothing
 from fewbit.models.architecture import Scaling
 from fewbit.pipeline.stage_quantizer import LinearResult
@@ -17,7 +16,8 @@ class Found:
     """Scales of channels that were folded at one stage."""
 
     scaling: Scaling
-    search: ScaleSearch
+    alpha: float
+    """Exponent that was best."""
     columns: Tensor
     """[in]: what the readers' columns were multiplied by."""
     folded: tuple[str, ...]
@@ -46,5 +46,5 @@ class BlockWork:
     def alpha_of(self, name: str) -> float | None:
         """Exponent of the scales that a linear's input was divided by; None if it was not."""
         inside = name.removeprefix(self.prefix)
-        exponents = [found.search.alpha for found in self.found if inside in found.scaling.readers]
+        exponents = [found.alpha for found in self.found if inside in found.scaling.readers]
         return exponents[0] if exponents else None

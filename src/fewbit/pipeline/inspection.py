@@ -48,12 +48,7 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
     info = blockwise.source.info()
     sizes = {name: math.prod(entry.shape) for name, entry in info.items()}
     linears = blockwise.linears()
-    grouped = [
-        f"{blockwise.block_name(index)}.{name}"
-        for index in range(len(blockwise))
-        for group in blockwise.groups
-        for name in group
-    ]
+    grouped = [name for group in blockwise.full_groups() for name in group]
     plan = make_plan(blockwise, config) if config is not None else None
     stored = sum(size * info[name].dtype.itemsize for name, size in sizes.items())
     quantized = None
@@ -64,7 +59,7 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
                 weight = info[f"{name}.weight"]
                 quantized -= sizes[f"{name}.weight"] * weight.dtype.itemsize
                 quantized += math.ceil(linear.spec.stored_bits(linear.shape, weight.dtype) / 8)
-    prefix = blockwise.block_name(0) + "."
+    prefix = blockwise.prefix(0)
     return Inspection(
         architecture=blockwise.architecture,
         blocks=len(blockwise),

@@ -154,10 +154,10 @@ class Pass:
 
     layer: nn.Module
     batches: Sequence[Batch]
-    run: LayerForwardManager
+    manager: LayerForwardManager
 
     def forward(self, index: int) -> Tensor:
-        """The output for one batch, float32 on the layer's device."""
+        """The output for one batch, float32 (or float64) on the layer's device."""
         batch = self.batches[index]
         return self._call(self.layer, batch.hidden, batch.kwargs)
 
@@ -186,7 +186,7 @@ class Pass:
     def _call(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         like = next(iter(layer.parameters()), hidden)
         hidden, kwargs = _like(hidden, like), _like(kwargs, like)
-        return self.run.forward(layer, hidden, **kwargs)
+        return self.manager.forward(layer, hidden, **kwargs)
 
 
 @contextmanager

@@ -88,9 +88,7 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     """Match the recipe against the model. ConfigError for what cannot be honoured, before anything is written."""
     modules = model.linears()
     found = resolve(config, {name: type(module).__name__ for name, module in modules.items()})
-    grouped = {
-        f"{model.block_name(index)}.{name}" for index in range(len(model)) for group in model.groups for name in group
-    }
+    grouped = {name for group in model.full_groups() for name in group}
     linears = {}
     for name, match in found.items():
         shape = (modules[name].out_features, modules[name].in_features)
@@ -163,7 +161,7 @@ def _runs_along_rows(spec: QuantizationSpec | None) -> bool:
 
 
 def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPlan]) -> Groups:
-    prefix = model.block_name(index) + "."
+    prefix = model.prefix(index)
     return tuple(tuple(name for name in group if linears[prefix + name].spec is not None) for group in model.groups)
 
 
@@ -194,7 +192,7 @@ def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list
     """Engines fuse linears that share an input into one matrix, which works only if they are quantized alike."""
     mixed = []
     for index in range(len(model)):
-        prefix = model.block_name(index) + "."
+        prefix = model.prefix(index)
         for group in model.groups:
             if len({linears[prefix + name].config for name in group}) > 1:
                 mixed.append(f"{prefix}{{{', '.join(group)}}}")

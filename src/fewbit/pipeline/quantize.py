@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,17 +12,24 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
 from fewbit.checkpoint.files import copy_side_files, write_json
 from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
-from fewbit.errors import CheckpointError, ConfigError, RunError
+from fewbit.errors import ConfigError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.memory import trim_heap
 from fewbit.nn.attach import refuse_quantized
+from fewbit.pipeline.arguments import (
+    DEFAULT_ACTIVATION_MEMORY,
+    choose_device,
+    load_tokenizer,
+    parse_size,
+    resolve_directory,
+)
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.progress import progress_view
 from fewbit.pipeline.report import REPORT, build_report
@@ -32,9 +38,7 @@ from fewbit.pipeline.smoothing import Smoother
 from fewbit.pipeline.walk import Walk
 from fewbit.version import __version__
 
-DEFAULT_ACTIVATION_MEMORY = "4GiB"
 NO_CALIBRATION = "none"
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def quantize_model(
@@ -112,62 +116,6 @@ def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
             refuse_quantized(model)
         return BlockwiseModel.from_module(model)
     return BlockwiseModel.from_directory(resolve_directory(model))
-
-
-def resolve_directory(model: str | Path) -> Path:
-    """The directory of a checkpoint: the path itself, or where the hub's client put the model of that id."""
-    path = Path(model)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise CheckpointError(
-            f"{model} does not exist; give a checkpoint's directory or a model id of the hub (owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{model} is no directory here and could not be fetched from the hub: {reason}"
-        ) from None
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that computes. "auto" takes a CUDA GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise RunError(f"device {name!r} was asked for, but this machine has no such GPU; use --device cpu")
-    return device
-
-
-def parse_size(value: str | int) -> int:
-    """Bytes of "4GiB", "500MB" or a number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-    if match is None or match[2].lower() not in _UNITS:
-        raise ConfigError(f"{value!r} is no size; write for example 4GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def load_tokenizer(directory: Path | None) -> Any:
-    """The tokenizer beside a checkpoint; None if there is none."""
-    if directory is None or not any(directory.glob("tokenizer*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _calibration(

@@ -117,7 +117,7 @@ class Smoother:
             dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
         folded = [prefix + other for other in scaling.others]
         folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
-        work.found.append(Found(scaling, found, columns, tuple(folded) if is_norm else ()))
+        work.found.append(Found(scaling, found.alpha, columns, tuple(folded) if is_norm else ()))
         return columns
 
     def _divide(self, name: str, scaling: Scaling, wanted: Tensor, work: BlockWork) -> Tensor:

@@ -14,7 +14,7 @@ from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import CodeConfig
 from fewbit.config.spec import QuantizationSpec
-from fewbit.numerics.scale_format import unit_for
+from fewbit.nn.quantizer import scale_format
 from fewbit.numerics.second_moment import quadratic_form
 from fewbit.tensor import QuantTensor
 
@@ -63,7 +63,8 @@ def quantize_stage(
         started = time.perf_counter()
         weight = batch[0].weight if len(batch) == 1 else torch.cat([member.weight for member in batch])
         spec = batch[0].spec
-        format = spec.scale_format(batch[0].dtype, _unit(weight, spec))
+        # of all members together: engines that fuse them need one second level
+        format = scale_format(weight, spec, batch[0].dtype)
         start = weight
         if any(member.start is not None for member in batch):
             start = torch.cat([member.weight if member.start is None else member.start for member in batch])
@@ -113,16 +114,9 @@ def _errors(weight: Tensor, quantized: QuantTensor, moment: Tensor | None) -> tu
     return quadratic_form(delta, moment), quadratic_form(weight, moment)
 
 
-def _unit(weight: Tensor, spec: QuantizationSpec) -> float:
-    """Second-level scale, shared by all rows: engines that fuse linears with one input need one for all of them."""
-    if spec.scale_type != "e4m3":
-        return 1.0
-    return unit_for(float(weight.abs().max()), spec.format)
-
-
 def _first_stage(weight: Tensor, member: Member) -> Tensor:
     """The weight after the first of two stages (round to nearest), or as it is."""
     first = member.spec.first_stage
     if first is None:
         return weight
-    return rtn(weight, None, first, first.scale_format(member.dtype, _unit(weight, first))).weight.dequantize()
+    return rtn(weight, None, first, scale_format(weight, first, member.dtype)).weight.dequantize()

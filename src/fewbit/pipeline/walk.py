@@ -100,7 +100,7 @@ class Walk:
 
     def _quantize_block(self, index: int, passage: Passage, strategy: Strategy) -> list[dict[str, Any]]:
         """One block from loading to writing; what it holds in memory goes with it."""
-        work = BlockWork(index, self.model.block_name(index) + ".")
+        work = BlockWork(index, self.model.prefix(index))
         groups = self.plan.block_groups[index]
         smoother = self.smoother
         scaled = smoother.scaled(groups, work.prefix) if smoother is not None else {}
@@ -130,7 +130,7 @@ class Walk:
                 rows += finished[index]
                 self.progress.block_done(index, None)
                 continue
-            work = BlockWork(index, self.model.block_name(index) + ".")
+            work = BlockWork(index, self.model.prefix(index))
             decide = partial(self._quantize, work=work, scaling=None)
             with self.model.loaded(index, self.device) as block:
                 for stage in stages_of(block, self.plan.block_groups[index], decide):
@@ -208,7 +208,7 @@ class Walk:
     def _pass_through(self, index: int, passage: Passage) -> None:
         """The batches through a block that an earlier run finished, computed as it did."""
         part = NativePart(block_file(self.directory.path, index))
-        smoothing, prefix = part.smoothing(), self.model.block_name(index) + "."
+        smoothing, prefix = part.smoothing(), self.model.prefix(index)
 
         def read() -> dict[str, Tensor]:
             names = self.model.block_tensors(index)
@@ -233,15 +233,10 @@ class Walk:
         """Quantize activations from here on, as the engine will."""
         configs = {name: linear.config for name, linear in self.plan.linears.items() if linear.config is not None}
         info = self.model.source.info()
-        first = self.model.block_name(0)
-        dtypes = {info[f"{first}.{name}.weight"].dtype for group in self.model.groups for name in group}
-        groups = [
-            [f"{self.model.block_name(index)}.{name}" for name in group]
-            for index in range(len(self.model))
-            for group in self.model.groups
-        ]
+        first = self.model.prefix(0)
+        dtypes = {info[f"{first}{name}.weight"].dtype for group in self.model.groups for name in group}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        attach(self.model.linears(), configs, groups, dtype)
+        attach(self.model.linears(), configs, self.model.full_groups(), dtype)
         if self.plan.attention is not None:
             attention.attach(self.model.skeleton, self.plan.attention, dtype=dtype)
         for quantizer in quantizers(self.model.skeleton).values():

@@ -1,0 +1,71 @@
+"""What a user's words for models, devices and sizes mean."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from fewbit.errors import CheckpointError, ConfigError, RunError
+
+DEFAULT_ACTIVATION_MEMORY = "4GiB"
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def resolve_directory(model: str | Path) -> Path:
+    """The directory of a checkpoint: the path itself, or where the hub's client put the model of that id."""
+    path = Path(model)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise CheckpointError(
+            f"{model} does not exist; give a checkpoint's directory or a model id of the hub (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{model} is no directory here and could not be fetched from the hub: {reason}"
+        ) from None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that computes. "auto" takes a CUDA GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise RunError(f"device {name!r} was asked for, but this machine has no such GPU; use --device cpu")
+    return device
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes of "4GiB", "500MB" or a number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"{value!r} is no size; write for example 4GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def load_tokenizer(directory: Path | None) -> Any:
+    """The tokenizer beside a checkpoint; None if there is none."""
+    if directory is None or not any(directory.glob("tokenizer*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
