@@ -70,7 +70,7 @@ GAIN = {"nvfp4": 0.95, "mxfp4": 0.99, "mx6": 0.95}  # small groups and coarse sc
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_scaled_weights_lose_far_less_where_channels_are_unlike(name):
+def test_scaled_weights_lose_less_where_channels_are_unlike(name):
     weight, x, spec = weight_of(), inputs(), SPECS[name]
     moment = x.T @ x
     found = search_scales([weight], [spec], moment, AWQConfig())
@@ -255,7 +255,9 @@ def test_powers_of_two_gain_most_of_it():
     moment = x.T @ x
     found = search_scales([weight], [INT4], moment, AWQConfig(), power_of_two=True)
     assert torch.equal(found.scale.log2(), found.scale.log2().round())
-    assert loss(weight, moment, INT4, found.scale) < 0.9 * loss(weight, moment, INT4, ONES)
+    free = search_scales([weight], [INT4], moment, AWQConfig())
+    plain, two, any_ = (loss(weight, moment, INT4, scale) for scale in (ONES, found.scale, free.scale))
+    assert plain - two > 0.7 * (plain - any_) > 0
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

@@ -72,13 +72,14 @@ def test_run_export_and_dequantized_checkpoint_agree(
     assert found[0] == pytest.approx(perplexity(model, windows), rel=1e-5)
 
 
-def test_quantization_to_two_bits_costs_perplexity_against_itself(finished_run, checkpoint, evaluation_file):
+def test_two_bits_are_compared_with_the_model_itself(finished_run, checkpoint, evaluation_file):
     found = fewbit.evaluate(
         finished_run("llama", scheme="W2A16"), evaluation_file, against=checkpoint("llama"), **EVALUATION
     )
     plain = fewbit.evaluate(checkpoint("llama"), evaluation_file, **EVALUATION)
     assert found.reference_perplexity == plain.perplexity
-    assert found.perplexity != plain.perplexity
+    assert found.perplexity != plain.perplexity  # of random weights: neither better nor worse
+    assert found.kl_mean > 0.01
 
 
 def test_a_model_against_itself_has_no_distance(checkpoint, evaluation_file):

@@ -231,9 +231,9 @@ def test_gptq_follows_on_the_same_inputs(random_model):
     run_smooth_quant_for_sequential_layers(model.model.layers, items, INT3, AWQConfig(), gptq_follows=True)
     results = run_gptq_for_sequential_layers(model.model.layers, items, INT3, GPTQConfig())
     assert len(results) == 14
-    rounded = with_outliers(random_model("llama"))
-    run_gptq_for_sequential_layers(rounded.model.layers, items, INT3, RTNConfig())
-    assert moved(logits(model), before) < moved(logits(rounded), before)
+    alone = with_outliers(random_model("llama"))
+    run_gptq_for_sequential_layers(alone.model.layers, items, INT3, GPTQConfig())
+    assert moved(logits(model), before) < moved(logits(alone), before)
 
 
 def test_the_scale_that_is_returned_is_the_one_that_was_folded(random_model):
@@ -332,7 +332,7 @@ def test_the_layers_to_scale_can_be_named(random_model):
         model.model.layers, llama_items(model), "W8A8", SmoothQuantConfig(alpha=0.5, scaling_layers=layers)
     )
     assert list(found) == ["0.post_attention_layernorm", "1.post_attention_layernorm"]
-    assert {search.alpha for search in found.values()} <= {0.5, None}
+    assert {search.alpha for search in found.values()} == {0.5}
     wrong = [{"prev_op": "post_attention_layernorm", "layers": ["mlp.gate_proj"]}]
     with pytest.raises(ConfigError, match="name every layer that reads"):
         run_smooth_quant_for_sequential_layers(
