@@ -51,6 +51,12 @@ def weight_of(rows=192, columns=128, seed=0):
     return weight * torch.exp(0.3 * torch.randn(rows, columns, generator=generator))
 
 
+def search(weights, specs, moment, config, *, sample=None, outliers=None, tokens=TOKENS, **options):
+    """The search, given what there is of the input's statistics."""
+    kept = {} if sample is None else {"wanted_sample": len(sample), "_kept": [sample], "outliers": outliers}
+    return search_scales(weights, specs, Statistics(moment, tokens, **kept), config, **options)
+
+
 def quantized(weight, moment, spec, scale, method=rtn):
     """The weight that stands for `weight` when W·s is quantized under the scaled H."""
     scaled = weight * scale
@@ -73,7 +79,7 @@ GAIN = {"nvfp4": 0.95, "mxfp4": 0.99, "mx6": 0.95}  # small groups and coarse sc
 def test_scaled_weights_lose_less_where_channels_are_unlike(name):
     weight, x, spec = weight_of(), inputs(), SPECS[name]
     moment = x.T @ x
-    found = search_scales([weight], [spec], moment, AWQConfig())
+    found = search([weight], [spec], moment, AWQConfig())
     assert found.loss < found.loss_before
     assert loss(weight, moment, spec, found.scale) < GAIN.get(name, 0.8) * loss(weight, moment, spec, ONES)
 
@@ -83,7 +89,7 @@ def test_scaled_weights_lose_less_where_channels_are_unlike(name):
 @pytest.mark.parametrize("compensated", [False, True])
 def test_the_search_never_loses_by_its_own_measure(name, config, compensated):
     x = inputs(outliers=0, seed=3)
-    found = search_scales([weight_of()], [SPECS[name]], x.T @ x, config, compensated=compensated)
+    found = search([weight_of()], [SPECS[name]], x.T @ x, config, compensated=compensated)
     assert found.loss <= found.loss_before
     if found.alpha is None:
         assert torch.equal(found.scale, ONES)
@@ -95,7 +101,7 @@ def test_the_search_never_loses_by_its_own_measure(name, config, compensated):
 @pytest.mark.parametrize("config", [AWQConfig(alpha=1.0, duo_scale=False), SmoothQuantConfig(alpha=0.5)])
 def test_an_alpha_that_is_given_is_taken(config):
     weight, x = weight_of(), inputs(outliers=0, seed=3)
-    found = search_scales([weight], [SPECS["int4"]], x.T @ x, config)
+    found = search([weight], [SPECS["int4"]], x.T @ x, config)
     assert found.alpha == config.alpha
     assert not torch.equal(found.scale, ONES)
 
@@ -105,7 +111,7 @@ def test_an_alpha_that_is_given_is_taken(config):
 def test_gptq_on_scaled_weights_is_no_worse_than_gptq_alone(name, seed):
     weight, x, spec = weight_of(seed=seed), inputs(seed=seed), SPECS[name]
     moment = x.T @ x
-    found = search_scales([weight], [spec], moment, AWQConfig(), compensated=True)
+    found = search([weight], [spec], moment, AWQConfig(), compensated=True)
     assert loss(weight, moment, spec, found.scale, gptq) <= loss(weight, moment, spec, ONES, gptq)
 
 
@@ -115,7 +121,7 @@ def test_the_measure_for_gptq_chooses_better_for_gptq():
         weight, x = weight_of(seed=seed), inputs(seed=seed)
         moment = x.T @ x
         losses = [
-            loss(weight, moment, INT4, search_scales([weight], [INT4], moment, AWQConfig(), compensated=c).scale, gptq)
+            loss(weight, moment, INT4, search([weight], [INT4], moment, AWQConfig(), compensated=c).scale, gptq)
             for c in (True, False)
         ]
         ratios.append(losses[0] / losses[1])
@@ -127,7 +133,7 @@ def test_without_a_searching_observer_the_loss_over_all_rows_is_the_loss(name):
     weight, x = weight_of(), inputs()
     spec = replace(SPECS[name], observer="minmax")
     moment = x.T @ x
-    found = search_scales([weight], [spec], moment, AWQConfig(), rows=weight.shape[0])
+    found = search([weight], [spec], moment, AWQConfig(), rows=weight.shape[0])
     assert found.loss_before == pytest.approx(loss(weight, moment, spec, ONES), rel=1e-3)
     assert found.loss == pytest.approx(loss(weight, moment, spec, found.scale), rel=1e-3)
 
@@ -138,8 +144,8 @@ def test_some_rows_stand_for_all(compensated):
     moment = x.T @ x
     members = [weight_of(rows=1024, seed=1), weight_of(rows=128, seed=2)]
     specs = [INT4, INT4]
-    whole = search_scales(members, specs, moment, AWQConfig(), compensated=compensated, rows=1152)
-    some = search_scales(members, specs, moment, AWQConfig(), compensated=compensated)
+    whole = search(members, specs, moment, AWQConfig(), compensated=compensated, rows=1152)
+    some = search(members, specs, moment, AWQConfig(), compensated=compensated)
     assert some.loss_before == pytest.approx(whole.loss_before, rel=0.15)
     weight = torch.cat(members)
     method = gptq if compensated else rtn
@@ -151,9 +157,9 @@ def test_members_may_have_specs_of_their_own():
     weight, x = weight_of(), inputs()
     moment = x.T @ x
     cast = QuantizationSpec(dtype="bfloat16", qscheme="per_tensor", observer="placeholder")
-    mixed = search_scales([weight, weight, weight], [INT4, INT8, cast], moment, AWQConfig())
+    mixed = search([weight, weight, weight], [INT4, INT8, cast], moment, AWQConfig())
     assert mixed.loss < mixed.loss_before
-    alone = search_scales([weight], [INT4], moment, AWQConfig(), rows=43)
+    alone = search([weight], [INT4], moment, AWQConfig(), rows=43)
     assert mixed.loss_before == pytest.approx(alone.loss_before, rel=0.2)  # int8 adds next to nothing, a cast nothing
 
 
@@ -179,7 +185,7 @@ def test_smoothing_reduces_the_error_of_weights_and_activations(name, compensate
     weight, x = weight_of(), inputs()
     input_spec, spec = ACTIVATIONS[name]
     sample = x[::8]
-    found = search_scales(
+    found = search(
         [weight],
         [spec],
         x.T @ x,
@@ -198,8 +204,8 @@ def test_smoothing_reduces_the_error_of_weights_and_activations(name, compensate
 def test_smoothing_beats_scales_that_know_the_weights_only_where_activations_are_quantized():
     weight, x = weight_of(), inputs()
     data = {"input_spec": PER_TOKEN, "sample": x[::8], "tokens": TOKENS}
-    smooth = search_scales([weight], [INT8], x.T @ x, SmoothQuantConfig(), **data).scale
-    awq = search_scales([weight], [INT8], x.T @ x, AWQConfig(), **data).scale
+    smooth = search([weight], [INT8], x.T @ x, SmoothQuantConfig(), **data).scale
+    awq = search([weight], [INT8], x.T @ x, AWQConfig(), **data).scale
     assert output_error(weight, x, INT8, PER_TOKEN, smooth) < output_error(weight, x, INT8, PER_TOKEN, awq)
 
 
@@ -211,28 +217,26 @@ def test_no_scale_for_weights_is_taken_that_costs_the_activations_more(name, com
     input_spec, spec = ACTIVATIONS[name]
     data = {"input_spec": input_spec, "sample": x[::4], "outliers": x[::512], "tokens": TOKENS}
     options = {"dtype": torch.bfloat16, "compensated": compensated}
-    blind = search_scales([weight], [spec], x.T @ x, AWQConfig(), **options)
-    seeing = search_scales([weight], [spec], x.T @ x, AWQConfig(), **options, **data)
+    blind = search([weight], [spec], x.T @ x, AWQConfig(), **options)
+    seeing = search([weight], [spec], x.T @ x, AWQConfig(), **options, **data)
     typical = x[1:512]
     before = output_error(weight, typical, spec, input_spec, ONES)
     assert output_error(weight, typical, spec, input_spec, blind.scale) > 1.1 * before
     assert output_error(weight, typical, spec, input_spec, seeing.scale) < 1.03 * before
     assert blind.alpha is not None
     fixed = AWQConfig(alpha=blind.alpha, duo_scale=blind.duo)
-    assert torch.equal(search_scales([weight], [spec], x.T @ x, fixed, **options, **data).scale, blind.scale)
+    assert torch.equal(search([weight], [spec], x.T @ x, fixed, **options, **data).scale, blind.scale)
 
 
 def test_smoothing_without_a_sample_counts_the_weights():
     weight, x, spec = weight_of(), inputs(), replace(INT8, observer="minmax")
-    found = search_scales([weight], [spec], x.T @ x, SmoothQuantConfig(), input_spec=PER_TOKEN)
+    found = search([weight], [spec], x.T @ x, SmoothQuantConfig(), input_spec=PER_TOKEN)
     assert found.loss_before == pytest.approx(loss(weight, x.T @ x, spec, ONES), rel=0.1)
-    with pytest.raises(ValueError, match="number"):
-        search_scales([weight], [INT8], x.T @ x, SmoothQuantConfig(), input_spec=PER_TOKEN, sample=x)
 
 
 def test_a_fixed_alpha_gives_the_published_formula():
     weight, x = weight_of(), inputs()
-    found = search_scales(
+    found = search(
         [weight, 2 * weight],
         [INT8, INT8],
         x.T @ x,
@@ -245,7 +249,7 @@ def test_a_fixed_alpha_gives_the_published_formula():
     torch.testing.assert_close(found.scale / found.scale[0], published / published[0])
     assert found.alpha == 0.5
     assert found.duo
-    plain = search_scales([weight], [INT4], x.T @ x, AWQConfig(alpha=0.25, duo_scale=False)).scale
+    plain = search([weight], [INT4], x.T @ x, AWQConfig(alpha=0.25, duo_scale=False)).scale
     size = (x.T @ x).diagonal().sqrt() ** 0.25
     torch.testing.assert_close(plain / plain[0], size / size[0])
 
@@ -253,9 +257,9 @@ def test_a_fixed_alpha_gives_the_published_formula():
 def test_powers_of_two_gain_most_of_it():
     weight, x = weight_of(), inputs()
     moment = x.T @ x
-    found = search_scales([weight], [INT4], moment, AWQConfig(), power_of_two=True)
+    found = search([weight], [INT4], moment, AWQConfig(), power_of_two=True)
     assert torch.equal(found.scale.log2(), found.scale.log2().round())
-    free = search_scales([weight], [INT4], moment, AWQConfig())
+    free = search([weight], [INT4], moment, AWQConfig())
     plain, two, any_ = (loss(weight, moment, INT4, scale) for scale in (ONES, found.scale, free.scale))
     assert plain - two > 0.7 * (plain - any_) > 0
 
@@ -264,7 +268,7 @@ def test_powers_of_two_gain_most_of_it():
 def test_query_heads_that_share_a_value_head_share_its_scales(power_of_two):
     x = inputs()
     tie = channel_map(channels=128, rows=32, head_dim=16)
-    found = search_scales([weight_of()], [INT4], x.T @ x, AWQConfig(), tie=tie, power_of_two=power_of_two)
+    found = search([weight_of()], [INT4], x.T @ x, AWQConfig(), tie=tie, power_of_two=power_of_two)
     assert found.alpha is not None
     assert torch.equal(per_row(found.scale, tie, 32)[tie], found.scale)
     assert found.scale.unique().numel() <= 32
@@ -272,8 +276,8 @@ def test_query_heads_that_share_a_value_head_share_its_scales(power_of_two):
 
 def test_scales_do_not_depend_on_the_units_of_the_input():
     weight, x = weight_of(), inputs()
-    plain = search_scales([weight], [INT4], x.T @ x, AWQConfig())
-    large = search_scales([weight], [INT4], x.T @ x * 2.0**20, AWQConfig())
+    plain = search([weight], [INT4], x.T @ x, AWQConfig())
+    large = search([weight], [INT4], x.T @ x * 2.0**20, AWQConfig())
     torch.testing.assert_close(plain.scale, large.scale, rtol=1e-4, atol=0)
 
 
@@ -281,17 +285,17 @@ def test_channels_that_never_fire_or_meet_no_weight_keep_one():
     weight, x = weight_of(), inputs()
     x[:, 3] = 0
     weight[:, 7] = 0
-    found = search_scales([weight], [INT4], x.T @ x, AWQConfig())
+    found = search([weight], [INT4], x.T @ x, AWQConfig())
     assert found.alpha is not None
     assert found.scale[[3, 7]].tolist() == [1.0, 1.0]
     assert torch.isfinite(found.scale).all()
-    silent = search_scales([weight], [INT4], torch.zeros(128, 128), AWQConfig(), compensated=True)
+    silent = search([weight], [INT4], torch.zeros(128, 128), AWQConfig(), compensated=True)
     assert torch.equal(silent.scale, ONES)
 
 
 def test_the_clamp_holds():
     weight, x = weight_of(), inputs(size=1e5)
-    found = search_scales([weight], [INT4], x.T @ x, AWQConfig(scale_clamp_min=0.25, alpha=1.0, duo_scale=False))
+    found = search([weight], [INT4], x.T @ x, AWQConfig(scale_clamp_min=0.25, alpha=1.0, duo_scale=False))
     assert float(found.scale.min()) >= 0.25
     assert float(found.scale.max()) <= 4.0
 

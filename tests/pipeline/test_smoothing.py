@@ -25,8 +25,8 @@ LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" fo
 def any_scale(monkeypatch):
     """The search finds random scales, of the kind that was asked for, wherever it is asked."""
 
-    def found(weights, specs, moment, config, *, tie=None, power_of_two=False, **options):
-        channels = moment.shape[0]
+    def found(weights, specs, statistics, config, *, tie=None, power_of_two=False, **options):
+        channels = statistics.moment.shape[0]
         scale = torch.exp2(torch.randn(channels, generator=torch.Generator().manual_seed(channels)))
         if tie is not None:
             scale = scale[: int(tie.max()) + 1][tie]

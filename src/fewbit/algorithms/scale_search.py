@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.spec import ACCUMULATING_OBSERVERS, QuantizationSpec
 from fewbit.nn.activation import ActivationQuantizer
@@ -76,14 +77,11 @@ class ScaleSearch:
 def search_scales(
     weights: Sequence[Tensor],
     specs: Sequence[QuantizationSpec],
-    moment: Tensor,
+    statistics: Statistics,
     config: ScaleSearchConfig,
     *,
     dtype: torch.dtype = torch.bfloat16,
     input_spec: QuantizationSpec | None = None,
-    sample: Tensor | None = None,
-    outliers: Tensor | None = None,
-    tokens: int | None = None,
     tie: Tensor | None = None,
     power_of_two: bool = False,
     compensated: bool = False,
@@ -94,14 +92,12 @@ def search_scales(
     Args:
         weights: [out, in] float32 each.
         specs: how each of them will be quantized.
-        moment: H = XᵀX [in, in] float32 of the unscaled input.
-        config: what is searched. If `input_spec` and `sample` are given, SmoothQuantConfig counts the activations'
+        statistics: of the unscaled input: H, and for `input_spec` a sample of tokens, which stands for all of them,
+            and the largest ones, which stand for themselves.
+        config: what is searched. If there are `input_spec` and a sample, SmoothQuantConfig counts the activations'
             error as well, and AWQConfig takes no scale that costs them more than the weights gain.
         dtype: what the checkpoint holds the weights in, which their scales may be stored in.
         input_spec: how the input will be quantized.
-        sample: some tokens of the input [tokens, in] float32, which stand for all of them.
-        outliers: the tokens with the largest values [tokens, in], which stand for themselves.
-        tokens: how many tokens H holds; needed with `sample`.
         tie: [in] int64; channels with the same number get the same scale (the query heads that share a value head).
         power_of_two: only powers of two, which rescale stored numbers exactly.
         compensated: GPTQ will find the codes.
@@ -110,13 +106,10 @@ def search_scales(
     Returns no scaling (all ones) unless that gains at least 2 % of the loss, 10 % where GPTQ follows; an alpha that
     the config fixes is taken as it is.
     """
+    moment = statistics.moment
     targets = _targets(weights, specs, dtype, rows)
     smooth = isinstance(config, SmoothQuantConfig)
-    activation = None
-    if input_spec is not None and sample is not None:
-        if tokens is None:
-            raise ValueError("a token sample stands for all tokens of H: give their number")
-        activation = _activation(sample, outliers, _scoring_spec(input_spec), tokens)
+    activation = _activation(statistics, input_spec)
     objective = _Objective(targets, moment, column_costs(moment) if compensated else None, activation)
 
     none = torch.ones_like(moment[0])
@@ -319,19 +312,25 @@ class _Activation:
         return quantized.sub_(scaled)
 
 
-def _activation(sample: Tensor, outliers: Tensor | None, spec: QuantizationSpec, tokens: int) -> _Activation:
-    """The sample with each token's weight: how many it stands for, relative to its own size.
+def _activation(statistics: Statistics, spec: QuantizationSpec | None) -> _Activation | None:
+    """The sample with each token's weight: how many it stands for, relative to its own size. None if there is none.
 
     What a block adds to a token is normalized by the token's size before anything reads it, so an error counts by what
     it is relative to the token. Counted as it is, the error of a few huge tokens would decide alone.
     """
-    weights = torch.full((sample.shape[0],), tokens / sample.shape[0], device=sample.device)
+    sample, outliers = statistics.sample, statistics.outliers
+    if spec is None or sample is None:
+        return None
+    weights = torch.full((sample.shape[0],), statistics.tokens / sample.shape[0], device=sample.device)
     if outliers is not None:
         sample = torch.cat([sample, outliers])
         weights = torch.cat([weights, torch.ones(outliers.shape[0], device=sample.device)])
     energy = sample.square().sum(1)
     mean = (energy * weights).sum() / weights.sum()
-    return _Activation(sample, spec, weights * mean / energy.clamp(min=1e-6 * mean + torch.finfo(torch.float32).tiny))
+    scoring = _scoring_spec(spec)
+    return _Activation(
+        sample, scoring, weights * mean / energy.clamp(min=1e-6 * mean + torch.finfo(torch.float32).tiny)
+    )
 
 
 def _scoring_spec(spec: QuantizationSpec) -> QuantizationSpec:
