@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from fewbit.errors import ArchitectureError, CheckpointError
 from fewbit.models.architecture import ATTENTION_AND_GATED_MLP
@@ -280,3 +280,10 @@ def test_a_detected_family_is_quantized_end_to_end(random_model, tokenizer, tmp_
     )
     rows = json.loads((run / "report.json").read_text())["linears"]
     assert sum(row["status"] == "quantized" for row in rows) == 2 * 6
+
+
+def test_an_encoder_is_refused_with_what_can_be_done():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForMaskedLM(BertConfig(vocab_size=300, **sizes))
+    with pytest.raises(ArchitectureError, match="BertEncoder, which holds the blocks"):
+        BlockwiseModel.from_module(model)

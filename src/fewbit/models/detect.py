@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,11 +40,18 @@ def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
             f"model type {model_type!r} is not listed and no {missing} could be found; "
             + WHAT_TO_WRITE.format(name=model_type)
         )
+    blocks = max(lists)[1]
+    owner = skeleton.get_submodule(blocks.rpartition(".")[0])
+    if "input_ids" not in inspect.signature(owner.forward).parameters:
+        raise ArchitectureError(
+            f"model type {model_type!r}: {type(owner).__name__}, which holds the blocks, takes no token ids, and "
+            "fewbit walks decoders. Any stack of layers in memory: run_gptq_for_sequential_layers"
+        )
     return Architecture(
         name=model_type,
         model_types=(model_type,),
         groups=(),
-        blocks=max(lists)[1],
+        blocks=blocks,
         embeddings=names[embeddings],
         head=names[head],
         detected=True,
