@@ -1,8 +1,9 @@
 """A random-weight Llama in bf16, written shard by shard, to measure memory on models that no one could download.
 
-    python benchmarks/make_random_llama.py OUT_DIR --layers 32 [--tokenizer MODEL_DIR]
+    python benchmarks/make_random_llama.py OUT_DIR --layers 32 [--shape 8b] [--tokenizer MODEL_DIR]
 
-Hidden size 3072, MLP 8192, vocabulary 32000: 32 layers are about 4 billion parameters.
+Hidden size 3072, MLP 8192, vocabulary 32000: 32 layers are about 4 billion parameters. `--shape 8b` is Llama 3.1 8B's:
+4096, 14336, 128256.
 """
 
 import argparse
@@ -13,6 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
+
+SHAPES = {
+    "4b": {"hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 32000, "num_attention_heads": 24},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_attention_heads": 32},
+}
 
 
 def block(config: LlamaConfig, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -43,15 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="model directory whose tokenizer.json is copied")
     args = parser.parse_args()
     config = LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        vocab_size=32000,
+        **SHAPES[args.shape],
         num_hidden_layers=args.layers,
-        num_attention_heads=24,
         num_key_value_heads=8,
         head_dim=128,
         tie_word_embeddings=False,
