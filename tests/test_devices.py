@@ -1,6 +1,7 @@
 """What holds on every device: the numbers of the CPU, on the device that the data is on, the same bytes each time.
 
-A GPU adds up in another order, so codes may differ where a value lies on a rounding boundary, and nowhere else.
+A GPU adds up in another order, so codes of weights and of activations may differ where a value lies on a rounding
+boundary, and nowhere else.
 """
 
 import pytest
@@ -52,11 +53,11 @@ def test_a_run_loses_as_much_as_on_the_cpu_and_is_the_same_each_time(device, rec
     here = run(model, tmp_path / "here", RECIPES[recipe], "cpu")
     there = run(model, tmp_path / "there", RECIPES[recipe], device)
     again = run(model, tmp_path / "again", RECIPES[recipe], device, activation_memory=0)  # replayed
-    assert there.report["totals"]["loss"] == pytest.approx(here.report["totals"]["loss"], rel=0.05)
+    assert there.report["totals"]["loss"] == pytest.approx(here.report["totals"]["loss"], rel=0.1)
     first, second = tensors_of(there), tensors_of(again)
     assert all(torch.equal(first[name], second[name]) for name in first)
     ours = fewbit.evaluate(there, IDS, against=model, device=device)
-    assert ours.perplexity == pytest.approx(fewbit.evaluate(there, IDS, device="cpu").perplexity, rel=1e-3)
+    assert ours.perplexity == pytest.approx(fewbit.evaluate(there, IDS, device="cpu").perplexity, rel=5e-3)
 
 
 def test_models_in_memory_stay_on_their_device(device, random_model):
