@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from fewbit import process
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CalibrationError, CheckpointError
 from fewbit.models import detect, linear
 from fewbit.models.architecture import Architecture, Groups, listed
+from fewbit.models.empty import empty_parameters
 from fewbit.models.memory import trim_heap
 
 WORTH_TRIMMING = 2**25  # bytes of a block; giving the pages of smaller ones back takes longer than it is worth
@@ -292,10 +293,8 @@ def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> 
     config = copy.deepcopy(config)  # building the modules writes dtype and attention into it
     if getattr(config, "quantization_config", None) is not None:
         config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     try:
-        with init_empty_weights(include_buffers=False):
+        with _building(), empty_parameters():
             make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
             # sdpa has no soft cap on logits and leaves it out without a word
             capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -307,8 +306,18 @@ def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> 
         raise ArchitectureError(
             f"transformers has no causal language model for {config.model_type!r}: {error}"
         ) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """transformers is silent; one thread at a time, because verbosity and default dtype are the whole process's."""
+    with process.lock:
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:

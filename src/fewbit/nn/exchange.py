@@ -1,0 +1,142 @@
+"""Changes of a user's model: collected first, made all at once, and undone as one if what follows fails.
+
+    changes = Exchange()
+    changes.replace(model, {linear: quantized, …})
+    changes.commit()                   # the model is as it was before this line and as it will be after it
+    with changes.undone_on_error(): …
+
+Ctrl-C may come between any two steps of Python. So a commit is one call into C: neither a signal nor another thread
+comes in between, and no module computes in a model that is half one thing and half another.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fewbit.errors import ConfigError
+
+_CARRIED = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+"""A module's hooks on what it computes. They go along, as the same dictionaries, so that their handles still work."""
+_OF_STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_DISPATCH = "_hf_hook"
+"""Where accelerate keeps its hook, which moves inputs between devices by a forward of the instance."""
+
+_set_data = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
+
+
+class Exchange:
+    """A list of changes. Nothing happens before `commit`."""
+
+    def __init__(self) -> None:
+        self._steps: list[partial[Any]] = []
+        self._back: list[partial[Any]] = []
+
+    def item(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
+        """mapping[key] becomes value. Attributes are items of `vars(module)`, children of `module._modules`."""
+        self._steps.append(partial(dict.__setitem__, mapping, key, value))
+        if key in mapping:
+            self._back.append(partial(dict.__setitem__, mapping, key, mapping[key]))
+        else:
+            self._back.append(partial(dict.pop, mapping, key, None))
+
+    def replace(self, model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+        """Modules below `model` are replaced by others wherever they are used."""
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None and child in made:
+                    self.item(parent._modules, name, made[child])
+
+    def data(self, tensor: Tensor, values: Tensor) -> None:
+        """A parameter or buffer, which stays the same object, holds other values (same shape, dtype and device)."""
+        self._steps.append(partial(_set_data, tensor, values))
+        self._back.append(partial(_set_data, tensor, tensor.data))
+
+    def commit(self) -> None:
+        """Make all changes."""
+        _call_all(self._steps)
+
+    def undo(self) -> None:
+        """Everything is again as it was when it was collected."""
+        _call_all(self._back[::-1])
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Commit; if anything is raised inside, Ctrl-C included, undo."""
+        try:
+            self.commit()
+            yield
+        except BaseException:
+            self.undo()
+            raise
+
+
+def _call_all(calls: list[partial[Any]]) -> None:
+    """One after another without a step of Python in between: `deque`, `map`, `call` and `partial` are C."""
+    deque(map(operator.call, calls), maxlen=0)
+
+
+def check_plain(module: nn.Module, name: str = "") -> None:
+    """ConfigError, which names the module, if it does or holds something that its counterpart would drop: a forward of
+    its own, a parametrization, a weight that is computed anew in every forward, tensors besides weight and bias."""
+    what = f"{name or 'the module'} ({type(module).__name__})"
+    if parametrize.is_parametrized(module):
+        raise ConfigError(
+            f"{what} is parametrized; make that permanent first (torch.nn.utils.parametrize.remove_parametrizations), "
+            "or exclude it"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ConfigError(
+            f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent first "
+            "(remove_weight_norm, prune.remove), or exclude the module"
+        )
+    if nn.parameter.is_lazy(weight):
+        raise ConfigError(f"{what} has no weight yet; run data through the model once")
+    own = [key for key in ("forward", "__call__") if key in vars(module)]
+    if own and not hasattr(module, _DISPATCH):
+        raise ConfigError(
+            f"{what} has a {own[0]} of its own, which its quantized counterpart would not run; take it off "
+            f"(del module.{own[0]}), or exclude the module"
+        )
+    tensors = {key for key, value in (module._parameters | module._buffers).items() if value is not None}
+    extra = sorted(tensors - {"weight", "bias"}) + sorted(key for key, child in module._modules.items() if child)
+    if extra:
+        raise ConfigError(
+            f"{what} holds {extra[0]!r} beside weight and bias, which its quantized counterpart would drop; take it "
+            "off, or exclude the module"
+        )
+    if any(getattr(module, hooks, None) for hooks in _OF_STATE):
+        raise ConfigError(
+            f"{what} has hooks on its state dict, which fit no quantized one; take them off, or exclude the module"
+        )
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """What the user has put on a module goes along to the one that takes its place: hooks, training mode, and
+    accelerate's moving of inputs between devices."""
+    for name in _CARRIED:
+        if name in vars(old):
+            vars(new)[name] = vars(old)[name]
+    if (dispatch := getattr(old, _DISPATCH, None)) is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, dispatch)
+    new.train(old.training)
