@@ -38,7 +38,9 @@ RECIPES = {
     "nvfp4": {"scheme": "NVFP4", "algorithm": "smoothquant+gptq:drift=0.5"},
     "mxfp4": {"scheme": "MXFP4"},
     "cache": {"scheme": "W4A8KVFP8-g32"},
-    "mixed": {"scheme": "W4A16", "group_size": 32, "layer_quant_config": {"*down_proj": "W8A16-g32"}, "exclude": ["*.0.*"]},
+    "mixed": {
+        "scheme": "W4A16", "group_size": 32, "layer_quant_config": {"*down_proj": "W8A16-g32"}, "exclude": ["*.0.*"],
+    },
 }  # fmt: skip
 
 
