@@ -308,3 +308,19 @@ class TestActivation:
             a, b = getattr(again, field), getattr(activation, field)
             assert (a is None) == (b is None) == (field not in stored)
             assert a is None or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("name", ["per_channel", "block", "NVFP4", "MXFP8", "affine"])
+def test_some_rows_of_another_tensor_take_the_place_of_ours(name):
+    spec = SPECIAL.get(name) or QuantizationSpec(
+        dtype="uint4", symmetric=False, **GRANULARITIES.get(name, {"group_size": 8})
+    )
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        quantize(w, spec, f := spec.scale_format(torch.bfloat16), *spec.grid_rule(f).find(spec.tiling.split(w)))
+        for w in torch.randn(2, ROWS, COLUMNS, generator=generator)
+    )
+    rows = torch.tensor([False, False, True, True, False, False])  # whole tiles of the block
+    mixed, before = ours.with_rows(rows, theirs), ours.dequantize()
+    assert torch.equal(mixed.dequantize(), torch.where(rows.unsqueeze(1), theirs.dequantize(), before))
+    assert torch.equal(ours.dequantize(), before)

@@ -84,6 +84,28 @@ class QuantTensor:
         zero = None if self.zero_point is None else self.zero_point[rows].contiguous()
         return replace(self, codes=self.codes[rows].contiguous(), scale=self.scale[rows].contiguous(), zero_point=zero)
 
+    def with_rows(self, rows: Tensor, other: QuantTensor) -> QuantTensor:
+        """A copy with some rows (bool [out]) of `other`, which has the same spec and second level.
+
+        Rows that share scales come together.
+        """
+        tile_rows, _ = self.spec.tiling.tile(*self.shape)
+
+        def mixed(ours: Tensor, theirs: Tensor, chosen: Tensor) -> Tensor:
+            result = ours.clone()
+            result.view(torch.uint8)[chosen] = theirs.contiguous().view(torch.uint8)[chosen]  # bytes of any dtype
+            return result
+
+        zero, tiles = self.zero_point, rows[::tile_rows]
+        if zero is not None and other.zero_point is not None:
+            zero = mixed(zero, other.zero_point, tiles)
+        return replace(
+            self,
+            codes=mixed(self.codes, other.codes, rows),
+            scale=mixed(self.scale, other.scale, tiles),
+            zero_point=zero,
+        )
+
     def to_tensors(self) -> dict[str, Tensor]:
         """What is stored: codes and zero_point packed in int32 words along the last axis, scales as they are."""
         codes = self.codes if self.spec.format.is_cast else pack(self.unsigned_codes(), self.spec.bits)

@@ -264,3 +264,90 @@ def test_blocks_may_be_cut_at_the_edge(block, observer):
     spec = QuantizationSpec(dtype="int4", qscheme="per_block", block_size=block, observer=observer)
     found = gptq(weight, moment, spec, BF16, GPTQConfig())
     assert loss(weight, moment, found) < 0.7 * loss(weight, moment, rtn(weight, moment, spec, BF16))
+
+
+# --- never worse than rounding to nearest ---------------------------------------------------------------------------
+
+
+def weights(kind, rows=16, columns=64):
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(rows, columns, generator=generator)
+    if kind == "away from zero":
+        return 1 + 0.2 * normal
+    if kind == "heavy-tailed":
+        return normal / torch.randn(rows, columns, generator=generator).abs().clamp(min=0.02)
+    return normal
+
+
+def second_moment_of(kind, columns=64, tokens=512):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, columns, generator=generator)
+    if kind == "positive":
+        x = x.abs()
+    if kind == "few tokens":
+        x = x[:9]
+    return x.T @ x
+
+
+INTEGERS = {
+    f"{sign}{bits}-{name}": QuantizationSpec(dtype=f"{sign}{bits}", symmetric=sign == "int", **options)
+    for bits in (2, 3, 4, 8)
+    for sign in ("int", "uint")
+    for name, options in (("group", {"group_size": 32}), ("channel", {"qscheme": "per_channel"}))
+}
+
+
+@pytest.mark.parametrize("name", GRIDS | INTEGERS)
+@pytest.mark.parametrize("inputs", ["uncorrelated", "positive", "few tokens"])
+def test_no_row_loses_more_than_by_rounding_to_nearest(name, inputs):
+    spec, moment = (GRIDS | INTEGERS)[name], second_moment_of(inputs)
+    for kind in ("normal", "away from zero", "heavy-tailed"):
+        weight = weights(kind, rows=64 if spec.tiling.rows > 1 else 16)
+        format = format_of(spec, weight)
+        found, plain = (
+            each.weight
+            for each in (gptq(weight, moment, spec, format, GPTQConfig()), rtn(weight, moment, spec, format))
+        )
+        ours, rounded = (quadratic_form(each.dequantize() - weight, moment) for each in (found, plain))
+        if spec.tiling.rows != 1:  # rows that share a scale share their fate
+            tile_rows, _ = spec.tiling.tile(*weight.shape)
+            ours, rounded = (each.view(-1, tile_rows).sum(1) for each in (ours, rounded))
+        assert (ours <= rounded * (1 + 1e-9)).all(), kind
+
+
+@pytest.mark.parametrize("name", ["int3-group", "uint3-group", "int4-group", "uint4-group", "uint4-channel"])
+@pytest.mark.parametrize("kind", ["normal", "away from zero", "heavy-tailed"])
+def test_where_columns_cannot_make_up_for_each_other_scales_are_as_good_as_those_of_rounding(name, kind):
+    spec, weight, moment = INTEGERS[name], weights(kind), torch.diag(torch.logspace(-1, 1, 64))
+    found, plain = gptq(weight, moment, spec, BF16, GPTQConfig()), rtn(weight, moment, spec, BF16)
+    assert loss(weight, moment, found) < loss(weight, moment, plain)  # fitted, they gain a little
+
+
+def test_the_error_that_is_given_is_that_of_the_weight():
+    weight, moment = correlated()
+    found = gptq(weight, moment, AFFINE, BF16, GPTQConfig())
+    torch.testing.assert_close(found.error, quadratic_form(found.weight.dequantize() - weight, moment))
+    assert gptq(weight, moment, AFFINE, BF16, GPTQConfig(drift=0.5), torch.eye(128)).error is None
+
+
+# --- the smallest weights -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*BLOCKED, *INTEGERS])
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(1, 64, 100), (65, 64, 100), (1, 32, 1), (2, 1, 3), (1, 1, 1)]
+)
+def test_weights_of_any_size_are_quantized(name, rows, columns, tokens, monkeypatch):
+    monkeypatch.setattr(import_module("fewbit.algorithms.gptq"), "CHUNK_ELEMENTS", 1)  # 65 rows: a chunk of one row
+    spec = (BLOCKED | INTEGERS)[name]
+    try:
+        spec.tiling.tile(rows, columns)
+    except ValueError:
+        pytest.skip("such a weight has no whole tiles")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(rows, columns, generator=generator), torch.randn(tokens, columns, generator=generator)
+    format = format_of(spec, weight)
+    found, plain = gptq(weight, x.T @ x, spec, format, GPTQConfig()), rtn(weight, x.T @ x, spec, format)
+    assert loss(weight, x.T @ x, found) <= loss(weight, x.T @ x, plain)
+    nothing = torch.zeros_like(weight)
+    assert (gptq(nothing, x.T @ x, spec, format_of(spec, nothing), GPTQConfig()).weight.dequantize() == 0).all()

@@ -9,70 +9,44 @@ Frantar et al. 2022, arXiv:2210.17323. With H = XᵀX of the input and U the upp
 Beyond the paper, three things are done with that (benchmarks/layer_loss.py measures each), and a fourth with the
 drift of the inputs (see `drifted`):
 
-1. Scales are chosen by the loss. When the loop reaches a group, candidate scales (both signs, several shrink factors
-   of the weights as they are by then) are ranked by Σ ((w_j − v_j) / U_jj)² without compensation inside the group;
-   the best few are run through the group's columns for real, and each row keeps the one with the least loss. Groups
-   must be neighbours for that, so columns are sorted group-wise: groups by their mean diag(H), columns inside them
-   by diag(H).
+1. Scales are chosen by the loss. When the loop reaches a group, the grid that is best for the weights as they are by
+   then is searched by Σ ((w_j − v_j) / U_jj)² without compensation inside the group; it and a few others (grids.py)
+   are run through the group's columns for real, and each row keeps the one with the least loss. Groups must be
+   neighbours for that, so columns are sorted group-wise: groups by their mean diag(H), columns inside them by diag(H).
 2. Scales are fitted to the codes. For fixed codes a row's loss is quadratic in its scales, so the best ones solve a
    small linear system (least squares in the norm of H).
 3. Codes are found again on the fitted grid, now that it is fixed with the columns in any order (by falling diag(H);
    groups stay where they are, so no g_idx), and each row keeps the better result. Then the scales are fitted again.
 
+In the end each row is compared with itself rounded to nearest, by the true loss, so it is never worse than that.
 Scales are always scored as they are stored. All of it works on columns as rows (Wᵀ, contiguous) and on many output
 channels at once; leaves of a few columns are updated one by one, everything beyond them by matrix products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fewbit.algorithms.grids import Grid, candidates
 from fewbit.algorithms.outcome import Outcome
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import matmul
 from fewbit.numerics.cholesky import inverse_cholesky
-from fewbit.numerics.formats import NumberFormat, RoundMethod, round_steps_
 from fewbit.numerics.scale_format import ScaleFormat
-from fewbit.numerics.scales import GridRule, extremes
-from fewbit.numerics.second_moment import importance
-from fewbit.tensor import QuantTensor
+from fewbit.numerics.scales import GridRule
+from fewbit.numerics.second_moment import importance, quadratic_form
+from fewbit.tensor import QuantTensor, quantize
 
 LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
-AFFINE_STEPS = 7  # shares of either end of an affine range
-RUN_CANDIDATES = 3  # scales per group that are run through its columns
 CHUNK_ELEMENTS = 2**23  # in · rows that are worked on at a time: bounds the memory beyond the inputs
 FIT_ELEMENTS = 2**24  # rows · groups² in one solve for the scales
 DAMPING_STEPS = (1.0, 10.0, 100.0)
 # Order in which scales are chosen, by the order in which codes are found: choosing needs whole groups.
 _CHOOSING_ORDER = {"activation": "group-aware", "group-aware": "group-aware", "none": "none"}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Grids of groups: a level is what a code stands for, less its zero point; a value is level · scale."""
-
-    scale: Tensor
-    """[groups or candidates, rows] float32, holding values that can be stored."""
-    low: Tensor | None
-    """Level of the smallest code, shaped like `scale`; None for symmetric grids, whose levels are the format's."""
-    fmt: NumberFormat
-    rounding: RoundMethod
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Grid:
-        """The same rearrangement of every tensor."""
-        return replace(self, scale=change(self.scale), low=None if self.low is None else change(self.low))
-
-    def snap_(self, steps: Tensor, low: Tensor | None) -> Tensor:
-        """Values divided by their scale → levels, in place. `low` is that of their groups."""
-        if low is None:
-            return self.fmt.round_(steps, self.rounding)
-        span = self.fmt.largest - self.fmt.smallest
-        return torch.clamp(round_steps_(steps, self.rounding), low, low + span, out=steps)
 
 
 @dataclass(frozen=True)
@@ -130,15 +104,17 @@ def gptq(
     whole = weight.shape[1] % group == 0  # blocks may be cut at the edge
     search = spec.observer == "search" and spec.tiling.rows == 1 and scale.type != "microexponent" and whole
     by_group = search and spec.qscheme == "per_group"
-    fixed = None if by_group else _grid_of_original(weight, moment, spec, rule)
     choosing = _factored(moment, group, _CHOOSING_ORDER[config.order] if by_group else config.order, config.damping)
     solving = choosing
     if by_group and config.refits and _CHOOSING_ORDER[config.order] != config.order:
         solving = _factored(moment, group, config.order, config.damping)
     if choosing is None or solving is None:
         return None
-    if drift is not None and config.drift > 0:
+    follows_drift = drift is not None and config.drift > 0
+    if drift is not None and follows_drift:
         weight = drifted(weight, drift, choosing, config.drift)
+    nearest = _rounded(weight, moment, spec, scale)
+    fixed = None if by_group else _grid_of_rows(nearest, rule)
     ridge = solving.damping * float(moment.diagonal().mean(dtype=torch.float64))
     parts = []
     rows_at_once = max(64, CHUNK_ELEMENTS // weight.shape[1])
@@ -152,7 +128,10 @@ def gptq(
         if search:
             solution = refit(problem, solving, solution, config)
         parts.append(solution)
-    return Outcome(_to_quant_tensor(parts, spec, scale), damping=max(choosing.damping, solving.damping))
+    found = _to_quant_tensor(parts, spec, scale)
+    del parts
+    found, error = _better(weight, moment, found, nearest)
+    return Outcome(found, max(choosing.damping, solving.damping), error=None if follows_drift else error)
 
 
 def drifted(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tensor:
@@ -238,11 +217,10 @@ def solve_greedily(problem: _Problem, factor: Factor) -> Solution:
     for start in range(0, columns, size):
         block = slice(start, start + size)
         precision = factor.precision[block]
-        grids = _candidates(w[block], problem.rule)
-        grids = _most_promising(w[block], grids, precision)
+        grids = candidates(w[block], precision, problem.rule)
         count = grids.scale.shape[0]
         # all candidates side by side: [g, candidates · rows]
-        work = w[block].unsqueeze(1).expand(-1, count, -1).reshape(size, -1)
+        work = w[block].repeat(1, count)  # always a copy: it is worked on in place
         trial = torch.empty_like(work)
         _run_columns(work, trial, factor.update[block, block], grids.map(lambda x: x.reshape(1, -1).expand(size, -1)))
         loss, best = torch.mv(work.square().T, precision).view(count, rows).min(0, keepdim=True)  # [1, rows]
@@ -353,45 +331,33 @@ def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
             w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
 
 
-def _candidates(w: Tensor, rule: GridRule) -> Grid:
-    """Grids [candidates, rows] worth trying for a group with current weights `w` [g, rows]."""
-    low, high = extremes(w, dim=0)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if rule.symmetric:
-        return Grid(rule.candidates(low, high), None, rule.fmt, rule.rounding)
-    span = rule.fmt.largest - rule.fmt.smallest
-    shrink = torch.linspace(1.0, rule.fractions[-1], AFFINE_STEPS, device=w.device)
-    ends = torch.cartesian_prod(shrink, shrink)  # both ends of the range shrink on their own
-    low, high = ends[:, :1] * low, ends[:, 1:] * high
-    scale = rule.scale.round((high - low) / span)
-    return Grid(scale, (low / scale).round_().clamp_(-span, 0), rule.fmt, rule.rounding)
+def _rounded(weight: Tensor, moment: Tensor, spec: QuantizationSpec, scale: ScaleFormat) -> QuantTensor:
+    """The weight rounded to nearest, on grids by the spec's rule."""
+    weights = spec.tiling.split(importance(moment).expand_as(weight)) if spec.observer == "search" else None
+    return quantize(weight, spec, scale, *spec.grid_rule(scale).find(spec.tiling.split(weight), weights))
 
 
-def _most_promising(w: Tensor, grids: Grid, precision: Tensor) -> Grid:
-    """The RUN_CANDIDATES grids of each row with the least weighted rounding error, without compensation."""
-    errors = torch.empty_like(grids.scale)
-    value = torch.empty_like(w)  # [g, rows], small enough for the cache, which is why candidates go one by one
-    for number in range(grids.scale.shape[0]):
-        one = grids.map(lambda x: x[number])  # noqa: B023
-        one.snap_(torch.mul(w, one.scale.reciprocal(), out=value), one.low)
-        value.mul_(one.scale).sub_(w).square_()
-        torch.mv(value.T, precision, out=errors[number])
-    best = errors.topk(min(RUN_CANDIDATES, errors.shape[0]), dim=0, largest=False).indices
-    return grids.map(lambda x: x.gather(0, best))
+def _grid_of_rows(nearest: QuantTensor, rule: GridRule) -> Grid:
+    """Grids [groups, rows] of a quantized weight, for every row its own."""
+    rows = nearest.shape[0]
+    tile_rows, _ = nearest.spec.tiling.tile(*nearest.shape)
+    grid = Grid.stored(rule, nearest.scale, nearest.zero_point)
+    return grid.map(lambda x: x.repeat_interleave(tile_rows, 0)[:rows].T.contiguous())
 
 
-def _grid_of_original(weight: Tensor, moment: Tensor, spec: QuantizationSpec, rule: GridRule) -> Grid:
-    """Grids [groups, rows] fixed before the loop from the original weight, by the spec's rule."""
-    tiling = spec.tiling
-    weights = tiling.split(importance(moment).expand_as(weight)) if rule.rule == "search" else None
-    stored, zero = rule.find(tiling.split(weight), weights)
-    tile_rows, _ = tiling.tile(*weight.shape)
-    rows = weight.shape[0]
-    scale = rule.scale.value(stored).repeat_interleave(tile_rows, 0)[:rows].T.contiguous()
-    low = None
-    if zero is not None:
-        low = (spec.format.smallest - zero.float()).repeat_interleave(tile_rows, 0)[:rows].T.contiguous()
-    return Grid(scale, low, rule.fmt, rule.rounding)
+def _better(weight: Tensor, moment: Tensor, found: QuantTensor, nearest: QuantTensor) -> tuple[QuantTensor, Tensor]:
+    """For each row (each tile of rows) what loses less under H as it is, and its loss: float64 [rows].
+
+    Compensation is greedy and H damped, so where columns are hardly correlated some rows are better off without.
+    """
+    error, plain = (quadratic_form(each.dequantize().sub_(weight), moment) for each in (found, nearest))
+    tile_rows, _ = found.spec.tiling.tile(*weight.shape)
+    tile = torch.arange(len(error), device=error.device) // tile_rows
+    gain = error.new_zeros(int(tile[-1]) + 1).index_add_(0, tile, error - plain)
+    worse = (gain > 0)[tile]
+    if not bool(worse.any()):
+        return found, error
+    return found.with_rows(worse, nearest), torch.where(worse, plain, error)
 
 
 def _in_original_order(levels: Tensor, order: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fewbit.tensor import QuantTensor
 
 
@@ -16,3 +18,5 @@ class Outcome:
     """Share of mean(diag H) that was added to H's diagonal; None if the method adds none."""
     fallback: str | None = None
     """Why another method than the requested one was used; None if it was not."""
+    error: Tensor | None = None
+    """δ H δᵀ of each row, float64 [rows], against the weight that was given; None if it was not computed."""

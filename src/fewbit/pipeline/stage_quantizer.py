@@ -68,8 +68,11 @@ def quantize_stage(
         start = weight
         if any(member.start is not None for member in batch):
             start = torch.cat([member.weight if member.start is None else member.start for member in batch])
-        outcome = quantize_weight(_first_stage(start, batch[0]), statistics, spec, format, algorithm)
-        error, energy = _errors(weight, outcome.weight, moment)
+        start = _first_stage(start, batch[0])
+        outcome = quantize_weight(start, statistics, spec, format, algorithm)
+        error = outcome.error if start is weight else None  # else it is measured against what codes were found for
+        error = _errors(outcome.weight.dequantize().sub_(weight), moment) if error is None else error
+        energy = _errors(weight, moment)
         seconds = time.perf_counter() - started
         first = 0
         for member in batch:
@@ -106,12 +109,9 @@ def _by_rows(spec: QuantizationSpec) -> bool:
     return spec.tiling.rows == 1 and (spec.first_stage is None or spec.first_stage.tiling.rows == 1)
 
 
-def _errors(weight: Tensor, quantized: QuantTensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Squared error and energy of each row: float64 [rows]."""
-    delta = quantized.dequantize().sub_(weight)
-    if moment is None:
-        return delta.square().sum(-1, dtype=torch.float64), weight.square().sum(-1, dtype=torch.float64)
-    return quadratic_form(delta, moment), quadratic_form(weight, moment)
+def _errors(delta: Tensor, moment: Tensor | None) -> Tensor:
+    """Squared output of each row, or without statistics its own square: float64 [rows]."""
+    return delta.square().sum(-1, dtype=torch.float64) if moment is None else quadratic_form(delta, moment)
 
 
 def _first_stage(weight: Tensor, member: Member) -> Tensor:
