@@ -287,7 +287,11 @@ RECIPES = {
     "nothing left": ({"scheme": "W4A16", "exclude": ["*"]}, ["quantizes nothing"]),
     "no scheme": ({"seed": 1}, ["needs a scheme"]),
     "exclude is a number": ({"scheme": "W4A16", "exclude": 5}, ["exclude"]),
-    "dtype": ({"global_quant_config": {"weight": {"dtype": "int9"}}}, ["unknown dtype 'int9'"]),
+    "dtype": ({"global_quant_config": {"weight": {"dtype": "int99"}}}, ["unknown dtype 'int99'"]),
+    "dtype without codes": (
+        {"global_quant_config": {"weight": {"dtype": "int10", "qscheme": "per_channel"}}},
+        ["global_quant_config weight: int10 can be rounded to", "codes have 2 to 8 bits"],
+    ),
 }
 
 

@@ -30,7 +30,7 @@ GROUPED = QuantizationSpec(dtype="int4", qscheme="per_group", group_size=32)
         pytest.param({"qscheme": "per_group", "group_size": 32.5}, "group_size", id="size-fractional"),
         pytest.param({"qscheme": "per_row"}, "qscheme", id="unknown-granularity"),
         pytest.param({"qscheme": "per_channel", "dtype": "uint4"}, "symmetric", id="symmetric-unsigned"),
-        pytest.param({"qscheme": "per_channel", "dtype": "int9"}, "dtype 'int9'", id="unknown-dtype"),
+        pytest.param({"qscheme": "per_channel", "dtype": "int99"}, "dtype 'int99'", id="unknown-dtype"),
         pytest.param({"qscheme": "per_channel", "dtype": "e8m0"}, "dtype 'e8m0'", id="scales-only"),
         pytest.param({"qscheme": "per_channel", "dtype": "e4m3", "symmetric": False}, "symmetric", id="affine-float"),
         pytest.param({"dtype": "bfloat16", "symmetric": False}, "symmetric", id="affine-cast"),

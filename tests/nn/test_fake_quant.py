@@ -203,3 +203,75 @@ def test_a_preset_made_from_nothing_quantizes_as_one_made_from_a_linear():
 def test_another_kind_of_module_is_refused():
     with pytest.raises(ConfigError, match=r"FakeQuantLinear stands for nn\.Linear, not for Conv2d"):
         FakeQuantLinear.from_module(nn.Conv2d(3, 8, 3), "W8A8")
+
+
+class TestWords:
+    """FullQuantTransformer's names: bits and methods."""
+
+    def test_words_are_specs(self):
+        plain = linear()
+        for words, weight, inputs in (
+            ({"w_bits": 8, "a_bits": 8}, ("int8", "per_channel", None), ("int8", "per_token")),
+            ({"w_bits": 4, "a_bits": 16}, ("int4", "per_channel", None), None),
+            ({"w_bits": 16, "a_bits": 4, "a_method": "per-tensor"}, None, ("int4", "per_tensor")),
+            (
+                {"w_bits": 3, "w_method": "per-block", "w_group_size": 16},
+                ("int3", "per_group", 16),
+                ("int8", "per_token"),
+            ),
+            ({"w_method": "per-tensor"}, ("int8", "per_tensor", None), ("int8", "per_token")),
+        ):
+            config = FakeQuantLinear.from_module(plain, **words).config
+            found = config.weight and (config.weight.dtype, config.weight.qscheme, config.weight.group_size)
+            assert found == weight
+            assert (config.input_tensors and (config.input_tensors.dtype, config.input_tensors.qscheme)) == inputs
+
+    def test_bits_may_be_given_by_position_and_to_the_constructor(self):
+        plain = linear()
+        expected = FakeQuantLinear.from_module(plain, w_bits=6, a_bits=5, w_method="per-tensor")
+        by_position = FakeQuantLinear.from_module(plain, 6, 5, w_method="per-tensor")
+        assert torch.equal(by_position(X), expected(X))
+        made = FakeQuantLinear(128, 128, w_bits=6, a_bits=5, w_method="per-tensor")
+        made.load_state_dict(plain.state_dict())
+        assert torch.equal(made(X), expected(X))
+        assert FakeQuantLinear(64, 32).config.weight.dtype == "int8"
+
+    def test_a_preset_keeps_its_bits_and_takes_methods(self):
+        made = W8A8FakeLinear.from_module(linear(), w_method="per-token", a_method="per-tensor")
+        assert (made.config.weight.summary, made.config.input_tensors.summary) == (
+            "int8 per_channel",
+            "int8 per_tensor dynamic",
+        )
+        weights_alone = W4A16FakeLinear.from_module(linear(), w_method="per-token", a_method="per-token")
+        assert weights_alone.config.weight.summary == "int4 per_channel"
+        assert weights_alone.config.input_tensors is None
+        grouped = FakeQuantLinear.from_module(linear(), "W8A8", w_group_size=32)
+        assert grouped.config.weight.summary == "int8 per_group 32"
+
+    @pytest.mark.parametrize("bits", [9, 10, 12])
+    def test_bits_beyond_codes_are_rounded_to(self, bits):
+        plain = linear()
+        made = FakeQuantLinear.from_module(plain, w_bits=bits, a_bits=16)
+        weight = plain.weight.detach()
+        scale = weight.abs().amax(1, keepdim=True) / ((2**bits - 1) / 2)
+        expected = (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+        torch.testing.assert_close(made.fake_weight(), expected, rtol=0, atol=1e-6)
+        with pytest.raises(ConfigError, match=f"int{bits} can be rounded to .* but not stored"):
+            made.quantized_weight()
+
+    @pytest.mark.parametrize(
+        ("make", "sentence"),
+        [
+            (lambda plain: FakeQuantLinear.from_module(plain), "nothing to quantize"),
+            (lambda plain: FakeQuantLinear.from_module(plain, 16, 16), "nothing to quantize"),
+            (lambda plain: W8A8FakeLinear.from_module(plain, w_bits=4), "w_bits contradicts W8A8"),
+            (lambda plain: FakeQuantLinear.from_module(plain, 8, w_bits=8), "given twice"),
+            (lambda plain: FakeQuantLinear.from_module(plain, w_method="per-row"), "unknown method 'per-row'"),
+            (lambda plain: FakeQuantLinear.from_module(plain, w_bits=1), "bits must be 2 to 64, not 1"),
+            (lambda plain: FakeQuantLinear.from_module(plain, w_bits=4, w_method="per-block"), "needs group_size"),
+            (lambda plain: FakeQuantLinear.from_module(plain, a_method="per-channel"), "number differs from batch to"),
+        ],
+    )
+    def test_words_that_make_no_sense_are_errors(self, make, sentence):
+        with pytest.raises(ConfigError, match=sentence):
+            make(linear())

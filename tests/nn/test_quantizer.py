@@ -74,7 +74,8 @@ def test_a_half_precision_tensor_stays_one():
     ("arguments", "sentence"),
     [
         ((8, "per-row"), "unknown method 'per-row'"),
-        ((9, "per-token"), "bits must be 2 to 8, not 9"),
+        ((1, "per-token"), "bits must be 2 to 64, not 1"),
+        ((True, "per-token"), "bits must be 2 to 64, not True"),
         ((4, "per-block"), "per-block needs group_size"),
         ((4, "per-token", 32), "group_size 32 contradicts method per-token"),
     ],
@@ -89,6 +90,91 @@ def test_groups_that_do_not_divide_are_an_error():
         Quantizer(4, "per-block", 48)(X)
 
 
+class TestAKeptScale:
+    LOUD, QUIET = torch.tensor([[100.0, 1.0]]), torch.tensor([[1.0, 0.3]])
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_what_find_scale_found_is_used_until_it_is_forgotten(self, symmetric):
+        quantizer = Quantizer(8, "per-tensor", symmetric=symmetric)
+        own = quantizer(self.QUIET)
+        scale, zero = quantizer.find_scale(self.LOUD)
+        assert quantizer.scale is scale
+        assert quantizer.zero_point is zero
+        offset = 0 if zero is None else zero.float()
+        expected = ((self.QUIET / scale + offset).round() - offset) * scale
+        assert torch.equal(quantizer(self.QUIET), expected)
+        assert not torch.equal(expected, own)
+        quantizer.forget()
+        assert torch.equal(quantizer(self.QUIET), own)
+
+    @per_method
+    def test_it_is_the_tensor_s_own_for_the_tensor_it_was_found_on(self, method, group_size):
+        for options in ({}, {"symmetric": False}, {"residual": True}, {"dtype": "e4m3"}):
+            own = Quantizer(4, method, group_size, **options)
+            kept = Quantizer(4, method, group_size, **options)
+            kept.find_scale(X)
+            assert torch.equal(kept(X), own(X))
+
+    @pytest.mark.parametrize(
+        ("method", "group_size", "other"),
+        [("per-token", None, X[:1]), ("per-block", 16, X[..., :32]), ("per-channel", None, X[..., :32])],
+    )
+    def test_a_tensor_of_another_shape_is_an_error(self, method, group_size, other):
+        quantizer = Quantizer(8, method, group_size)
+        quantizer.find_scale(X)
+        with pytest.raises(ConfigError, match=r"does not fit .* call find_scale with it, or forget\(\)"):
+            quantizer(other)
+
+    def test_it_fits_other_rows_where_rows_share_it(self):
+        for method in ("per-tensor", "per-channel"):
+            quantizer = Quantizer(8, method)
+            quantizer.find_scale(X)
+            assert torch.equal(quantizer(X[:1]), quantizer(X)[:1])
+
+    def test_casting_the_module_does_not_round_it(self):
+        quantizer = Quantizer(8, "per-token")
+        scale, _ = quantizer.find_scale(X)
+        assert torch.equal(quantizer.half().scale, scale)
+
+    @pytest.mark.parametrize(
+        ("x", "sentence"),
+        [
+            (torch.tensor([[1.0, torch.nan]]), "holds NaN or infinity"),
+            (torch.ones(0, 4), "is empty"),
+            (torch.ones(2, 4, dtype=torch.int64), "only floats"),
+        ],
+    )
+    def test_what_has_no_scale_is_an_error(self, x, sentence):
+        with pytest.raises(ConfigError, match=sentence):
+            Quantizer(8).find_scale(x)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [9, 10, 12, 16, 20])
+def test_more_bits_than_codes_have_are_rounded_to(bits, symmetric):
+    quantizer = Quantizer(bits, "per-token", symmetric=symmetric)
+    scale, zero = (part if part is None else part.double() for part in quantizer.find_scale(X))
+    offset = 0 if zero is None else zero
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    expected = ((X.double() / scale + offset).round().clamp(low, high) - offset) * scale
+    step = scale.max()
+    off = (quantizer(X) - expected).abs() / step
+    assert float((off > 0.1).float().mean()) < 0.02 * 2 ** max(0, bits - 16)  # float32 decides ties its own way
+    assert float(off.max()) < 1.1
+    assert float(((quantizer(X) - X).abs() / step).max()) < 0.6
+
+
+@pytest.mark.parametrize("bits", [24, 32, 64])
+def test_bits_beyond_what_a_float_tells_leave_it_as_it_is(bits):
+    for symmetric in (True, False):
+        torch.testing.assert_close(Quantizer(bits, "per-token", symmetric=symmetric)(X), X, rtol=0, atol=2e-6)
+
+
+def test_what_is_only_rounded_to_is_not_stored():
+    with pytest.raises(ConfigError, match=r"fc1: int10 can be rounded to .* but not stored; codes have 2 to 8 bits"):
+        quantize_matrix(X[0, 0], weight_spec(10, "per-channel"), "fc1")
+
+
 def test_a_casts_scale_is_an_error_and_quantize_casts():
     cast = Quantizer(dtype="bfloat16", method="per-tensor", observer="placeholder", is_dynamic=False)
     assert torch.equal(cast(X), X.bfloat16().float())
@@ -98,7 +184,8 @@ def test_a_casts_scale_is_an_error_and_quantize_casts():
 
 class TestWeights:
     def test_per_channel_of_a_weight_is_a_scale_per_output(self):
-        assert weight_spec(4, "per-channel").tiling.scale_shape((32, 64)) == (32, 1)
+        for method, size in (("per-channel", None), ("per-token", None), ("per-block", -1)):
+            assert weight_spec(4, method, size).tiling.scale_shape((32, 64)) == (32, 1)
         assert make_spec(4, "per-channel").tiling.scale_shape((32, 64)) == (1, 64)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

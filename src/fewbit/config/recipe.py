@@ -80,6 +80,15 @@ class Config:
 
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_config)
 
+    def __post_init__(self) -> None:
+        configs = {"global_quant_config": self.global_quant_config, **self.layer_type_quant_config}
+        for name, config in {**configs, **self.layer_quant_config}.items():
+            for field in dataclasses.fields(config):
+                _check_stored(f"{name} {field.name}", getattr(config, field.name))
+        if self.attention is not None:
+            for slot, spec in self.attention.specs.items():
+                _check_stored(f"attention {slot}", spec)
+
     @property
     def codes(self) -> CodeConfig:
         """The algorithm that finds codes."""
@@ -177,6 +186,13 @@ class Config:
     def to_yaml(self) -> str:
         """The recipe as a YAML text that `from_yaml` reads back."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _check_stored(what: str, spec: QuantizationSpec | None) -> None:
+    """ConfigError, which names `what`, for a spec whose codes nothing can store."""
+    if spec is not None:
+        spec.check_stored(what)
+        _check_stored(f"{what} first_stage", spec.first_stage)
 
 
 def _quantization_config(value: Any, group_size: int | None) -> QuantizationConfig:

@@ -12,7 +12,7 @@ from pydantic import Field
 from fewbit.config import quark
 from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError, nearest
-from fewbit.numerics.formats import FORMATS, NumberFormat, RoundMethod
+from fewbit.numerics.formats import FORMATS, NumberFormat, RoundMethod, format_of
 from fewbit.numerics.grouping import Tiling
 from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, ScaleType, unit_for
 from fewbit.numerics.scales import GridRule
@@ -40,7 +40,8 @@ class QuantizationSpec:
 
     dtype: str = "int4"
     """Element format: int2 … int8, uint2 … uint8 (with a zero point), e4m3, e5m2, e3m2, e2m3, e2m1; bfloat16 and
-    float16 are plain casts. fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3 and fp4 name the same formats."""
+    float16 are plain casts. fp8_e4m3, fp8_e5m2, fp6_e3m2, fp6_e2m3 and fp4 name the same formats. int9 … int64 and
+    uint9 … uint64 are rounded to (Quantizer, FakeQuantLinear), but cannot be stored."""
     qscheme: QScheme = "per_group"
     """What shares one scale: the tensor, a channel (a weight's row), a token (an activation's row), `group_size`
     neighbours, or a block of `block_size`."""
@@ -80,7 +81,7 @@ class QuantizationSpec:
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(quark.translate_spec)
 
     def __post_init__(self) -> None:
-        if self.dtype not in FORMATS or self.dtype == "e8m0":
+        if format_of(self.dtype) is None or self.dtype == "e8m0":
             raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, ELEMENT_FORMATS)}")
         for check in (self._check_granularity, self._check_grid, self._check_observer, self._check_scale):
             check()
@@ -89,6 +90,14 @@ class QuantizationSpec:
                 raise ConfigError("first_stage must be a plain spec of a weight: not dynamic, residual or two-staged")
             if first.observer in ACCUMULATING_OBSERVERS:
                 raise ConfigError(f"first_stage: observer {first.observer} gathers batches; use search, mse or minmax")
+
+    def check_stored(self, what: str) -> None:
+        """ConfigError, which names `what`, for a dtype that has no codes to store."""
+        if not self.format.has_codes:
+            raise ConfigError(
+                f"{what}: {self.dtype} can be rounded to (Quantizer, FakeQuantLinear), but not stored; codes have 2 "
+                "to 8 bits"
+            )
 
     def _check_granularity(self) -> None:
         if self.qscheme == "per_group" and self.group_size is None:
@@ -146,7 +155,9 @@ class QuantizationSpec:
 
     @property
     def format(self) -> NumberFormat:
-        return FORMATS[self.dtype]
+        found = format_of(self.dtype)
+        assert found is not None
+        return found
 
     @property
     def bits(self) -> int:

@@ -86,9 +86,9 @@ class ActivationQuantizer(KeepsDtypes):
                 return x
         if self.passive:
             return x
-        quantized = self._fake(x)
+        quantized = self.once(x)
         if self.spec.residual:
-            quantized = quantized + self._fake(x - quantized)
+            quantized = quantized + self.once(x - quantized)
         return quantized
 
     def find_scale(self, tiles: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor | None]:
@@ -110,7 +110,8 @@ class ActivationQuantizer(KeepsDtypes):
             raise ConfigError(f"an activation cannot be quantized {self.spec.summary}: {error}") from None
 
     @torch.no_grad()
-    def _fake(self, x: Tensor) -> Tensor:
+    def once(self, x: Tensor) -> Tensor:
+        """One stage of quantization, whatever the spec says of a residual."""
         spec = self.spec
         if spec.format.is_cast:
             return spec.format.encode(x).to(x.dtype)

@@ -2,6 +2,7 @@
 
     FakeQuantLinear.from_module(linear, "W4A8-g64")                               a scheme's name
     FakeQuantLinear.from_module(linear, weight=spec, input_tensors=spec)          or specs
+    FakeQuantLinear.from_module(linear, w_bits=4, a_bits=8, w_method="per-token") or words (nn/words.py)
     W8A8FakeLinear.from_module(linear), W4A16FakeLinear.from_module(linear, group_size=64)
 
 The module keeps the float weight, which it shares with the linear it came from, as its parameter, so state dicts load
@@ -22,11 +23,13 @@ from fewbit.config.schemes import scheme_config, with_group_size
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.quantizer import quantize_matrix
+from fewbit.nn.quantizer import quantize_matrix, round_matrix
+from fewbit.nn.words import linear_config, with_methods
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
 M = TypeVar("M", bound=nn.Module)
+WORDS = ("w_bits", "a_bits", "w_method", "a_method", "w_group_size", "a_group_size")
 
 
 class FakeQuant(nn.Module):
@@ -34,6 +37,8 @@ class FakeQuant(nn.Module):
 
     preset: ClassVar[str | None] = None
     """Scheme of a ready-made class."""
+    default: ClassVar[QuantizationConfig | None] = None
+    """How a module that is made from nothing is quantized, unless words say so."""
     config: QuantizationConfig
     weight: Tensor
     bias: Any  # Tensor or None, which torch declares differently for linears and convolutions
@@ -43,16 +48,30 @@ class FakeQuant(nn.Module):
     """The weight's identity and its quantized values."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """A fresh module, with the arguments of its torch class, quantized as its preset says."""
+        """A fresh module, with the arguments of its torch class, quantized as its preset and words say.
+
+        Words are w_bits, a_bits, w_method, a_method, w_group_size and a_group_size (nn/words.py); a FakeQuantLinear
+        has 8 bits and per-token unless told otherwise.
+        """
+        words = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
         super().__init__(*args, **kwargs)
-        self.set_config(scheme_config(self.preset) if self.preset is not None else QuantizationConfig())
+        if self.preset is None and self.default is not None and not words:
+            self.set_config(self.default)
+        else:
+            self.set_config(_resolve(self.preset, words, {}))
 
     @classmethod
     def from_module(
         cls,
         module: nn.Module,
-        config: QuantizationConfig | str | None = None,
+        config: QuantizationConfig | str | int | None = None,
+        a_bits: int | None = None,
         *,
+        w_bits: int | None = None,
+        w_method: str | None = None,
+        a_method: str | None = None,
+        w_group_size: int | None = None,
+        a_group_size: int | None = None,
         weight: QuantizationSpec | None = None,
         input_tensors: QuantizationSpec | None = None,
         output_tensors: QuantizationSpec | None = None,
@@ -62,14 +81,33 @@ class FakeQuant(nn.Module):
         """The same linear or convolution, fake-quantized. `module` stays as it is and shares its parameters.
 
         Args:
-            config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given.
+            config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given. (A number
+                is w_bits.)
+            w_bits, a_bits: without a config: bits of weight and input, 8 unless given; 16 leave a tensor as it is.
+            w_method, a_method, w_group_size, a_group_size: granularity of weight and input, the config's or per-token
+                unless given; see nn/words.py.
             weight, input_tensors, output_tensors, bias: specs that replace the config's.
             group_size: of the weight; −1 is one scale per output channel.
 
         ConfigError if nothing is to be quantized or the spec does not fit the weight.
         """
+        if isinstance(config, int):
+            if w_bits is not None:
+                raise ConfigError(f"w_bits is given twice: {config} and {w_bits}")
+            config, w_bits = None, config
+        given = (w_bits, a_bits, w_method, a_method, w_group_size, a_group_size)
+        words = {name: value for name, value in zip(WORDS, given, strict=True) if value is not None}
         specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
-        return _adopt(cls._like(module), module, _resolve(config or cls.preset, specs, group_size))
+        named = {name: spec for name, spec in specs.items() if spec is not None}
+        resolved = _resolve(config or cls.preset, words, named)
+        if not resolved.quantizes:
+            raise ConfigError(
+                "nothing to quantize: name a scheme, bits (w_bits, a_bits), or a spec for weight, input_tensors or "
+                "output_tensors"
+            )
+        if group_size is not None:
+            resolved = with_group_size(resolved, group_size)
+        return _adopt(cls._like(module), module, resolved)
 
     @classmethod
     def _like(cls, module: Any) -> Self:
@@ -107,17 +145,14 @@ class FakeQuant(nn.Module):
             return weight
         identity = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
         if self._known is None or self._known[0] != identity:
-            found = self.quantized_weight()
-            assert found is not None
-            self._known = (identity, found.dequantize(weight.dtype).view_as(weight))
+            self._known = (identity, round_matrix(weight.flatten(1), self.config.weight).view_as(weight))
         return self._known[1]
 
     def fake_bias(self) -> Tensor | None:
         """The bias, quantized as one row [1, out] if the config says so."""
         if self.bias is None or self.config.bias is None:
             return None if self.bias is None else self.bias.detach()
-        row = quantize_matrix(self.bias.unsqueeze(0), self.config.bias, "the bias")
-        return row.dequantize(self.bias.dtype).squeeze(0)
+        return round_matrix(self.bias.detach().unsqueeze(0), self.config.bias, "the bias").squeeze(0)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self._known = None  # `.to(…)` moves the weight; its quantized values are found again where it is then
@@ -130,6 +165,8 @@ class FakeQuant(nn.Module):
 
 class FakeQuantLinear(FakeQuant, nn.Linear):
     """y = Q_out(Q_in(x) · Q(W)ᵀ + b)."""
+
+    default = linear_config()
 
     @classmethod
     def _like(cls, module: Any) -> Self:
@@ -198,13 +235,19 @@ class FakeQuantConv2d(FakeQuantConv, nn.Conv2d):
 
 
 def _resolve(
-    config: QuantizationConfig | str | None, specs: dict[str, QuantizationSpec | None], group_size: int | None
+    config: QuantizationConfig | str | None,
+    words: dict[str, Any],
+    specs: dict[str, QuantizationSpec],
 ) -> QuantizationConfig:
-    base = scheme_config(config) if isinstance(config, str) else config or QuantizationConfig()
-    resolved = replace(base, **{name: spec for name, spec in specs.items() if spec is not None})
-    if resolved == QuantizationConfig():
-        raise ConfigError("nothing to quantize: name a scheme, or a spec for weight, input_tensors or output_tensors")
-    return resolved if group_size is None else with_group_size(resolved, group_size)
+    """What a scheme, words and specs say together."""
+    if config is None:
+        base = linear_config(**words) if words else QuantizationConfig()
+    else:
+        base = scheme_config(config) if isinstance(config, str) else config
+        if bits := [name for name in words if name in WORDS[:2]]:
+            raise ConfigError(f"{bits[0]} contradicts {config}, which has its own bits; give one of them")
+        base = with_methods(base, **words)
+    return replace(base, **specs) if specs else base
 
 
 def _adopt(made: M, module: nn.Module, config: QuantizationConfig) -> M:

@@ -280,6 +280,7 @@ def _quantized_layer(plain: Any, key: _TokenStore, value: _TokenStore) -> Any:
 def _quantizer(what: str, spec: Any, state: QuantizedActivation | None, dtype: torch.dtype) -> HeadsQuantizer | None:
     if spec is None:
         return None
+    spec.check_stored(what)
     quantizer = HeadsQuantizer(spec, state, dtype)
     if spec.is_dynamic and not spec.format.is_cast and spec.qscheme in ("per_tensor", "per_channel"):
         raise ConfigError(

@@ -7,8 +7,8 @@ What shares a scale, by FullQuantTransformer's names, for x [..., M, K]:
     per-channel             a column                 scales (1, K)
     per-block, per-group    `group_size` neighbours  scales (..., M, K / group_size)
 
-A linear's weight is [out, in], and one scale for each output channel is one for each row: `weight_spec` takes the
-field's word for that, per-channel, which for a Quantizer on the bare matrix is per-token.
+A linear's weight is [out, in], and one scale for each output channel is one for each row: `weight_spec` takes either
+word for that, the field's, per-channel, and that of a Quantizer on the bare matrix, per-token.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from torch import Tensor
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError, nearest
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.numerics import scales
+from fewbit.numerics.formats import CODE_BITS, WIDEST
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantTensor, quantize
 
 METHODS = ("per-tensor", "per-token", "per-channel", "per-block", "per-group")
 
 
-class Quantizer:
-    """Quantizes tensors of any float dtype and shape [..., M, K], each with scales of its own.
+class Quantizer(KeepsDtypes):
+    """Quantizes tensors of any float dtype and shape [..., M, K].
+
+    `find_scale` keeps the scale it finds, and `quantize` uses it from then on; before that, and after `forget`, every
+    tensor has a scale of its own.
 
     Args:
-        bits: 2 to 8, of integers.
+        bits: 2 to 64, of integers. (Up to 8 can be stored: QuantLinear; more are rounded to.)
         method: what shares a scale, see above.
         group_size: of per-block (per-group).
         symmetric: value = code · scale; otherwise affine, with a zero point.
@@ -39,6 +45,11 @@ class Quantizer:
         options: any other field of QuantizationSpec: observer ("minmax" unless told otherwise), scale_type,
             percentile, clip_ratio, round_method …
     """
+
+    scale: Tensor | None
+    """What find_scale found: float32 values, shaped as above."""
+    zero_point: Tensor | None
+    """Its zero points (codes); None where symmetric."""
 
     def __init__(
         self,
@@ -49,31 +60,73 @@ class Quantizer:
         dtype: str | None = None,
         **options: Any,
     ) -> None:
+        super().__init__()
         self.spec = make_spec(
             bits, method, group_size, symmetric, dtype, **{"observer": "minmax", "is_dynamic": True} | options
         )
         self._quantizer = ActivationQuantizer(self.spec)
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("zero_point", None, persistent=False)
 
+    @torch.no_grad()
     def find_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales (float32 values, shaped as above) and zero points (codes; None where symmetric) for x [..., M, K]."""
+        """Find scales and zero points for x [..., M, K], keep them as `scale` and `zero_point`, and return them.
+
+        ConfigError for a cast, which has none, and for an x that the groups do not divide, that is empty, no float, or
+        holds NaN or infinity.
+        """
         if self.spec.format.is_cast:
             raise ConfigError(f"dtype {self.spec.dtype} is a cast without scales; call quantize")
+        if not x.is_floating_point():
+            raise ConfigError(f"only floats can be quantized, not {x.dtype}")
+        if x.numel() == 0 or not bool(torch.isfinite(x).all()):
+            what = "holds NaN or infinity" if x.numel() else "is empty"
+            raise ConfigError(f"a tensor of shape {list(x.shape)} that {what} has no scale; give another one")
         matrix = x.reshape(-1, x.shape[-1])
         format = self._quantizer.format(x)
         stored, zero = self._quantizer.find_scale(self._quantizer.split(matrix), format)
-        rows = self.spec.tiling.rows == 1
-        shape = (*x.shape[:-1], stored.shape[-1]) if rows else tuple(stored.shape)
-        return format.value(stored).reshape(shape), None if zero is None else zero.reshape(shape)
+        shape = self._scale_shape(x, stored.shape[-1])
+        self.scale = format.value(stored).reshape(shape)
+        self.zero_point = None if zero is None else zero.reshape(shape)
+        return self.scale, self.zero_point
 
+    def forget(self) -> None:
+        """Give every tensor a scale of its own again."""
+        self.scale = self.zero_point = None
+
+    @torch.no_grad()
     def quantize(self, x: Tensor) -> Tensor:
-        """x rounded to its grid: quantized and dequantized, same shape and dtype."""
-        quantized: Tensor = self._quantizer(x)
-        return quantized
+        """x rounded to its grid: quantized and dequantized, same shape and dtype.
 
-    __call__ = quantize
+        ConfigError if `find_scale` kept scales for other rows (per-token, per-block) or columns (per-channel).
+        """
+        if self.scale is None or x.numel() == 0 or not x.is_floating_point():
+            quantized: Tensor = self._quantizer(x)
+            return quantized
+        matrix = x.reshape(-1, x.shape[-1])
+        tiles = self._quantizer.split(matrix)
+        if tuple(self.scale.shape) != self._scale_shape(x, tiles.shape[-2]):
+            raise ConfigError(
+                f"the scale that was found has shape {list(self.scale.shape)}, which does not fit a tensor of shape "
+                f"{list(x.shape)}; call find_scale with it, or forget() for a scale of its own"
+            )
+        scale, zero = (
+            part if part is None else part.to(x.device).reshape(tiles.shape[:-1])
+            for part in (self.scale, self.zero_point)
+        )
+        assert scale is not None
+        values = scales.fake_quantize(tiles, scale, zero, self.spec.format, self.spec.round_method)
+        rounded = self.spec.tiling.merge(values, *matrix.shape).reshape(x.shape).to(x.dtype)
+        return rounded + self._quantizer.once(x - rounded) if self.spec.residual else rounded
 
-    def __repr__(self) -> str:
-        return f"Quantizer({self.spec.summary})"
+    forward = quantize
+
+    def _scale_shape(self, x: Tensor, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of x, which has `columns` tiles along a row."""
+        return (*x.shape[:-1], columns) if self.spec.tiling.rows == 1 else (1, columns)
+
+    def extra_repr(self) -> str:
+        return self.spec.summary
 
 
 def make_spec(
@@ -89,8 +142,8 @@ def make_spec(
     if name not in METHODS:
         raise ConfigError(f"unknown method {method!r}{nearest(name, METHODS)}")
     if dtype is None:
-        if not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise ConfigError(f"bits must be 2 to 8, not {bits!r}; for floats say dtype, e.g. dtype='e4m3'")
+        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= WIDEST:
+            raise ConfigError(f"bits must be 2 to {WIDEST}, not {bits!r}; for floats say dtype, e.g. dtype='e4m3'")
         dtype = f"int{bits}" if symmetric else f"uint{bits}"
     fields: dict[str, Any] = {"dtype": dtype, "symmetric": symmetric, "qscheme": name.replace("-", "_")}
     if name in ("per-block", "per-group"):
@@ -112,11 +165,19 @@ def weight_spec(
     dtype: str | None = None,
     **options: Any,
 ) -> QuantizationSpec:
-    """The spec of a linear's weight [out, in]: per-channel is a scale for each output channel."""
-    spec_options = {"observer": "search"} | options
-    if method.replace("_", "-").lower() == "per-channel":
+    """The spec of a linear's weight [out, in]: per-channel and per-token are a scale for each output channel.
+
+    group_size −1 of per-block is the same.
+    """
+    name = method.replace("_", "-").lower()
+    wide = dtype is None and isinstance(bits, int) and bits > CODE_BITS  # nothing to gain from a smaller range
+    spec_options = {"observer": "minmax" if wide else "search"} | options
+    if group_size == -1 and name in ("per-block", "per-group"):
+        name, group_size = "per-channel", None
+    if name in ("per-channel", "per-token"):
+        name = "per-channel"
         spec_options.setdefault("ch_axis", 0)
-    return make_spec(bits, method, group_size, symmetric, dtype, **spec_options)
+    return make_spec(bits, name, group_size, symmetric, dtype, **spec_options)
 
 
 def quantize_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the weight") -> QuantTensor:
@@ -125,6 +186,23 @@ def quantize_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the wei
     Scales are stored in the weight's dtype unless the spec says otherwise. ConfigError, which names the matrix, if the
     spec's groups do not cover it, or it holds NaN or infinity.
     """
+    spec.check_stored(name)
+    target, format, stored, zero = _grid(weight, spec, name)
+    return quantize(target, spec, format, stored, zero)
+
+
+def round_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the weight") -> Tensor:
+    """What a matrix [out, in] becomes, in its dtype: as `quantize_matrix`, and for dtypes that have no codes, too."""
+    if spec.format.has_codes:
+        return quantize_matrix(weight, spec, name).dequantize(weight.dtype)
+    target, format, stored, zero = _grid(weight, spec, name)
+    tiles = spec.tiling.split(target)
+    values = scales.fake_quantize(tiles, format.value(stored), zero, spec.format, spec.round_method)
+    return spec.tiling.merge(values, *target.shape).to(weight.dtype)
+
+
+def _grid(weight: Tensor, spec: QuantizationSpec, name: str) -> tuple[Tensor, ScaleFormat, Tensor, Tensor | None]:
+    """What is rounded (float32), how its scales are stored, the scales and the zero points."""
     matrix = weight.detach().float()
     if not bool(torch.isfinite(matrix).all()):
         raise ConfigError(f"{name} holds NaN or infinity; is the model damaged?")
@@ -137,7 +215,7 @@ def quantize_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the wei
         target = quantize_matrix(weight, spec.first_stage, name).dequantize()
     format = scale_format(matrix, spec, weight.dtype)
     stored, zero = spec.grid_rule(format).find(spec.tiling.split(target))
-    return quantize(target, spec, format, stored, zero)
+    return target, format, stored, zero
 
 
 def scale_format(matrix: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> ScaleFormat:

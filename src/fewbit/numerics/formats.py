@@ -2,12 +2,14 @@
 
 Integers follow two's complement; small floats follow OCP FP8 (e4m3 without infinities, e5m2 with), OCP MX v1.0
 (e3m2, e2m3, e2m1: no infinities, no NaN) and e8m0 (a bare power of two, used for scales). bfloat16 and float16 are
-here so that a spec can say "cast": they have no codes of their own.
+here so that a spec can say "cast": they have no codes of their own. Integers of 9 bits and more can be rounded to,
+but nothing stores them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -17,6 +19,10 @@ from torch import Tensor
 
 RoundMethod = Literal["half_even", "round", "floor"]
 CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+CODE_BITS = 8
+"""Of the widest codes that are stored."""
+WIDEST = 64
+"""Bits of the widest integers that can be rounded to."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class NumberFormat:
         return self.kind == "cast"
 
     @property
+    def has_codes(self) -> bool:
+        """Whether elements can be stored: as codes of at most 8 bits, or as what they are cast to."""
+        return self.is_cast or self.bits <= CODE_BITS
+
+    @property
     def emax(self) -> int:
         """Exponent of the largest binade: floor(log2(largest)). What a block's exponent is reduced by in OCP MX."""
         return math.frexp(self.largest)[1] - 1
@@ -56,9 +67,12 @@ class NumberFormat:
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """Dtype that holds one code unpacked: int8 for signed integers, uint8 for everything else that is coded."""
+        """Dtype that holds one code unpacked: int8 for signed integers, uint8 for everything else that is coded.
+        Wide integers, which are no codes, are floats."""
         if self.is_cast:
             return CAST_DTYPES[self.name]
+        if not self.has_codes:
+            return torch.float64
         return torch.int8 if self.is_integer and self.is_signed else torch.uint8
 
     def round(self, x: Tensor, method: RoundMethod = "half_even") -> Tensor:
@@ -142,6 +156,16 @@ def _encode_exponent(fmt: NumberFormat, x: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(value)  # mantissa in [0.5, 1)
     code = exponent - 1 + fmt.bias + (mantissa >= 0.75).to(exponent.dtype)
     return code.clamp(max=254)
+
+
+def format_of(name: str) -> NumberFormat | None:
+    """An element format by its name, integers of more than 8 bits included; None for one that does not exist."""
+    if name in FORMATS:
+        return FORMATS[name]
+    wide = re.fullmatch(r"(u?)int([1-9]\d?)", name)
+    if wide is None or not CODE_BITS < int(wide[2]) <= WIDEST:
+        return None
+    return _unsigned(int(wide[2])) if wide[1] else _signed(int(wide[2]))
 
 
 @cache

@@ -59,6 +59,7 @@ def open_stack(
     layers: Iterable[nn.Module], inputs: Inputs, spec: QuantizationSpec, exclude: Sequence[str], prefix: str
 ) -> Stack:
     """Layers and inputs for quantization by `spec`. FewbitError for what cannot be honoured."""
+    spec.check_stored("the layers' weights")
     stack = list(layers)
     root = f"{prefix}." if prefix else ""
     linears = _linears(stack, root, exclude)
