@@ -20,6 +20,7 @@ def inspect(
     from fewbit.api import merge_recipe
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
+    from fewbit.models.untouched import sentence
     from fewbit.pipeline.inspection import inspect as look
 
     if scheme is None and recipe is None and group_size is not None:
@@ -40,6 +41,8 @@ def inspect(
     typer.echo(
         f"stored         {_size(found.bytes_stored)}; largest block {_size(found.bytes_largest_block)} as float32"
     )
+    if found.untouched:
+        typer.echo(f"left alone     {sentence(found.untouched)}")
     if found.plan is None or found.bytes_quantized is None:
         return
     counts = Counter(
@@ -53,6 +56,8 @@ def inspect(
     ratio = found.bytes_stored / found.bytes_quantized
     typer.echo(f"would store    {_size(found.bytes_quantized)} ({ratio:.2f}× smaller)")
     for warning in found.plan.warnings:
+        if found.untouched and warning == sentence(found.untouched):
+            continue  # said above
         typer.echo(f"warning        {warning}")
 
 

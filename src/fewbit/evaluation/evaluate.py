@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fewbit import process
 from fewbit.calibration.tokens import begin_with, beginning, checked_ids, read_texts, tokenize
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 from fewbit.evaluation import metrics
@@ -50,6 +51,7 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@process.neutral()
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path | Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fewbit import process
 from fewbit.evaluation.sources import open_any
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.pipeline.hidden_states import HiddenStates
@@ -21,6 +22,7 @@ class Reference:
         model: checkpoint, run, export or module.
     """
 
+    @process.neutral()
     def __init__(self, model: str | Path | PreTrainedModel) -> None:
         self.model = open_any(model)
         self._scratch = tempfile.TemporaryDirectory(prefix="fewbit-")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
@@ -19,7 +20,7 @@ from fewbit.tensor import QuantizedActivation
 
 def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
     """A Hugging Face checkpoint or id, a fewbit run, a compressed-tensors export, or a model in memory."""
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, nn.Module):
         refuse_quantized(model)
         return BlockwiseModel.from_module(model)
     directory = resolve_directory(model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fewbit import process
 from fewbit.checkpoint.files import replacing_directory
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.config.spec import QuantizationSpec
@@ -60,6 +61,7 @@ def exporter(name: str) -> Exporter:
     return EXPORTERS[name]
 
 
+@process.neutral()
 def export(run: str | Path, format: str, output: str | Path) -> Path:
     """Write the finished run `run` in a format of EXPORTERS to the directory `output`, all of it or nothing."""
     target = exporter(format)
@@ -78,6 +80,7 @@ def export_directory(run: str | Path, format: str) -> Path:
     return Path(run) / "exports" / format
 
 
+@process.neutral()
 def verify(directory: str | Path, run: str | Path | None = None) -> list[Verification]:
     """Verify one export, or every export of a run. `run` is needed only if the export was moved away from it.
 

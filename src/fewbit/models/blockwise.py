@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from fewbit import process
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CalibrationError, CheckpointError
-from fewbit.models import detect, linear
+from fewbit.models import detect, in_memory, linear
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.empty import empty_parameters
 from fewbit.models.memory import trim_heap
@@ -83,11 +83,15 @@ class BlockwiseModel:
     @classmethod
     def from_module(cls, model: PreTrainedModel) -> BlockwiseModel:
         """A transformers model in memory. It is only read: blocks work on copies."""
+        if isinstance(model, nn.Module):
+            model = in_memory.unwrapped(model)
         if not isinstance(model, PreTrainedModel):
             raise ArchitectureError(
                 f"{type(model).__name__} is no transformers model; give a PreTrainedModel or a checkpoint's directory"
             )
-        made = cls(_skeleton(model.config, type(model)), ModuleSource(model))
+        skeleton = _skeleton(model.config, type(model))
+        in_memory.check_as_built(model, skeleton)
+        made = cls(skeleton, ModuleSource(model))
         made.config = copy.deepcopy(model.config)  # what is saved beside the weights says what the user's model said
         return made
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit import process
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError, nearest
 from fewbit.nn.activation import ActivationQuantizer
@@ -68,7 +69,7 @@ class Quantizer(KeepsDtypes):
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("zero_point", None, persistent=False)
 
-    @torch.no_grad()
+    @process.neutral()
     def find_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Find scales and zero points for x [..., M, K], keep them as `scale` and `zero_point`, and return them.
 
@@ -94,7 +95,7 @@ class Quantizer(KeepsDtypes):
         """Give every tensor a scale of its own again."""
         self.scale = self.zero_point = None
 
-    @torch.no_grad()
+    @process.neutral()
     def quantize(self, x: Tensor) -> Tensor:
         """x rounded to its grid: quantized and dequantized, same shape and dtype.
 
@@ -180,6 +181,7 @@ def weight_spec(
     return make_spec(bits, name, group_size, symmetric, dtype, **spec_options)
 
 
+@process.neutral()
 def quantize_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the weight") -> QuantTensor:
     """Round a float matrix [out, in] to the nearest codes of the grid that `spec` finds for it alone, without data.
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from fewbit import process
 from fewbit.config.recipe import Config
 from fewbit.models.architecture import Architecture
+from fewbit.models.untouched import Untouched, untouched
 from fewbit.pipeline.plan import Plan, make_plan
 from fewbit.pipeline.quantize import open_model
 
@@ -40,8 +42,11 @@ class Inspection:
     bytes_quantized: int | None
     """Size of the checkpoint that the recipe would make; None without a recipe."""
     plan: Plan | None
+    untouched: tuple[Untouched, ...] = ()
+    """Tensors that no recipe quantizes: no linears, no embeddings."""
 
 
+@process.neutral()
 def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -> Inspection:
     """Look at a model's structure and headers; no weight is read unless its family has to be detected."""
     blockwise = open_model(model)
@@ -75,4 +80,5 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
         bytes_largest_block=max(4 * sum(sizes[n] for n in blockwise.block_tensors(i)) for i in range(len(blockwise))),
         bytes_quantized=quantized,
         plan=plan,
+        untouched=tuple(untouched(blockwise.skeleton, linears)),
     )

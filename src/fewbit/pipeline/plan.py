@@ -12,6 +12,7 @@ from fewbit.config.spec import AttentionConfig, QuantizationConfig, Quantization
 from fewbit.errors import ConfigError
 from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.untouched import Untouched, sentence, untouched
 from fewbit.nn import attention
 
 
@@ -49,6 +50,8 @@ class Plan:
     warnings: list[str]
     attention: AttentionConfig | None = None
     attention_modules: tuple[str, ...] = ()
+    untouched: tuple[Untouched, ...] = ()
+    """Tensors that are no linears and stay as they are."""
 
     @property
     def unquantized(self) -> list[str]:
@@ -113,12 +116,15 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
             "give weights a spec, or leave it out"
         )
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
-    warnings = _unlike_specs(model, linears) + _other_weights(model, linears)
+    warnings = _unlike_specs(model, linears) + _not_of_the_model(model)
+    left = tuple(untouched(model.skeleton, linears))
+    if left:
+        warnings.append(sentence(left))
     inside: tuple[str, ...] = ()
     if config.attention is not None:  # attaching checks that it can be done
         inside = tuple(attention.attach(model.skeleton, config.attention))
         attention.detach(model.skeleton)
-    return Plan(linears, groups, warnings, config.attention, inside)
+    return Plan(linears, groups, warnings, config.attention, inside, left)
 
 
 def _check_divides(linears: dict[str, LinearPlan]) -> None:
@@ -165,27 +171,15 @@ def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPla
     return tuple(tuple(name for name in group if linears[prefix + name].spec is not None) for group in model.groups)
 
 
-def _other_weights(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:
-    """Matrices inside the blocks that are no linears, such as experts in one tensor: they stay as they are."""
-    info = model.source.info()
-    others = [
-        name
-        for index in range(len(model))
-        for name in model.block_tensors(index)
-        if len(info[name].shape) > 1 and name.removesuffix(".weight") not in linears
+def _not_of_the_model(model: BlockwiseModel) -> list[str]:
+    """Stored tensors that no module of the model has."""
+    unknown = sorted(set(model.source.info()) - set(model.skeleton.state_dict()))
+    if not unknown:
+        return []
+    return [
+        f"{len(unknown)} stored tensors are not part of {model.architecture.name} and are left out "
+        f"(first: {unknown[0]})"
     ]
-    unknown = sorted(set(info) - set(model.skeleton.state_dict()))
-    warnings = []
-    if unknown:
-        warnings.append(
-            f"{len(unknown)} stored tensors are not part of {model.architecture.name} and are left out "
-            f"(first: {unknown[0]})"
-        )
-    if others:
-        warnings.append(
-            f"{len(others)} matrices in the blocks are no linears and stay as they are (first: {others[0]})"
-        )
-    return warnings
 
 
 def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from fewbit import process
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
 from fewbit.checkpoint.files import copy_side_files, write_json
 from fewbit.checkpoint.native import OUTSIDE, write_part
@@ -41,6 +42,7 @@ from fewbit.version import __version__
 NO_CALIBRATION = "none"
 
 
+@process.neutral()
 def quantize_model(
     model: str | Path | PreTrainedModel,
     config: Config,

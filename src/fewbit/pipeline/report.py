@@ -1,4 +1,5 @@
-"""report.json: every linear, what became of it and what it cost; attention; totals; environment; the recipe."""
+"""report.json: every linear, what became of it and what it cost; what else stays as it is; attention; totals;
+environment; the recipe."""
 
 from __future__ import annotations
 
@@ -73,6 +74,7 @@ def build_report(
         "totals": totals,
         "warnings": plan.warnings,
         "linears": rows + untouched,
+        "untouched": [tensor.row for tensor in plan.untouched],
         "attention": {"modules": len(plan.attention_modules)} | plan.attention.summary if plan.attention else None,
         "environment": environment(),
         "recipe": config.to_dict(),

@@ -1,0 +1,120 @@
+"""Models that a user has in memory: wrappers, weights that are elsewhere, and what was changed after building.
+
+fewbit builds a model's blocks anew from its class and configuration and fills them with its weights. What somebody
+added to the model in memory would be lost on that way without a word, so it is looked for and refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fewbit.errors import ArchitectureError, CheckpointError, ConfigError
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+_DISPATCH = "_hf_hook"
+"""Where accelerate keeps its hook, which moves inputs between devices by a forward of the instance."""
+_OBSERVING = ("transformers", "accelerate", "fewbit")
+"""Whose hooks look on or move tensors between devices: the model computes the same without them."""
+_ADVICE = (
+    "fewbit builds the blocks anew from class and configuration and would leave that out; undo it, or quantize the "
+    "layers as they are with run_gptq_for_sequential_layers"
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of torch.compile's wrapper.
+
+    ConfigError, which says what to give instead, for other wrappers, adapters that were not merged, and parameters
+    that are no plain tensors; CheckpointError for weights that lie elsewhere (the meta device).
+    """
+    model = getattr(model, "_orig_mod", model)
+    kind = type(model).__name__
+    if kind in _WRAPPERS:
+        raise ConfigError(f"{kind} wraps the model for training; give the model inside (model.module)")
+    if hasattr(model, "merge_and_unload"):
+        raise ConfigError(f"{kind} has adapters that were not merged; give what model.merge_and_unload() returns")
+    for name, module in model.named_modules():
+        adapter = next((part for part in ("base_layer", "lora_A") if part in module._modules), None)
+        if adapter is not None:
+            raise ConfigError(
+                f"{name} ({type(module).__name__}) is an adapter that was not merged; merge the adapters into the "
+                "weights first (PEFT: model = model.merge_and_unload())"
+            )
+        if "_orig_mod" in module._modules:
+            raise ConfigError(f"{name} was wrapped by torch.compile; put the module itself back (its _orig_mod)")
+    refuse_elsewhere(model)
+    return model
+
+
+def refuse_elsewhere(model: nn.Module, name: str = "") -> None:
+    """CheckpointError for the first tensor that is on the meta device or in a library's own format."""
+    for own, tensor in _tensors(model):
+        full = ".".join(part for part in (name, own) if part)
+        if nn.parameter.is_lazy(tensor):
+            raise CheckpointError(f"{full!r} has no values yet; run data through the model once")
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{full!r} is on the meta device, so its values are not in memory (accelerate has offloaded them?); "
+                "load the model without offloading (device_map='cpu'), or give the checkpoint's directory"
+            )
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise CheckpointError(
+                f"{full!r} is a {type(tensor).__name__}, not a plain tensor (sharded, or quantized by another "
+                "library?); give the model with its whole weights in memory, or the checkpoint's directory"
+            )
+
+
+def check_as_built(model: nn.Module, built: nn.Module) -> None:
+    """ArchitectureError, which names it, for what is in `model` and not in `built`, the same class made from the same
+    configuration: other modules, tensors that were added, forwards and hooks of single instances."""
+    known = dict(built.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        what = f"{name or 'the model'} ({type(module).__name__})"
+        if parametrize.is_parametrized(module):
+            raise ArchitectureError(
+                f"{what} is parametrized; make that permanent first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        if name in known and type(known[name]) is not type(module):
+            raise ArchitectureError(f"{what} is a {type(known[name]).__name__} in {type(model).__name__}; {_ADVICE}")
+        if "forward" in vars(module) and not hasattr(module, _DISPATCH):
+            raise ArchitectureError(f"{what} has a forward of its own; {_ADVICE}")
+        for kind, hook in _hooks(module):
+            raise ArchitectureError(f"{what} has a {kind} hook ({_name(hook)}); {_ADVICE}")
+    stored = built.state_dict().keys()
+    for name in model.state_dict():
+        if name not in stored:
+            raise ArchitectureError(
+                f"{name!r} was added to {type(model).__name__}, whose class has none there; {_ADVICE}"
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Hooks that may change what the module computes."""
+    for kind, hooks in (("forward", module._forward_hooks), ("forward pre-", module._forward_pre_hooks)):
+        for hook in hooks.values():
+            if _home(hook).partition(".")[0] not in _OBSERVING:
+                yield kind, hook
+
+
+def _home(hook: Any) -> str:
+    """The module of Python in which a hook was written."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+def _name(hook: Any) -> str:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
