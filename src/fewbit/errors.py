@@ -43,6 +43,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
 
 
+def printable(text: object) -> str:
+    """A path or a name as it can be written and printed: bytes of it that are no UTF-8 become \\udcXX."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

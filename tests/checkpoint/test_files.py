@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fewbit.checkpoint import files
-from fewbit.checkpoint.files import copy_side_files, replacing, replacing_directory, write_json, write_safetensors
+from fewbit.checkpoint.files import replacing, replacing_directory, write_json, write_safetensors
 from fewbit.errors import CheckpointError, RunError
 
 DISK_FULL = [
@@ -197,13 +197,3 @@ class TestWriters:
         monkeypatch.undo()
         assert load_file(file)["x"].item() == 1
         assert listing(tmp_path) == {"x.safetensors"}
-
-    def test_side_files_are_copied_and_weights_are_not(self, tmp_path):
-        source, target = tmp_path / "source", tmp_path / "target"
-        source.mkdir()
-        target.mkdir()
-        for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "pytorch_model.bin"):
-            (source / name).write_text(name)
-        copy_side_files(source, target)
-        assert listing(target) == {"config.json", "tokenizer.json", "chat_template.jinja"}
-        assert (target / "tokenizer.json").read_text() == "tokenizer.json"

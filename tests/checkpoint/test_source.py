@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -34,8 +35,12 @@ def write_sharded(directory, tensors=None, weight_map=None):
     shards = {name: FIRST if name.startswith("a") else SECOND for name in tensors}
     for shard in (FIRST, SECOND):
         save_file({name: tensors[name] for name in tensors if shards[name] == shard}, directory / shard)
-    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map or shards}))
+    write_index(directory, weight_map or shards)
     return directory
+
+
+def write_index(directory, weight_map):
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 class Model(nn.Module):
@@ -166,11 +171,32 @@ class TestDamagedCheckpoints:
         write_sharded(tmp_path, tensors, weight_map)
         self.refuses(tmp_path, f"names 'c.weight' in {SECOND}, which does not hold it")
 
-    def test_a_tensor_that_lies_in_another_shard_than_the_index_says_is_named(self, tmp_path):
-        tensors = example_tensors()
-        weight_map = {name: FIRST if name.startswith("a") else SECOND for name in tensors} | {"a.bias": SECOND}
-        write_sharded(tmp_path, tensors, weight_map)
-        self.refuses(tmp_path, f"names 'a.bias' in {SECOND}, which does not hold it")
+    @pytest.mark.parametrize("name", ["../elsewhere/x.safetensors", "a/../../elsewhere/x.safetensors", "", "\0"])
+    def test_a_name_that_leads_out_of_the_directory_is_refused(self, name, tmp_path):
+        directory, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+        for made in (directory, elsewhere, directory / "a"):
+            made.mkdir()
+        save_file(example_tensors(), elsewhere / "x.safetensors")
+        for escaping in (name, str(elsewhere / "x.safetensors")):
+            write_index(directory, dict.fromkeys(example_tensors(), escaping))
+            self.refuses(directory, "which is not in|is no file name")
+
+    def test_a_folder_that_is_a_link_out_of_the_directory_is_refused(self, tmp_path):
+        directory, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+        directory.mkdir()
+        elsewhere.mkdir()
+        save_file(example_tensors(), elsewhere / "x.safetensors")
+        (directory / "shards").symlink_to(elsewhere)
+        write_index(directory, dict.fromkeys(example_tensors(), "shards/x.safetensors"))
+        self.refuses(directory, "shards/x.safetensors, which is not in")
+
+    def test_a_pipe_in_place_of_the_weights_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / SINGLE_FILE)
+        self.refuses(tmp_path, f"neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+    def test_a_variant_alone_is_named(self, tmp_path):
+        save_file(example_tensors(), tmp_path / "model.fp16.safetensors")
+        self.refuses(tmp_path, rf"holds model\.fp16\.safetensors, but neither.*rename it to {SINGLE_FILE}")
 
     @pytest.mark.parametrize(
         "text",
@@ -230,6 +256,62 @@ def test_tensors_of_files_that_the_index_does_not_name_are_left_out(tmp_path):
     write_sharded(tmp_path)
     save_file({"old": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
     assert set(SafetensorsSource(tmp_path).info()) == set(example_tensors())
+
+
+class TestWhichFiles:
+    """As transformers reads a directory; tests/models/test_blockwise.py compares with transformers itself."""
+
+    def test_a_single_file_comes_before_an_index(self, tmp_path):
+        write_sharded(tmp_path, {name: tensor + 1 for name, tensor in example_tensors().items()})
+        write_single(tmp_path)
+        source = SafetensorsSource(tmp_path)
+        assert torch.equal(source.read(["a.weight"])["a.weight"], example_tensors()["a.weight"])
+        assert source.files == {tmp_path / SINGLE_FILE}
+
+    def test_every_tensor_of_a_shard_counts_also_where_the_index_is_partial_or_wrong(self, tmp_path):
+        write_sharded(tmp_path)
+        write_index(tmp_path, {"a.weight": SECOND, "b.weight": FIRST})
+        source = SafetensorsSource(tmp_path)
+        assert set(source.info()) == set(example_tensors())
+        assert torch.equal(source.read(["a.weight"])["a.weight"], example_tensors()["a.weight"])
+
+    def test_of_a_tensor_in_two_shards_the_last_counts(self, tmp_path):
+        save_file({"x": torch.zeros(2)}, tmp_path / "b.safetensors")
+        save_file({"x": torch.ones(2), "y": torch.ones(1)}, tmp_path / "a.safetensors")
+        write_index(tmp_path, {"x": "a.safetensors", "y": "b.safetensors"})
+        assert SafetensorsSource(tmp_path).read(["x"])["x"].tolist() == [0, 0]
+
+    def test_shards_in_folders_are_found(self, tmp_path):
+        (tmp_path / "shards").mkdir()
+        save_file(example_tensors(), tmp_path / "shards/x.safetensors")
+        write_index(tmp_path, dict.fromkeys(example_tensors(), "shards/x.safetensors"))
+        assert set(SafetensorsSource(tmp_path).info()) == set(example_tensors())
+
+    def test_files_may_be_links_as_in_the_cache_of_the_hub(self, tmp_path):
+        directory, blobs = tmp_path / "snapshots/1", tmp_path / "blobs"
+        directory.mkdir(parents=True)
+        blobs.mkdir()
+        save_file(example_tensors(), blobs / "a1")
+        (directory / FIRST).symlink_to("../../blobs/a1")
+        write_index(directory, dict.fromkeys(example_tensors(), FIRST))
+        assert set(SafetensorsSource(directory).info()) == set(example_tensors())
+
+    def test_config_json_may_name_the_file(self, tmp_path):
+        write_single(tmp_path, {"old": torch.zeros(1)})
+        save_file(example_tensors(), tmp_path / "other.safetensors")
+        (tmp_path / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+        assert set(SafetensorsSource(tmp_path).info()) == set(example_tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_nan_is_found_in_tensors_of_eight_bits(dtype, tmp_path):
+    fine = torch.ones(3, 5).to(dtype)
+    broken = fine.clone()
+    broken.view(torch.uint8)[1, 2] = 0xFF if dtype != torch.float8_e4m3fn else 0x7F
+    source = SafetensorsSource(write_single(tmp_path, {"fine": fine, "broken": broken}))
+    assert torch.equal(source.read(["fine"])["fine"].float(), torch.ones(3, 5))
+    with pytest.raises(CheckpointError, match="'broken' holds 1 NaN"):
+        source.read(["broken"])
 
 
 def test_integer_tensors_are_not_searched_for_nan(tmp_path):

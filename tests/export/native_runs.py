@@ -11,8 +11,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewbit.algorithms.rtn import rtn
-from fewbit.checkpoint.files import copy_side_files, write_json
+from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.native import FORMAT_VERSION, MANIFEST, OUTSIDE, block_file, write_part
+from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.export.compressed_tensors.sharing import fused_with

@@ -15,13 +15,6 @@ from torch import Tensor
 
 from fewbit.errors import RunError, disk_errors_as_sentences
 
-# What a checkpoint needs besides weights. A tokenizer may be spread over any of these.
-SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -83,14 +76,6 @@ def replacing_directory(directory: Path) -> Iterator[Path]:
             _sync_directory(directory.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer, never weights."""
-    for name in SIDE_FILES:
-        if (source / name).exists():
-            with replacing(target / name) as beside:
-                shutil.copyfile(source / name, beside)
 
 
 def _sync_directory(directory: Path) -> None:

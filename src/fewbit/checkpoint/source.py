@@ -6,18 +6,18 @@ Files are opened for one read and closed again, so that their mapped pages do no
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePath
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewbit.errors import CheckpointError
+from fewbit.checkpoint.configuration import CONFIG_FILE, read_config, read_object
+from fewbit.errors import CheckpointError, printable
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -26,6 +26,9 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+NAMED_WEIGHTS = "transformers_weights"
+"""Field of config.json that names the file of the weights, or its index."""
+_PIECE = 2**22  # elements of an 8-bit tensor that are looked at at a time
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -62,7 +65,7 @@ class SafetensorsSource:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory: Path = Path(directory)
-        self._file_of, self._info = _scan(self.directory)
+        self.files, self._file_of, self._info = _scan(self.directory)
 
     def info(self) -> dict[str, TensorInfo]:
         return self._info
@@ -123,47 +126,78 @@ class ModuleSource:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise CheckpointError if a float tensor holds NaN or infinity: quantizing it would hide the damage."""
-    if tensor.dtype not in FLOAT_DTYPES or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    low, high = tensor.aminmax()  # both are NaN if any element is
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        bad = int((~torch.isfinite(tensor)).sum())
+    if tensor.dtype in FLOAT_DTYPES:
+        low, high = tensor.aminmax()  # both are NaN if any element is
+        if torch.isfinite(low) and torch.isfinite(high):
+            return
+    bad = sum(int((~torch.isfinite(part.float())).sum()) for part in tensor.flatten().split(_PIECE))
+    if bad:
         raise CheckpointError(f"tensor {name!r} holds {bad} NaN or infinite values; the checkpoint is damaged")
 
 
-def _scan(directory: Path) -> tuple[dict[str, Path], dict[str, TensorInfo]]:
-    """Every tensor's file and info, from the headers alone; each file's length is checked against its header."""
+def _scan(directory: Path) -> tuple[frozenset[Path], dict[str, Path], dict[str, TensorInfo]]:
+    """The files of the weights, every tensor's file, and its info, from the headers alone; each file's length is
+    checked against its header. Of an index the whole of every shard that it names counts, and the last shard by name
+    for a tensor that is in several, as in transformers."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; give a checkpoint's directory or a model id of the hub")
-    index = directory / INDEX_FILE
-    if index.exists():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            if not all(isinstance(name, str) for name in weight_map.values()):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{index} is damaged: it should be JSON with a weight_map") from None
-        files = sorted({directory / name for name in weight_map.values()})
-        for file in files:
-            if not file.exists():
-                raise CheckpointError(f"{index.name} names the shard {file.name}, which is missing from {directory}")
-    else:
-        files = [directory / SINGLE_FILE]
-        weight_map = None
-        if not files[0].exists():
-            raise CheckpointError(_no_weights(directory))
+    first = _first_file(directory)
+    weight_map = _weight_map(first) if first.name.endswith(".index.json") else {first.name: first.name}
+    files = [_inside(directory, name, first.name) for name in sorted(set(weight_map.values()))]
     file_of, infos = {}, {}
     for file in files:
         for name, info in read_header(file).items():
-            if weight_map is None or weight_map.get(name) == file.name:
-                file_of[name], infos[name] = file, info
-    if weight_map is not None and (lost := sorted(set(weight_map) - set(file_of))):
-        raise CheckpointError(f"{index.name} names {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it")
-    return file_of, infos
+            file_of[name], infos[name] = file, info
+    if first not in files and (lost := sorted(set(weight_map) - set(file_of))):
+        raise CheckpointError(f"{first.name} names {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it")
+    return frozenset([first, *files]), file_of, infos
+
+
+def _first_file(directory: Path) -> Path:
+    """The file that transformers begins with: the one that config.json names, the single one, or the index."""
+    named = read_config(directory).get(NAMED_WEIGHTS) if (directory / CONFIG_FILE).exists() else None
+    if named is not None:
+        return _inside(directory, named, CONFIG_FILE)
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (directory / name).is_file():
+            return directory / name
+    raise CheckpointError(_no_weights(directory))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of every tensor that an index names."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} is damaged: it should have a weight_map from tensors to files")
+    return weight_map
+
+
+def _inside(directory: Path, name: Any, owner: str) -> Path:
+    """The file of a name that `owner` gives. CheckpointError for one that is missing or outside of the directory.
+
+    A file may be a link (in the hub's cache all are), its folder none that leads out."""
+    if not isinstance(name, str) or "\0" in name:
+        raise CheckpointError(f"{directory / owner} is damaged: {name!r} is no file name")
+    file = directory / name
+    steps = PurePath(name).parts
+    if (
+        not steps
+        or ".." in steps
+        or PurePath(name).is_absolute()
+        or file.parent.resolve() != directory.resolve().joinpath(*steps[:-1])
+    ):
+        raise CheckpointError(f"{owner} names the file {printable(name)}, which is not in {directory}; put it there")
+    if not file.is_file():
+        raise CheckpointError(f"{owner} names the shard {printable(name)}, which is missing from {directory}")
+    return file
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of a safetensors file; CheckpointError if it is truncated or something else."""
+    if not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{file} is missing or no regular file")
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             infos = {}
@@ -186,10 +220,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _no_weights(directory: Path) -> str:
     pickles = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in directory.glob(suffix))
+    others = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+    if others:
+        return (
+            f"{directory} holds {printable(others[0])}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which "
+            f"transformers reads; if it is a variant of the whole model, rename it to {SINGLE_FILE}"
+        )
     if pickles:
         return (
-            f"{directory} holds pickled weights ({pickles[0]}) and no safetensors; pickles can run code when read, so "
-            "convert them with transformers' save_pretrained first"
+            f"{directory} holds pickled weights ({printable(pickles[0])}) and no safetensors; pickles can run code "
+            "when read, so convert them with transformers' save_pretrained first"
         )
     return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a Hugging Face checkpoint?"
 

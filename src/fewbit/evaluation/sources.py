@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.errors import CheckpointError
 from fewbit.export import compressed_tensors
@@ -27,13 +27,7 @@ def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
     if (directory / MANIFEST).exists():
         run = NativeCheckpoint(directory)
         return _with_activations(BlockwiseModel.from_directory(directory, run), run.activations())
-    config = directory / "config.json"
-    try:
-        quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    except OSError:
-        raise CheckpointError(f"{directory} has no config.json; is it a checkpoint, a run or an export?") from None
-    except ValueError:
-        raise CheckpointError(f"{config} is damaged: it is not JSON") from None
+    quantization = quantization_of(read_config(directory), directory)
     if quantization is None:
         return BlockwiseModel.from_directory(directory)
     method = quantization.get("quant_method")

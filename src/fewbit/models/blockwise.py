@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fewbit import process
+from fewbit.checkpoint.configuration import load_config, quantization_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CalibrationError, CheckpointError
 from fewbit.models import detect, in_memory, linear
@@ -67,16 +68,11 @@ class BlockwiseModel:
         plain = source is None
         if source is None:
             source = SafetensorsSource(directory)  # first: its errors are about what the user gave
-        if not (directory / "config.json").exists():
-            raise CheckpointError(f"{directory} has no config.json; is it a Hugging Face checkpoint?")
-        try:
-            config = AutoConfig.from_pretrained(directory)
-        except (ValueError, KeyError, OSError) as error:
-            raise ArchitectureError(f"{directory / 'config.json'} is not readable by transformers: {error}") from None
-        if plain and (quantization := getattr(config, "quantization_config", None)) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        config = load_config(directory, len(source.info()))
+        if plain and (quantization := quantization_of(config.to_dict(), directory)) is not None:
             raise CheckpointError(
-                f"{directory} is already quantized ({method}), which fewbit cannot undo; give the original checkpoint"
+                f"{directory} is already quantized ({quantization.get('quant_method')}), which fewbit cannot undo; "
+                "give the original checkpoint"
             )
         return cls(_skeleton(config), source)
 

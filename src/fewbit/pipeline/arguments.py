@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from fewbit.checkpoint.configuration import first_line
 from fewbit.errors import CheckpointError, ConfigError, RunError
 
 DEFAULT_ACTIVATION_MEMORY = "4GiB"
@@ -66,6 +67,9 @@ def load_tokenizer(directory: Path | None) -> Any:
     if directory is None or not any(directory.glob("tokenizer*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # damaged files make tokenizers raise anything
+        raise CheckpointError(
+            f"the tokenizer in {directory} cannot be read ({first_line(error)}); mend its files, give a tokenizer, "
+            "or give token ids instead of text"
+        ) from None

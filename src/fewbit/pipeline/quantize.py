@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel
 
 from fewbit import process
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
-from fewbit.checkpoint.files import copy_side_files, write_json
+from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.native import OUTSIDE, write_part
+from fewbit.checkpoint.side_files import copy_side_files, in_words, saved_side_files
+from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
 from fewbit.errors import ConfigError
@@ -86,14 +89,17 @@ def quantize_model(
     directory = RunDirectory(output)
     view = progress_view(progress)
     try:
-        directory.open(identity, len(blockwise), plan.unquantized, resume)
+        with _side_files(blockwise, model, tokenizer) as (files, notes):
+            directory.open(identity, len(blockwise), plan.unquantized, resume)
+            notes = notes + in_words(copy_side_files(files, directory.path, weights=_files(blockwise)))
+        plan = replace(plan, warnings=plan.warnings + notes)
         prepared = time.perf_counter()
         for warning in plan.warnings:
             view.note(f"warning: {warning}")
         walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory, smoother)
         rows = walk.run(data)
         walked = time.perf_counter()
-        _write_outside(blockwise, directory.path, tokenizer)
+        write_part(directory.path / OUTSIDE, {}, blockwise.source.read(blockwise.outside_tensors()))
         run = {
             "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
             "architecture": blockwise.architecture.name,
@@ -170,15 +176,21 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
     )
 
 
-def _write_outside(model: BlockwiseModel, directory: Path, tokenizer: Any) -> None:
-    """Embeddings, norms and head as they are, configuration and tokenizer."""
-    write_part(directory / OUTSIDE, {}, model.source.read(model.outside_tensors()))
-    if model.source.directory is not None:
-        copy_side_files(model.source.directory, directory)
-        return
-    model.config.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+def _files(model: BlockwiseModel) -> frozenset[Path]:
+    """Those that hold the model's weights."""
+    return model.source.files if isinstance(model.source, SafetensorsSource) else frozenset()
+
+
+@contextmanager
+def _side_files(
+    blockwise: BlockwiseModel, model: str | Path | PreTrainedModel, tokenizer: Any
+) -> Iterator[tuple[Path, list[str]]]:
+    """Where configuration, tokenizer and the like lie, and notes on what had to be mended."""
+    if blockwise.source.directory is not None:
+        yield blockwise.source.directory, []
+    else:
+        with saved_side_files(model, blockwise.config, tokenizer) as saved:
+            yield saved
 
 
 def _describe(data: CalibrationSet | None) -> dict[str, Any]:

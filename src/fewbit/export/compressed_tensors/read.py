@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.checkpoint.source import FLOAT_DTYPES, SafetensorsSource, TensorInfo
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError
@@ -181,7 +181,7 @@ def _naming(directory: Path, name: str) -> Iterator[None]:
 
 
 def _quantization_config(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = quantization_of(read_config(directory), directory) or {}
     if not isinstance(config.get("config_groups"), dict):
         raise CheckpointError(f"{directory}: quantization_config in config.json has no config_groups")
     for name, group in config["config_groups"].items():

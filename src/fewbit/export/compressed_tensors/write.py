@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from fewbit.checkpoint.files import copy_side_files, write_json, write_safetensors
+from fewbit.checkpoint.files import write_json, write_safetensors
 from fewbit.checkpoint.native import NativeCheckpoint, NativePart
+from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import INDEX_FILE
 from fewbit.errors import ConfigError
 from fewbit.export.compressed_tensors.activations import encode_activation
@@ -37,9 +37,7 @@ def write(checkpoint: NativeCheckpoint, directory: Path) -> None:
     write_json(
         directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    copy_side_files(checkpoint.directory, directory)
-    described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    write_json(directory / "config.json", described | {"quantization_config": config})
+    copy_side_files(checkpoint.directory, directory, {"quantization_config": config})
 
 
 def part_tensors(part: NativePart) -> Tensors:

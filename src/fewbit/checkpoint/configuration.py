@@ -1,0 +1,144 @@
+"""The one place that reads config.json, and any other JSON that comes with a model.
+
+It is somebody else's file: it may be a pipe, without end, damaged, or describe a model of a million layers. It is read
+as data; no code that lies beside it is run, and nothing asks on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from fewbit.errors import ArchitectureError, CheckpointError
+
+CONFIG_FILE = "config.json"
+LARGEST_JSON = 2**25  # bytes; the index of a model with 140,000 tensors has half of that
+LARGEST_CONFIG = 2**22
+_COUNTED = (
+    (re.compile(r"^(n|num|encoder|decoder)_(\w+_)?(layers?|blocks?|experts?|codebooks?)$|^depth$"), 2**10),
+    (re.compile(r"^(n|num)_(\w+_)?heads?$"), 2**14),
+    (re.compile(r"^num_labels$"), 2**17),
+)
+"""Fields that say how many times something is made in Python, and the most that any model has."""
+_SIZES = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "hidden_size", "n_embd", "d_model", "vocab_size",
+    "num_attention_heads", "n_head", "n_heads", "num_heads",
+)  # fmt: skip
+"""What no model has less than one of."""
+LARGEST_SIZE = 2**31 - 1
+
+
+def read_bytes(file: Path, limit: int = LARGEST_JSON) -> bytes:
+    """All of a regular file. CheckpointError, at once, for what is none, is larger than `limit` or cannot be read."""
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to would wait for ever
+        with open(handle, "rb") as opened:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{file} is no regular file; put the file itself there")
+            if found.st_size > limit:
+                raise CheckpointError(
+                    f"{file} has {found.st_size} bytes, and {limit} are enough for any; is it damaged?"
+                )
+            return opened.read(limit)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent} has no {file.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_object(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
+    """A JSON file that holds an object. CheckpointError for everything else."""
+    try:
+        data: Any = json.loads(read_bytes(file, limit))
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of 5000 digits, brackets without end
+        raise CheckpointError(f"{file} is damaged: it is not JSON; get the file again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} is damaged: it is JSON, but no object with fields; get the file again")
+    return data
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint as it stands there."""
+    if not os.path.lexists(directory / CONFIG_FILE):
+        raise CheckpointError(f"{directory} has no {CONFIG_FILE}; is it a Hugging Face checkpoint?")
+    return read_object(directory / CONFIG_FILE, LARGEST_CONFIG)
+
+
+def quantization_of(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:
+    """quantization_config of a config.json; None if it has none."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{directory / CONFIG_FILE} is damaged: quantization_config is no object with fields")
+    return quantization
+
+
+def load_config(directory: Path, stored: int | None = None) -> PretrainedConfig:
+    """transformers' configuration of a checkpoint directory.
+
+    `stored` is the number of its tensors: a model has no more layers. Raises CheckpointError for a file that is
+    damaged and ArchitectureError for one that transformers cannot use.
+    """
+    described = read_config(directory)
+    file = directory / CONFIG_FILE
+    check_sizes(described, file, stored)
+    code = described.get("auto_map")
+    if isinstance(code, dict) and "AutoConfig" in code and not _is_known(described.get("model_type")):
+        raise ArchitectureError(
+            f"{file} names code of its own (auto_map) and the model type {described.get('model_type')!r}, which "
+            "transformers does not know; fewbit runs no code of a checkpoint, so load the model with "
+            "transformers' from_pretrained(…, trust_remote_code=True) and give the loaded model"
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a library raises for fields of any type: the user can mend the file only
+        raise ArchitectureError(f"{file} is not readable by transformers: {first_line(error)}") from None
+
+
+def check_sizes(config: Mapping[str, Any], file: Path, stored: int | None = None) -> None:
+    """CheckpointError for sizes that no model has, before anything of such a size is built."""
+    for path, key, value in _values(config, ""):
+        if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise CheckpointError(f"{file}: {path} is {_short(value)}, which should be a whole number of at least 1")
+        if not isinstance(value, int):
+            continue
+        most = min((bound for pattern, bound in _COUNTED if pattern.search(key)), default=LARGEST_SIZE)
+        if value > max(most, stored or 0) and (key in _SIZES or most < LARGEST_SIZE):
+            of = f" (the checkpoint holds {stored} tensors)" if stored is not None else ""
+            raise CheckpointError(f"{file}: {path} is {_short(value)}, which is more than any model has{of}; mend it")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, without its last full stop, cut to what a sentence can hold."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0].rstrip(".") if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def _is_known(model_type: Any) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def _values(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, Any]]:
+    """(path, key, value) of every plain value of a configuration and of those nested in it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float | str):
+            yield prefix + key, key, value
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else f"about 10^{len(str(value)) - 1}"
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,269 @@
+"""The one place that writes what a run or an export holds besides weights: configuration, tokenizer, templates,
+processor, code.
+
+What `save_pretrained` of a model or a copy of its directory would hold comes along: everything that is no weight. What
+stays behind is named.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation import GenerationConfig
+
+from fewbit.checkpoint.configuration import CONFIG_FILE, first_line, read_config, read_object
+from fewbit.checkpoint.files import replacing, write_json
+from fewbit.errors import CheckpointError, RunError, printable
+
+RESERVED = frozenset(
+    ("fewbit.json", "journal.jsonl", "report.json", "outside.safetensors", "blocks", "exports", "work", ".lock",
+     "fewbit-export.json")
+)  # fmt: skip
+"""What fewbit itself puts at the top of a run or an export."""
+LARGEST_SIDE_FILE = 2**28  # bytes; the largest tokenizers have a tenth of it
+MOST_NAMED = 8
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|pb|tflite|npz|pkl|pickle|distcp|ot|nemo)$"
+    r"|\.index(\.[\w-]+)?\.json$",
+    re.IGNORECASE,
+)
+_PASSED_OVER = frozenset((".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store", "__pycache__"))
+_SWITCHES = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+"""Of a generation config, what decides whether other settings are allowed."""
+_WITH_CODE = (CONFIG_FILE, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
+
+def is_weight(name: str) -> bool:
+    """Whether a file holds weights, or says where they are."""
+    return _WEIGHTS.search(name) is not None
+
+
+def copy_side_files(
+    source: Path, target: Path, changes: Mapping[str, Any] | None = None, weights: Container[Path] = ()
+) -> list[str]:
+    """Copy everything that is no weight from a model's, a run's or an export's directory to an existing one.
+
+    Args:
+        changes: fields of config.json that are other ones in the copy.
+        weights: files of `source` whose tensors the copy holds in another form; they are not named as left behind.
+
+    Returns what was left behind, a few words each. Raises CheckpointError for a config.json that is none.
+    """
+    left: list[str] = []
+    for path in _side_files(source, target, left, weights):
+        _copy(path, target / path.relative_to(source))
+    described = read_config(source)
+    changed = described | dict(changes or {})
+    changed.pop("transformers_weights", None)  # names a file that is left behind
+    if changed != described or not (target / CONFIG_FILE).exists():
+        write_json(target / CONFIG_FILE, changed)
+    left += [
+        f"auto_map of {name} (the code is not there)" for name in _WITH_CODE if _drop_dangling_code(target / name)
+    ]
+    return left
+
+
+def in_words(left: list[str]) -> list[str]:
+    """What `copy_side_files` left behind, as a warning; none if it is nothing."""
+    if not left:
+        return []
+    more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
+    return [f"left behind: {', '.join(left[:MOST_NAMED])}{more}"]
+
+
+@contextmanager
+def saved_side_files(
+    model: PreTrainedModel, config: PretrainedConfig, tokenizer: Any
+) -> Iterator[tuple[Path, list[str]]]:
+    """A directory with what `save_pretrained` of a loaded model writes besides weights, and notes on what was mended.
+
+    The model is not touched. Raises CheckpointError for a configuration or tokenizer that cannot be saved.
+    """
+    config, generation = copy.deepcopy(config), copy.deepcopy(getattr(model, "generation_config", None))
+    notes = []
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
+        directory = Path(scratch)
+        try:
+            if model.is_remote_code():
+                custom_object_save(model, directory, config=config)
+            notes += _moved_to_generation(config, generation)
+            config.save_pretrained(directory)
+        except Exception as error:  # whatever a configuration's own checks raise, the user can change it only
+            raise CheckpointError(f"the model's configuration cannot be saved: {first_line(error)}") from None
+        if generation is not None and model.can_generate():
+            notes += _saved_generation(generation, directory)
+        if hasattr(tokenizer, "save_pretrained"):
+            try:
+                tokenizer.save_pretrained(directory)
+            except Exception as error:
+                raise CheckpointError(f"the tokenizer cannot be saved: {first_line(error)}") from None
+        yield directory, notes
+
+
+def _side_files(source: Path, target: Path, left: list[str], weights: Container[Path]) -> list[Path]:
+    """Every file of `source` to be copied; what is not is added to `left`, in words."""
+    root, blobs, found = source.resolve(), _hub_blobs(source), []
+    for folder, folders, files in os.walk(source):
+        here = Path(folder)
+        passed = _PASSED_OVER | RESERVED if here == source and _is_fewbits(source) else _PASSED_OVER
+        for name in sorted(set(folders) & passed | {name for name in folders if here / name == target}):
+            folders.remove(name)
+        for name in sorted(folders):
+            if reason := _taken(here / name, source) or _why_not_enter(here / name, weights):
+                folders.remove(name)
+                left.append(f"{printable((here / name).relative_to(source))}/ ({reason})")
+        folders.sort()
+        for path in (here / name for name in sorted(set(files) - passed)):
+            if path in weights:
+                continue
+            if reason := _taken(path, source) or _why_not_copy(path, root, blobs):
+                left.append(f"{printable(path.relative_to(source))} ({reason})")
+            else:
+                found.append(path)
+    return found
+
+
+def _taken(path: Path, source: Path) -> str | None:
+    return "a run has one of that name" if path.parent == source and path.name in RESERVED else None
+
+
+def _why_not_enter(folder: Path, weights: Container[Path]) -> str | None:
+    """Why a folder stays behind; None for one whose files are looked at."""
+    if folder.is_symlink():
+        return "a link"
+    if folder.name.startswith("."):
+        return "hidden"
+    if _is_fewbits(folder):
+        return "a run or an export"
+    if any(is_weight(path.name) and path not in weights for path in folder.iterdir() if path.is_file()):
+        return "other weights"
+    return None
+
+
+def _why_not_copy(path: Path, root: Path, blobs: Path | None) -> str | None:
+    """Why a file stays behind; None for one that comes along."""
+    if is_weight(path.name):
+        return "weights"
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_symlink():
+        aim = path.resolve()
+        if not (aim.is_relative_to(root) or (blobs is not None and aim.is_relative_to(blobs))):
+            return "a link that leads out of the directory"
+    try:
+        found = path.stat()
+    except OSError:
+        return "a link to nothing"
+    if not stat.S_ISREG(found.st_mode):
+        return "no regular file"
+    if found.st_size > LARGEST_SIDE_FILE:
+        return f"{found.st_size / 1e6:.0f} MB"
+    return None if os.access(path, os.R_OK) else "not readable"
+
+
+def _is_fewbits(folder: Path) -> bool:
+    return (folder / "fewbit.json").exists() or (folder / "fewbit-export.json").exists()
+
+
+def _hub_blobs(directory: Path) -> Path | None:
+    """Where the links of a directory in the hub's cache lead to."""
+    real = directory.resolve()
+    return real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
+
+
+def _copy(path: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as beside:
+            shutil.copyfile(path, beside)
+    except OSError as error:
+        raise RunError(f"{printable(path)} could not be copied to {printable(target)}: {error.strerror}") from None
+
+
+def _moved_to_generation(config: PretrainedConfig, generation: GenerationConfig | None) -> list[str]:
+    """Generation settings have no place in config.json; transformers refuses to save them there."""
+    found = config._get_generation_parameters()
+    for name, value in found.items():
+        if generation is not None and getattr(generation, name, None) is None:
+            setattr(generation, name, value)
+        vars(config).pop(name, None)
+    return [f"{', '.join(sorted(found))} of the configuration went into generation_config.json"] if found else []
+
+
+def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str]:
+    """Write generation_config.json. What cannot be saved is mended: sampling is switched on where its settings are
+    there, and what still contradicts the rest is left out."""
+    try:
+        generation.save_pretrained(directory)
+        return []
+    except Exception:
+        pass
+    mended, lost, sampled = GenerationConfig(), [], []
+    names = [name for name in generation.to_diff_dict() if name != "transformers_version"]
+    for name in sorted(names, key=lambda name: (name not in _SWITCHES, name)):
+        before = dict(vars(mended))
+        setattr(mended, name, getattr(generation, name))
+        if _saves(mended, directory):
+            continue
+        mended.do_sample = True
+        if _saves(mended, directory):
+            sampled.append(name)
+        else:
+            lost.append(name)
+            vars(mended).clear()
+            vars(mended).update(before)
+    mended.save_pretrained(directory)
+    notes = [f"generation config: do_sample is on, because {', '.join(sampled)} cannot be saved without"] * bool(
+        sampled
+    )
+    if lost:
+        notes.append(f"generation config: {', '.join(lost)} cannot be saved with the rest and is left out")
+    return notes
+
+
+def _saves(generation: GenerationConfig, directory: Path) -> bool:
+    try:
+        generation.save_pretrained(directory)
+    except Exception:
+        return False
+    return True
+
+
+def _drop_dangling_code(file: Path) -> bool:
+    """Take out of a configuration's auto_map what names code that does not lie beside it; whether there was any."""
+    try:
+        described = read_object(file) if file.is_file() else {}
+    except CheckpointError:
+        return False
+    code = described.get("auto_map")
+    if not isinstance(code, dict):
+        return False
+    kept = {name: value for name, value in code.items() if not _dangles(value, file.parent)}
+    if kept == code:
+        return False
+    rest = {name: value for name, value in described.items() if name != "auto_map"}
+    write_json(file, rest | ({"auto_map": kept} if kept else {}))
+    return True
+
+
+def _dangles(value: Any, directory: Path) -> bool:
+    """Whether an entry of auto_map (MODULE.CLASS, or a list of such) names a module that is not there. Those of
+    another repository (REPOSITORY--MODULE.CLASS) are found by their name."""
+    names = value if isinstance(value, list) else [value]
+    return any(
+        isinstance(name, str) and "--" not in name and not (directory / f"{name.split('.')[0]}.py").exists()
+        for name in names
+    )
