@@ -110,19 +110,21 @@ def _windows(text: str | Path, tokenizer: Any, length: int, max_windows: int | N
     return begin_with(first, tokens[: count * length].view(count, length))
 
 
-def _pieces(states: HiddenStates, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(hidden [1, rows, channels], next tokens [rows]) a few rows at a time, over all windows."""
+def _pieces(states: HiddenStates, ids: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """(window, its rows, hidden [1, rows, channels], next tokens [rows]) a few rows at a time, over all windows."""
     for index in range(len(states)):
-        hidden, targets = states.get(index)[:, :-1], ids[index, 1:]
-        yield from zip(hidden.split(LOGIT_ROWS, dim=1), targets.split(LOGIT_ROWS), strict=True)
+        hidden = states.get(index)
+        for start in range(0, ids.shape[1] - 1, LOGIT_ROWS):
+            rows = slice(start, min(start + LOGIT_ROWS, ids.shape[1] - 1))
+            yield index, rows, hidden[:, rows], ids[index, 1:][rows]
 
 
 def _score(model: BlockwiseModel, states: HiddenStates, ids: Tensor, device: torch.device) -> Evaluation:
-    losses = []
+    losses = torch.empty(ids.shape[0], ids.shape[1] - 1)
     with model.head_loaded(device) as head:
-        for hidden, targets in _pieces(states, ids):
-            losses.append(metrics.token_losses(head(hidden)[0], targets.to(device)).cpu())
-    return _evaluation(torch.cat(losses), ids)
+        for window, rows, hidden, targets in _pieces(states, ids):
+            losses[window, rows] = metrics.token_losses(head(hidden)[0], targets.to(device))
+    return _evaluation(losses.flatten(), ids)
 
 
 def _compare(
@@ -133,23 +135,22 @@ def _compare(
     ids: Tensor,
     device: torch.device,
 ) -> Evaluation:
-    losses, reference_losses, divergence, agreement = [], [], [], []
+    losses, reference_losses, divergence, agreement = torch.empty(4, ids.shape[0], ids.shape[1] - 1).unbind()
     with model.head_loaded(device) as head, reference.head_loaded(device) as reference_head:
-        pairs = zip(_pieces(states, ids), _pieces(reference_states, ids), strict=True)
-        for (hidden, targets), (reference_hidden, _) in pairs:
-            logits, expected = head(hidden)[0], reference_head(reference_hidden)[0]
-            losses.append(metrics.token_losses(logits, targets.to(device)).cpu())
-            reference_losses.append(metrics.token_losses(expected, targets.to(device)).cpu())
-            divergence.append(metrics.kl_divergence(expected, logits).cpu())
-            agreement.append(metrics.same_top1(expected, logits).cpu())
-    kl = torch.cat(divergence)
+        for window, rows, hidden, targets in _pieces(states, ids):
+            logits, expected = head(hidden)[0], reference_head(reference_states.get(window)[:, rows])[0]
+            losses[window, rows] = metrics.token_losses(logits, targets.to(device))
+            reference_losses[window, rows] = metrics.token_losses(expected, targets.to(device))
+            divergence[window, rows] = metrics.kl_divergence(expected, logits)
+            agreement[window, rows] = metrics.same_top1(expected, logits).float()
+    kl = divergence.flatten()
     return _evaluation(
-        torch.cat(losses),
+        losses.flatten(),
         ids,
-        reference_perplexity=_perplexity(torch.cat(reference_losses)),
+        reference_perplexity=_perplexity(reference_losses),
         kl_mean=kl.mean(dtype=torch.float64).item(),
         kl_p99=kl.quantile(0.99).item() if kl.numel() < 2**24 else kl.kthvalue(int(0.99 * kl.numel())).values.item(),
-        top1_agreement=torch.cat(agreement).double().mean().item(),
+        top1_agreement=agreement.double().mean().item(),
     )
 
 

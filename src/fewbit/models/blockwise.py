@@ -26,9 +26,8 @@ from fewbit.errors import ArchitectureError, CalibrationError, CheckpointError
 from fewbit.models import detect, in_memory, linear
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.empty import empty_parameters
-from fewbit.models.memory import trim_heap
+from fewbit.models.memory import trim_grown_heap, trim_heap
 
-WORTH_TRIMMING = 2**25  # bytes of a block; giving the pages of smaller ones back takes longer than it is worth
 BlockCall = dict[str, Any]
 """Keyword arguments of one block for one batch."""
 
@@ -138,15 +137,13 @@ class BlockwiseModel:
         prefix = self.prefix(index)
         tensors = read() if read is not None else self.source.read(self.block_tensors(index), torch.float32)
         block = self.blocks[index]
-        size = sum(tensor.nbytes for tensor in tensors.values())
         _fill(block, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, device)
         del tensors
         try:
             yield block
         finally:
             _release(block)
-            if size > WORTH_TRIMMING:
-                trim_heap()
+            trim_grown_heap()
 
     def enter(self, batches: list[Mapping[str, Tensor]], device: torch.device | str = "cpu") -> Iterator[BlockInputs]:
         """What the blocks are called with for each batch ({"input_ids": [batch, tokens], maybe "attention_mask"}).

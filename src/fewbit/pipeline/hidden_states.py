@@ -13,7 +13,11 @@ from fewbit.errors import disk_errors_as_sentences
 
 
 class HiddenStates:
-    """One float32 tensor per batch. A batch that does not fit the budget any more lives in a file."""
+    """One float32 tensor per batch. A batch that does not fit the budget any more lives in a file.
+
+    What is put is copied, block after block into the same memory: a tensor that was made in the middle of a forward and
+    kept would hold the heap's pages around it, so that memory grew with every block.
+    """
 
     def __init__(self, budget_bytes: int, directory: Path) -> None:
         self._budget = budget_bytes
@@ -27,22 +31,25 @@ class HiddenStates:
         return len(self._shapes)
 
     def put(self, index: int, hidden: Tensor) -> None:
-        """Keep (or replace) the states of one batch."""
-        hidden = hidden.detach().to("cpu", torch.float32).contiguous()
+        """Keep a copy of (or replace) the states of one batch, whose shape stays what it was."""
         size = hidden.numel() * 4
-        known = index in self._shapes
-        self._shapes[index] = tuple(hidden.shape)
-        if index in self._memory or (not known and self.bytes_in_memory + size <= self._budget):
-            self.bytes_in_memory += 0 if known else size
-            self._memory[index] = hidden
+        if index not in self._shapes:
+            self._shapes[index] = tuple(hidden.shape)
+            if self.bytes_in_memory + size <= self._budget:
+                self._memory[index] = torch.empty(hidden.shape, dtype=torch.float32, device="cpu")
+                self.bytes_in_memory += size
+            else:
+                self.bytes_on_disk += size
+        if index in self._memory:
+            self._memory[index].copy_(hidden.detach())
             return
-        self.bytes_on_disk += 0 if known else size
+        values = hidden.detach().to("cpu", torch.float32).contiguous().numpy()
         with disk_errors_as_sentences(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._file(index).write_bytes(hidden.numpy().data)  # tofile's error would not say why
+            self._file(index).write_bytes(values.data)  # tofile's error would not say why
 
     def get(self, index: int) -> Tensor:
-        """States of one batch [batch, tokens, channels]."""
+        """States of one batch [batch, tokens, channels], until others are put in their place."""
         if index in self._memory:
             return self._memory[index]
         values = np.fromfile(self._file(index), dtype=np.float32)
