@@ -68,7 +68,7 @@ def read_object(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint as it stands there."""
     if not os.path.lexists(directory / CONFIG_FILE):
-        raise CheckpointError(f"{directory} has no {CONFIG_FILE}; is it a Hugging Face checkpoint?")
+        raise CheckpointError(f"{directory} has no {CONFIG_FILE}; is it a checkpoint, a run or an export?")
     return read_object(directory / CONFIG_FILE, LARGEST_CONFIG)
 
 
