@@ -89,7 +89,7 @@ def quantize(
 
     def check(plan: Plan) -> None:
         for target in targets:
-            target.check(plan.weights, plan.activations)
+            target.check(plan.weights, plan.activations, plan.shapes)
 
     directory = quantize_model(
         model,

@@ -80,9 +80,10 @@ class QuantTensor:
         return None if self.zero_point is None else _to_unsigned(self.zero_point, self.spec)
 
     def rows(self, rows: slice) -> QuantTensor:
-        """Some rows, copied; for specs whose scales belong to rows."""
-        zero = None if self.zero_point is None else self.zero_point[rows].contiguous()
-        return replace(self, codes=self.codes[rows].contiguous(), scale=self.scale[rows].contiguous(), zero_point=zero)
+        """Some rows, copied; for specs whose scales belong to rows or to the whole tensor."""
+        own = slice(None) if self.spec.qscheme == "per_tensor" else rows
+        zero = None if self.zero_point is None else self.zero_point[own].clone()
+        return replace(self, codes=self.codes[rows].contiguous(), scale=self.scale[own].clone(), zero_point=zero)
 
     def with_rows(self, rows: Tensor, other: QuantTensor) -> QuantTensor:
         """A copy with some rows (bool [out]) of `other`, which has the same spec and second level.

@@ -262,6 +262,17 @@ class TestShorthands:
         spec = Config.from_dict({"scheme": "W4A16", "group_size": -1}).global_quant_config.weight
         assert (spec.qscheme, spec.group_size) == ("per_channel", None)
 
+    @pytest.mark.parametrize("whole", ["W8A8", "FP8_DYNAMIC", "NVFP4", "FP8_BLOCK"])
+    def test_group_size_reaches_only_what_has_groups(self, whole):
+        config = Config.from_dict({"scheme": whole, "group_size": 32, "layer_quant_config": {"a": "W4A16"}})
+        assert config.global_quant_config == scheme_config(whole)
+        assert config.layer_quant_config["a"] == scheme_config("W4A16", 32)
+        config = Config.from_dict({"scheme": "W4A16", "group_size": 32, "layer_type_quant_config": {"Linear": whole}})
+        assert config.layer_type_quant_config["Linear"] == scheme_config(whole)
+        for layers in ({}, {"a": whole}, {"a": {"weight": {"dtype": "int4", "group_size": 16}}}):
+            with pytest.raises(ConfigError, match=r"group_size 32.*leave it out"):
+                Config.from_dict({"scheme": whole, "group_size": 32, "layer_quant_config": layers})
+
     def test_group_size_sizes_named_schemes_of_layers_but_not_specs_written_out(self):
         written = {"weight": {"dtype": "int8", "qscheme": "per_group", "group_size": 16}}
         config = Config.from_dict(

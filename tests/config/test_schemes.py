@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fewbit.config.schemes import KV_SUITES, SCHEMES, parse_scheme, scheme_config, with_group_size
+from fewbit.config.schemes import KV_SUITES, SCHEMES, parse_scheme, scheme_config, takes_group_size, with_group_size
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
 
@@ -102,6 +102,23 @@ def test_other_sizes_below_one_are_refused(size):
 def test_formats_keep_the_groups_that_they_have(name):
     with pytest.raises(ConfigError, match=r"group_size 64.*groups of its format"):
         scheme_config(name, 64)
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC"])
+def test_what_has_no_groups_is_given_none(name):
+    for call in (lambda: scheme_config(name, 64), lambda: scheme_config(f"{name}-g64")):
+        with pytest.raises(ConfigError, match=r"group_size 64: .* has no groups .*leave it out"):
+            call()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_takes_a_group_size_or_says_that_it_does_not(name):
+    if takes_group_size(SCHEMES[name].config):
+        assert scheme_config(name, 32).weight.group_size == 32
+        assert SCHEMES[name].layout == "pack-quantized"  # where engines know groups of several sizes
+    else:
+        with pytest.raises(ConfigError, match="group_size 32"):
+            scheme_config(name, 32)
 
 
 @pytest.mark.parametrize("suite", KV_SUITES)

@@ -130,9 +130,10 @@ def write_run(
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         units = {linear: _unit(inside, prefix, linear, schemes) for linear in schemes}
         weights = {
-            f"{prefix}{linear}.weight": quantized(inside.pop(f"{prefix}{linear}.weight"), config.weight, units[linear])
-            for linear, config in schemes.items()
+            f"{prefix}{linear}.weight": _alone_or_fused(inside, prefix, linear, schemes, units[linear])
+            for linear in schemes
         }
+        inside = {name: tensor for name, tensor in inside.items() if name not in weights}
         states = {
             f"{prefix}{linear}.input": state(config.input_tensors, dtype)
             for linear, config in schemes.items()
@@ -145,10 +146,26 @@ def write_run(
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
     write_part(directory / OUTSIDE, {}, outside)
     left = [f"model.layers.{block}.{linear}" for block in range(BLOCKS) for linear in LINEARS if linear not in schemes]
-    manifest = {"format_version": FORMAT_VERSION, "num_blocks": BLOCKS, "unquantized_linears": [*left, "lm_head"]}
+    classes = {f"model.layers.{block}.self_attn": "LlamaAttention" for block in range(BLOCKS) if attention}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "num_blocks": BLOCKS,
+        "unquantized_linears": [*left, "lm_head"],
+        "attention_classes": classes,
+    }
     write_json(directory / MANIFEST, manifest)
     copy_side_files(model, directory)
     return directory
+
+
+def _alone_or_fused(tensors, prefix: str, linear: str, schemes, unit: float | None):
+    """The quantized weight of a linear; a scale per tensor it shares with those that engines fuse it with."""
+    how = schemes[linear].weight
+    members = [linear]
+    if how.qscheme == "per_tensor" and not how.format.is_integer:
+        members += [name for name in fused_with(linear) if name in schemes]
+    whole = quantized(torch.cat([tensors[f"{prefix}{member}.weight"] for member in members]), how, unit)
+    return whole.rows(slice(0, len(tensors[f"{prefix}{linear}.weight"])))
 
 
 def _unit(tensors, prefix: str, linear: str, schemes) -> float | None:

@@ -52,7 +52,7 @@ def inspect(
         typer.echo(f"{status:14} {count} linears: {what}")
     if found.plan.attention is not None:
         inside = ", ".join(f"{slot} {words}" for slot, words in found.plan.attention.summary.items())
-        typer.echo(f"{'attention':14} {len(found.plan.attention_modules)} modules: {inside}")
+        typer.echo(f"{'attention':14} {len(found.plan.attention_classes)} modules: {inside}")
     ratio = found.bytes_stored / found.bytes_quantized
     typer.echo(f"would store    {_size(found.bytes_quantized)} ({ratio:.2f}× smaller)")
     for warning in found.plan.warnings:

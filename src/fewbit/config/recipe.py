@@ -17,7 +17,7 @@ from fewbit.config.algorithms import (
     ScaleSearchConfig,
     algorithm_configs,
 )
-from fewbit.config.schemes import parse_scheme, scheme_config, with_group_size
+from fewbit.config.schemes import parse_scheme, scheme_config, takes_group_size, with_group_size
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError, nearest
@@ -125,23 +125,27 @@ class Config:
         if values.get("global_quant_config") is None:
             raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
         if isinstance(values["global_quant_config"], str):
-            values["global_quant_config"], suite = parse_scheme(values["global_quant_config"], group_size)
+            suite = parse_scheme(values["global_quant_config"])[1]
             if suite is not None:
                 if values.get("attention") is not None:
                     raise ConfigError("a recipe names the KV cache either in the scheme or in attention, not in both")
                 values["attention"] = suite
-        else:
-            values["global_quant_config"] = _quantization_config(values["global_quant_config"], group_size)
+        values["global_quant_config"], sized = _sized(values["global_quant_config"], group_size)
         for field in ("layer_type_quant_config", "layer_quant_config"):
             if field in values:
                 table = _mapping(values[field], field)
+                for value in table.values():
+                    if isinstance(value, str):
+                        scheme_config(value)  # refuses one that names a KV cache
                 # the shorthand sizes the groups of named schemes; a spec written out says its own size
-                values[field] = {
-                    key: _quantization_config(
-                        {} if value is None else value, group_size if isinstance(value, str) else None
-                    )
+                made = {
+                    key: _sized({} if value is None else value, group_size if isinstance(value, str) else None)
                     for key, value in table.items()
                 }
+                values[field] = {key: config for key, (config, _) in made.items()}
+                sized = sized or any(reached for _, reached in made.values())
+        if group_size is not None and not sized:
+            with_group_size(values["global_quant_config"], group_size)  # says why it has none
         if "exclude" in values:
             exclude = values["exclude"]
             if not isinstance(exclude, str | list | tuple):
@@ -195,17 +199,26 @@ def _check_stored(what: str, spec: QuantizationSpec | None) -> None:
         _check_stored(f"{what} first_stage", spec.first_stage)
 
 
-def _quantization_config(value: Any, group_size: int | None) -> QuantizationConfig:
+def _sized(value: Any, group_size: int | None) -> tuple[QuantizationConfig, bool]:
+    """The config that a scheme's name or plain data stands for, with groups of that size if it has groups; whether it
+    has."""
     if isinstance(value, str):
-        return scheme_config(value, group_size)
-    if isinstance(value, QuantizationConfig):
-        return value if group_size is None else with_group_size(value, group_size)
+        config = parse_scheme(value)[0]
+        if group_size is not None and takes_group_size(config):
+            return parse_scheme(value, group_size)[0], True
+        return config, False
+    config = value if isinstance(value, QuantizationConfig) else _quantization_config(value)
+    if group_size is None or not takes_group_size(config):
+        return config, False
+    return with_group_size(config, group_size), True
+
+
+def _quantization_config(value: Any) -> QuantizationConfig:
     options = _mapping(value, "a quantization config")
     for name in ("weight", "input_tensors", "output_tensors", "bias"):
         if isinstance(options.get(name), Mapping):
             options[name] = QuantizationSpec(**options[name])
-    config = QuantizationConfig(**options)
-    return config if group_size is None else with_group_size(config, group_size)
+    return QuantizationConfig(**options)
 
 
 def _plain(value: Any) -> Any:

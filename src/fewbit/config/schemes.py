@@ -165,7 +165,8 @@ def parse_scheme(name: str, group_size: int | None = None) -> tuple[Quantization
     """What a scheme's name stands for: a row of SCHEMES, maybe with a KV suite and a group size in either order
     (W4A8KV4-g128, W4A8-g128+KV4).
 
-    `group_size` replaces the default of 128, −1 means per channel; it must not contradict the name.
+    `group_size` replaces the default of 128, −1 means per channel; it must not contradict the name. ConfigError for a
+    scheme whose groups have no free size.
     """
     match = _NAME.fullmatch(name.upper())
     assert match is not None  # anything is a base
@@ -191,17 +192,39 @@ def scheme_config(name: str, group_size: int | None = None) -> QuantizationConfi
     return config
 
 
+def takes_group_size(config: QuantizationConfig) -> bool:
+    """Whether a config's weight may have groups of any size: it has some, or is of integers that are packed.
+
+    8-bit integers that meet integer inputs are summed in one integer product, FP8 has a scale per channel or tensor:
+    engines refuse groups of both.
+    """
+    weight, inputs = config.weight, config.input_tensors
+    if weight is None or weight.scale_type not in ("float", "pof2") or weight.qscheme == "per_block":
+        return False
+    summed = weight.bits == 8 and inputs is not None and inputs.format.is_integer
+    return weight.qscheme == "per_group" or (weight.format.is_integer and not summed)
+
+
 def with_group_size(config: QuantizationConfig, group_size: int) -> QuantizationConfig:
-    """The same config with another group size for the weight; −1 means one scale per output channel."""
+    """The same config with another group size for the weight; −1 means one scale per output channel. ConfigError for
+    weights that have no groups of a free size."""
     weight = config.weight
     if weight is None:
         return config
-    if weight.scale_type != "float" or weight.qscheme == "per_block":
-        raise ConfigError(f"group_size {group_size}: {weight.summary} has the groups of its format; leave it out")
+    if group_size < 1 and group_size != -1:
+        raise ConfigError(f"group size must be a positive number, or -1 for one scale per channel, not {group_size}")
+    if not takes_group_size(config):
+        if group_size == -1 and weight.qscheme == "per_channel":
+            return config
+        if weight.qscheme in ("per_group", "per_block"):
+            raise ConfigError(f"group_size {group_size}: {weight.summary} has the groups of its format; leave it out")
+        met = f" with {config.input_tensors.dtype} inputs" if config.input_tensors is not None else ""
+        raise ConfigError(
+            f"group_size {group_size}: {weight.summary}{met} has no groups (engines know none there); leave it out, "
+            "or use a scheme with groups (W8A16, W4A16, W4A8 …)"
+        )
     if weight.qscheme != "per_group":  # a channel's axis is not the one along which groups run
         weight = replace(weight, qscheme="per_channel", ch_axis=None)
     if group_size == -1 and weight.qscheme == "per_channel":
         return replace(config, weight=weight)
-    if group_size < 1 and group_size != -1:
-        raise ConfigError(f"group size must be a positive number, or -1 for one scale per channel, not {group_size}")
     return replace(config, weight=replace(weight, qscheme="per_group", group_size=group_size))

@@ -16,15 +16,16 @@ from fewbit.export import compressed_tensors
 from fewbit.export.verification import ORIGIN, Verification, read_origin, write_origin
 
 Specs = Mapping[str, QuantizationSpec]
+Shapes = Mapping[str, tuple[int, int]]
 
 __all__ = ["EXPORTERS", "Exporter", "Verification", "export", "export_directory", "exporter", "verify"]
 
 
 class Check(Protocol):
     """Raises ConfigError for specs that a format cannot hold: of weights by their names, of activations by module and
-    slot (MODULE.input, ATTENTION_MODULE.key, …)."""
+    slot (MODULE.input, ATTENTION_MODULE.key, …); `shapes` [out, in] of the weights, where they are known."""
 
-    def __call__(self, weights: Specs, activations: Specs | None = None) -> None: ...
+    def __call__(self, weights: Specs, activations: Specs | None = None, shapes: Shapes | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
     checkpoint = NativeCheckpoint(run)
     weights = {name: spec for name, (spec, _) in checkpoint.quantized.items()}
     activations = {name: activation.spec for name, activation in checkpoint.activations().items()}
-    target.check(weights, activations)
+    target.check(weights, activations, {name: shape for name, (_, shape) in checkpoint.quantized.items()})
     with replacing_directory(Path(output)) as beside:
         target.write(checkpoint, beside)
         write_origin(beside, Path(output), Path(run), format, target.notes(weights, activations))

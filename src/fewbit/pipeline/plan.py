@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from fewbit.config.matching import resolve
@@ -49,7 +49,8 @@ class Plan:
     names inside the block); empty where none is."""
     warnings: list[str]
     attention: AttentionConfig | None = None
-    attention_modules: tuple[str, ...] = ()
+    attention_classes: Mapping[str, str] = field(default_factory=dict)
+    """Class of every attention module in which something is quantized, by the module's name."""
     untouched: tuple[Untouched, ...] = ()
     """Tensors that are no linears and stay as they are."""
 
@@ -63,6 +64,11 @@ class Plan:
         """Spec of every weight that is quantized, by the weight's name."""
         return {f"{name}.weight": linear.spec for name, linear in self.linears.items() if linear.spec is not None}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """[out, in] of every weight that is quantized, by the weight's name."""
+        return {f"{name}.weight": linear.shape for name, linear in self.linears.items() if linear.spec is not None}
+
     @cached_property
     def activations(self) -> dict[str, QuantizationSpec]:
         """Spec of every activation that is quantized, by module and slot: MODULE.input, ATTENTION_MODULE.key …"""
@@ -72,7 +78,7 @@ class Plan:
                 slots = {"input": linear.config.input_tensors, "output": linear.config.output_tensors}
                 found |= {f"{name}.{slot}": spec for slot, spec in slots.items() if spec is not None}
         inside = self.attention.specs if self.attention is not None else {}
-        for name in self.attention_modules:
+        for name in self.attention_classes:
             found |= {f"{name}.{slot}": spec for slot, spec in inside.items() if spec is not None}
         return found
 
@@ -116,13 +122,14 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
             "give weights a spec, or leave it out"
         )
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
-    warnings = _unlike_specs(model, linears) + _not_of_the_model(model)
+    warnings = _unlike_specs(model, linears) + _cut_blocks(model, linears) + _not_of_the_model(model)
     left = tuple(untouched(model.skeleton, linears))
     if left:
         warnings.append(sentence(left))
-    inside: tuple[str, ...] = ()
+    inside: dict[str, str] = {}
     if config.attention is not None:  # attaching checks that it can be done
-        inside = tuple(attention.attach(model.skeleton, config.attention))
+        attached = attention.attach(model.skeleton, config.attention)
+        inside = {name: type(model.skeleton.get_submodule(name)).__name__ for name in attached}
         attention.detach(model.skeleton)
     return Plan(linears, groups, warnings, config.attention, inside, left)
 
@@ -196,3 +203,17 @@ def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list
         f"{len(mixed)} groups of linears that engines fuse have unlike specs (first: {mixed[0]}); "
         "vLLM will refuse them"
     ]
+
+
+def _cut_blocks(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:
+    """Engines fuse linears that share an input, whose blocks of rows must then end where the linears do."""
+    for name in (
+        prefix + name for prefix in map(model.prefix, range(len(model))) for g in model.groups for name in g[:-1]
+    ):
+        spec = linears[name].spec
+        if spec is not None and spec.block_size is not None and linears[name].shape[0] % spec.block_size[0]:
+            return [
+                f"blocks of {spec.block_size[0]} rows do not divide the {linears[name].shape[0]} of {name}, which "
+                "engines fuse with others; the run can be evaluated, but not exported"
+            ]
+    return []

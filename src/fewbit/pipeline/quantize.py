@@ -90,7 +90,7 @@ def quantize_model(
     view = progress_view(progress)
     try:
         with _side_files(blockwise, model, tokenizer) as (files, notes):
-            directory.open(identity, len(blockwise), plan.unquantized, resume)
+            directory.open(identity, len(blockwise), plan.unquantized, resume, plan.attention_classes)
             notes = notes + in_words(copy_side_files(files, directory.path, weights=_files(blockwise)))
         plan = replace(plan, warnings=plan.warnings + notes)
         prepared = time.perf_counter()

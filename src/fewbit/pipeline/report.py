@@ -75,7 +75,7 @@ def build_report(
         "warnings": plan.warnings,
         "linears": rows + untouched,
         "untouched": [tensor.row for tensor in plan.untouched],
-        "attention": {"modules": len(plan.attention_modules)} | plan.attention.summary if plan.attention else None,
+        "attention": {"modules": len(plan.attention_classes)} | plan.attention.summary if plan.attention else None,
         "environment": environment(),
         "recipe": config.to_dict(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -59,8 +60,18 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._created = False
 
-    def open(self, identity: Identity, num_blocks: int, unquantized: list[str], resume: bool) -> None:
-        """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run."""
+    def open(
+        self,
+        identity: Identity,
+        num_blocks: int,
+        unquantized: list[str],
+        resume: bool,
+        attention_classes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run.
+
+        `attention_classes`: of attention modules in which something is quantized; exports name them.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; --output needs a directory")
         if self.path.exists() and not (self.path / MANIFEST).exists() and any(self._foreign_files()):
@@ -91,6 +102,7 @@ class RunDirectory:
                 "calibration": identity.calibration,
                 "recipe": identity.recipe,
                 "unquantized_linears": unquantized,
+                "attention_classes": dict(attention_classes or {}),
             },
         )
 

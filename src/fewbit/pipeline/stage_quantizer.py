@@ -91,12 +91,12 @@ def quantize_stage(
 
 
 def _alike(members: list[Member]) -> Iterable[list[Member]]:
-    """Members in order, those joined whose rows are quantized alike. A scale per tensor keeps its tensor alone."""
+    """Members in order, those joined whose rows are quantized alike or that share a scale per tensor."""
     batches: list[list[Member]] = []
     for member in members:
         for batch in batches:
             first = batch[0]
-            if member.spec == first.spec and member.dtype == first.dtype and _by_rows(member.spec):
+            if member.spec == first.spec and member.dtype == first.dtype and _joins(member.spec):
                 batch.append(member)
                 break
         else:
@@ -104,9 +104,15 @@ def _alike(members: list[Member]) -> Iterable[list[Member]]:
     return batches
 
 
-def _by_rows(spec: QuantizationSpec) -> bool:
-    """Whether every row is quantized by itself, in the first of two stages, too."""
-    return spec.tiling.rows == 1 and (spec.first_stage is None or spec.first_stage.tiling.rows == 1)
+def _joins(spec: QuantizationSpec) -> bool:
+    """Whether every row is quantized by itself (in the first of two stages, too), or by a scale that the stage shares.
+
+    A scale per tensor is shared where engines that fuse the linears have one for all: for floats, which lose next to
+    nothing by it. Integers keep their own.
+    """
+    if spec.first_stage is not None and spec.first_stage.tiling.rows != 1:
+        return False
+    return spec.tiling.rows == 1 or (spec.qscheme == "per_tensor" and not spec.format.is_integer)
 
 
 def _errors(delta: Tensor, moment: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ left over, that linears which stay as they are are ignored, and that fused linea
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from fewbit.export.compressed_tensors.config import DENSE, NAME, Specs, kv_cache
 from fewbit.export.compressed_tensors.layouts import Layout
 from fewbit.export.compressed_tensors.scheme import Args, activation_args, weight_args
 from fewbit.export.compressed_tensors.sharing import unshared
+from fewbit.export.compressed_tensors.write import left_alone
 from fewbit.export.verification import Verification, compare
 from fewbit.tensor import QuantTensor
 
@@ -39,14 +41,14 @@ def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
     for name, (spec, _) in checkpoint.quantized.items():
         scheme = checked.scheme(name, spec, specs)
         checked.weight(name, checkpoint.read_quantized(name), layout_of(name, spec, specs), scheme)
-    checked.attention(specs)
+    checked.attention(specs, checkpoint.manifest.get("attention_classes", {}))
     for name, activation in activations.items():
         for stored, expected in encode_activation(name, activation).items():
             checked.tensor(stored, expected)
     dense = [name for part in checkpoint.parts for name in part.dense]
     for name in dense:
         checked.tensor(name, checkpoint.read([name])[name])
-    checked.nothing_left(checkpoint.manifest["unquantized_linears"])
+    checked.nothing_left(left_alone(checkpoint))
     decoder = f"compressed-tensors {checked.library.version}"
     return Verification(directory, NAME, len(checkpoint.quantized), len(dense), decoder, len(activations))
 
@@ -132,22 +134,26 @@ class _Export:
         self.left.discard(name)
         return found
 
-    def attention(self, activations: Specs) -> None:
-        """The entries of the KV cache and of queries."""
+    def attention(self, activations: Specs, classes: Mapping[str, str]) -> None:
+        """The entries of the KV cache and of queries, which are said by class."""
         cache, _, queries = kv_cache(activations)
         self.args("kv_cache_scheme", self.config.kv_cache_scheme, cache)
         for module in queries:
-            scheme = self.schemes.get(module)
-            if scheme is None or scheme.format != DENSE:
+            scheme = self.schemes.get(classes.get(module, ""))
+            if scheme is None or scheme.weights is not None or len(scheme.targets) != 1 or scheme.format != DENSE:
                 raise VerificationError(f"{module}: the config has no group for its query")
             self.args(f"{module} query", scheme.input_activations, cache)
+        expected = {classes.get(module) for module in queries}
+        for target, scheme in self.schemes.items():
+            if scheme.weights is None and target not in expected:
+                raise VerificationError(f"{self.directory}: the config quantizes {target!r} without weights")
 
     def nothing_left(self, unquantized: list[str]) -> None:
         """No tensor that was not compared, and no linear that a reader would quantize although the run did not."""
         if self.left:
             raise VerificationError(f"{self.directory} holds tensors that the run does not: {sorted(self.left)[0]!r}")
         for module in unquantized:
-            if self.picked(module) is not None:
+            if not module.startswith("re:") and self.picked(module) is not None:
                 raise VerificationError(
                     f"{self.directory}: by its config {module!r} is quantized, in the run it is not"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fewbit.checkpoint.files import write_json, write_safetensors
@@ -22,7 +23,8 @@ def write(checkpoint: NativeCheckpoint, directory: Path) -> None:
     """Write the export into an existing empty directory. ConfigError for a run that the format cannot hold."""
     weights = {name: spec for name, (spec, _) in checkpoint.quantized.items()}
     activations = {name: found.spec for name, found in checkpoint.activations().items()}
-    config = quantization_config(weights, activations, checkpoint.manifest["unquantized_linears"])
+    classes = checkpoint.manifest.get("attention_classes", {})
+    config = quantization_config(weights, activations, left_alone(checkpoint), classes)
     _check_whole_cache(checkpoint, kv_cache(activations)[1])
     if fault := unshared(checkpoint):
         raise ConfigError(f"{NAME}: {fault}")
@@ -38,6 +40,23 @@ def write(checkpoint: NativeCheckpoint, directory: Path) -> None:
         directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
     copy_side_files(checkpoint.directory, directory, {"quantization_config": config})
+
+
+def left_alone(checkpoint: NativeCheckpoint) -> list[str]:
+    """Modules that readers must not take for quantized, by name or pattern.
+
+    Those are linears that stay as they are, and what engines have linears for although transformers has none: routers,
+    and experts in one tensor, which they look for by the names of single experts.
+    """
+    names = list(checkpoint.manifest["unquantized_linears"])
+    for part in checkpoint.parts[:-1]:  # the last has embeddings, which no target reaches
+        for name, info in part.dense.items():
+            module, _, last = name.rpartition(".")
+            if len(info.shape) >= 2 and last == "weight":
+                names.append(module)
+            elif len(info.shape) == 3:
+                names += [module, f"re:{re.escape(module)}\\..*"]
+    return list(dict.fromkeys(names))
 
 
 def part_tensors(part: NativePart) -> Tensors:
