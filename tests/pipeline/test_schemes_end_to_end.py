@@ -27,7 +27,7 @@ def wide(tmp_path_factory, random_model, tokenizer):
     """A bfloat16 checkpoint of one block whose dimensions every scheme's groups divide."""
     directory = tmp_path_factory.mktemp("wide") / "model"
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "initializer_range": 0.09}
-    shape["num_key_value_heads"] = 4  # 128 rows: blocks end where fused linears do
+    shape["head_dim"] = 64  # keys of 128 rows: blocks end where fused linears do
     random_model("llama", **shape).bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
