@@ -17,23 +17,29 @@ if TYPE_CHECKING:
     from fewbit.calibration.recorded import DefaultDataset as DefaultDataset
     from fewbit.calibration.recorded import build_calib_dataset_inputs as build_calib_dataset_inputs
     from fewbit.calibration.recorder import DataRecorder as DataRecorder
+    from fewbit.config.algorithms import AlgorithmConfig as AlgorithmConfig
     from fewbit.config.algorithms import AWQConfig as AWQConfig
     from fewbit.config.algorithms import GPTQConfig as GPTQConfig
     from fewbit.config.algorithms import RTNConfig as RTNConfig
     from fewbit.config.algorithms import ScalingLayer as ScalingLayer
     from fewbit.config.algorithms import SmoothQuantConfig as SmoothQuantConfig
     from fewbit.config.quark import Dtype as Dtype
+    from fewbit.config.quark import PerBlockMXDiffsObserver as PerBlockMXDiffsObserver
     from fewbit.config.quark import PerBlockMXObserver as PerBlockMXObserver
     from fewbit.config.quark import PerChannelMinMaxObserver as PerChannelMinMaxObserver
     from fewbit.config.quark import PerGroupMinMaxObserver as PerGroupMinMaxObserver
     from fewbit.config.quark import PerTensorHistogramObserver as PerTensorHistogramObserver
+    from fewbit.config.quark import PerTensorHistogramObserverPro as PerTensorHistogramObserverPro
     from fewbit.config.quark import PerTensorMinMaxObserver as PerTensorMinMaxObserver
     from fewbit.config.quark import PerTensorMSEObserver as PerTensorMSEObserver
     from fewbit.config.quark import PerTensorPercentileObserver as PerTensorPercentileObserver
     from fewbit.config.quark import PlaceholderObserver as PlaceholderObserver
     from fewbit.config.quark import QSchemeType as QSchemeType
+    from fewbit.config.quark import QuantizationMode as QuantizationMode
     from fewbit.config.quark import RoundType as RoundType
     from fewbit.config.quark import ScaleType as ScaleType
+    from fewbit.config.quark import ZeroPointType as ZeroPointType
+    from fewbit.config.quark_specs import *  # noqa: F403
     from fewbit.config.recipe import CalibrationConfig as CalibrationConfig
     from fewbit.config.recipe import Config as Config
     from fewbit.config.spec import AttentionConfig as AttentionConfig
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from fewbit.io import dump as dump
     from fewbit.io import load as load
     from fewbit.model_quantizer import ModelQuantizer as ModelQuantizer
+    from fewbit.models.forward_manager import LayerForwardManager as LayerForwardManager
     from fewbit.models.forward_manager import forward_manager as forward_manager
     from fewbit.nn.fake_quant import FakeQuantConv2d as FakeQuantConv2d
     from fewbit.nn.fake_quant import FakeQuantLinear as FakeQuantLinear
@@ -68,6 +75,8 @@ if TYPE_CHECKING:
     from fewbit.tensor import QuantTensor as QuantTensor
 
     QConfig, QLayerConfig, QTensorConfig = Config, QuantizationConfig, QuantizationSpec
+    AlgoConfig = AlgorithmConfig
+    build_calib_datset_inputs = build_calib_dataset_inputs
 
 _HOME = {
     "Run": "fewbit.api",
@@ -77,22 +86,64 @@ _HOME = {
     "build_calib_dataset_inputs": "fewbit.calibration.recorded",
     "DataRecorder": "fewbit.calibration.recorder",
     "AWQConfig": "fewbit.config.algorithms",
+    "AlgorithmConfig": "fewbit.config.algorithms",
     "GPTQConfig": "fewbit.config.algorithms",
     "RTNConfig": "fewbit.config.algorithms",
     "ScalingLayer": "fewbit.config.algorithms",
     "SmoothQuantConfig": "fewbit.config.algorithms",
     "Dtype": "fewbit.config.quark",
+    "PerBlockMXDiffsObserver": "fewbit.config.quark",
     "PerBlockMXObserver": "fewbit.config.quark",
     "PerChannelMinMaxObserver": "fewbit.config.quark",
     "PerGroupMinMaxObserver": "fewbit.config.quark",
     "PerTensorHistogramObserver": "fewbit.config.quark",
+    "PerTensorHistogramObserverPro": "fewbit.config.quark",
     "PerTensorMinMaxObserver": "fewbit.config.quark",
     "PerTensorMSEObserver": "fewbit.config.quark",
     "PerTensorPercentileObserver": "fewbit.config.quark",
     "PlaceholderObserver": "fewbit.config.quark",
     "QSchemeType": "fewbit.config.quark",
+    "QuantizationMode": "fewbit.config.quark",
     "RoundType": "fewbit.config.quark",
     "ScaleType": "fewbit.config.quark",
+    "ZeroPointType": "fewbit.config.quark",
+    "BFP16Spec": "fewbit.config.quark_specs",
+    "Bfloat16Spec": "fewbit.config.quark_specs",
+    "FP4PerGroupSpec": "fewbit.config.quark_specs",
+    "FP6E2M3PerGroupSpec": "fewbit.config.quark_specs",
+    "FP6E3M2PerGroupSpec": "fewbit.config.quark_specs",
+    "FP8E4M3PerChannelSpec": "fewbit.config.quark_specs",
+    "FP8E4M3PerGroupSpec": "fewbit.config.quark_specs",
+    "FP8E4M3PerTensorSpec": "fewbit.config.quark_specs",
+    "FP8E5M2PerChannelSpec": "fewbit.config.quark_specs",
+    "FP8E5M2PerGroupSpec": "fewbit.config.quark_specs",
+    "FP8E5M2PerTensorSpec": "fewbit.config.quark_specs",
+    "Float16Spec": "fewbit.config.quark_specs",
+    "Int2PerGroupSpec": "fewbit.config.quark_specs",
+    "Int3PerChannelSpec": "fewbit.config.quark_specs",
+    "Int3PerGroupSpec": "fewbit.config.quark_specs",
+    "Int4PerChannelSpec": "fewbit.config.quark_specs",
+    "Int4PerGroupSpec": "fewbit.config.quark_specs",
+    "Int4PerTensorSpec": "fewbit.config.quark_specs",
+    "Int8PerChannelSpec": "fewbit.config.quark_specs",
+    "Int8PerGroupSpec": "fewbit.config.quark_specs",
+    "Int8PerTensorSpec": "fewbit.config.quark_specs",
+    "MX6Spec": "fewbit.config.quark_specs",
+    "MX9Spec": "fewbit.config.quark_specs",
+    "OCP_MXFP4Spec": "fewbit.config.quark_specs",
+    "OCP_MXFP6E2M3Spec": "fewbit.config.quark_specs",
+    "OCP_MXFP6E3M2Spec": "fewbit.config.quark_specs",
+    "OCP_MXFP8E4M3Spec": "fewbit.config.quark_specs",
+    "OCP_MXFP8E5M2Spec": "fewbit.config.quark_specs",
+    "OCP_MXINT8Spec": "fewbit.config.quark_specs",
+    "ProgressiveSpec": "fewbit.config.quark_specs",
+    "ScaleQuantSpec": "fewbit.config.quark_specs",
+    "Uint4PerChannelSpec": "fewbit.config.quark_specs",
+    "Uint4PerGroupSpec": "fewbit.config.quark_specs",
+    "Uint4PerTensorSpec": "fewbit.config.quark_specs",
+    "Uint8PerChannelSpec": "fewbit.config.quark_specs",
+    "Uint8PerGroupSpec": "fewbit.config.quark_specs",
+    "Uint8PerTensorSpec": "fewbit.config.quark_specs",
     "CalibrationConfig": "fewbit.config.recipe",
     "Config": "fewbit.config.recipe",
     "AttentionConfig": "fewbit.config.spec",
@@ -103,6 +154,7 @@ _HOME = {
     "dump": "fewbit.io",
     "load": "fewbit.io",
     "ModelQuantizer": "fewbit.model_quantizer",
+    "LayerForwardManager": "fewbit.models.forward_manager",
     "forward_manager": "fewbit.models.forward_manager",
     "FP8FakeLinear": "fewbit.nn.fake_quant",
     "FakeQuantConv2d": "fewbit.nn.fake_quant",
@@ -124,8 +176,13 @@ _HOME = {
     "quantize_": "fewbit.ptq",
     "QuantTensor": "fewbit.tensor",
 }
-# Quark 0.13 renamed its classes; both names work.
-_ALIASES = {"QTensorConfig": "QuantizationSpec", "QLayerConfig": "QuantizationConfig", "QConfig": "Config"}
+_ALIASES = {
+    "QTensorConfig": "QuantizationSpec",  # Quark 0.11 renamed its classes; both names work
+    "QLayerConfig": "QuantizationConfig",
+    "QConfig": "Config",
+    "AlgoConfig": "AlgorithmConfig",
+    "build_calib_datset_inputs": "build_calib_dataset_inputs",  # as FullQuantTransformer spells it
+}
 
 __all__ = [*_HOME, *_ALIASES]
 

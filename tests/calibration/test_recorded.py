@@ -14,7 +14,7 @@ from fewbit.calibration.recorded import (
     write_recording,
 )
 from fewbit.calibration.recorder import DataRecorder
-from fewbit.errors import CalibrationError, CheckpointError
+from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 
 BATCH, PROMPT, NEW = 2, 9, 5
 TOKENS = PROMPT + NEW - 1
@@ -243,3 +243,34 @@ def test_steps_that_do_not_belong_together_are_refused():
     data = {**sequence(0, 4, 3), "model_input_ids": [torch.ones(1, 4, dtype=torch.int64)]}
     with pytest.raises(CalibrationError, match="as many steps of 'model_input_ids' as of 'model_input'"):
         build_calib_dataset_inputs([data])
+
+
+class TestADatasetIsGiven:
+    """As FullQuantTransformer's scripts do it: the dataset first, then a choice from it."""
+
+    def test_it_is_what_the_directory_gives(self, tmp_path):
+        for seed in range(6):
+            write_recording(sequence(seed), tmp_path / f"{seed}.safetensors")
+        dataset = DefaultDataset(root_dir=str(tmp_path))
+        chosen = build_calib_dataset_inputs(dataset, num_samples=3, seed=1, device="cpu")
+        expected = build_calib_dataset_inputs(tmp_path, num_samples=3, seed=1)
+        assert len(chosen) == len(expected) == 3
+        assert all(torch.equal(a["input_tensor"], b["input_tensor"]) for a, b in zip(chosen, expected, strict=True))
+
+    def test_every_tensor_goes_to_the_device(self, model):
+        recorder = recorded(model, lambda: generate(model, prompt()))
+        (item,) = build_calib_dataset_inputs([recorder.recorded], device="meta")
+        tensors = [item["input_tensor"], item["input_ids"], item["kwargs"]["position_ids"]]
+        assert all(tensor.is_meta for tensor in (*tensors, *item["kwargs"]["position_embeddings"]))
+
+    def test_what_contradicts_it_is_an_error(self, tmp_path):
+        dataset = DefaultDataset([sequence(0)])
+        with pytest.raises(
+            ConfigError, match=r"key='linear_input.x' is for recordings; this DefaultDataset has chosen"
+        ):
+            build_calib_dataset_inputs(dataset, key="linear_input.x")
+        for arguments in ({}, {"files": tmp_path, "root_dir": tmp_path}):
+            with pytest.raises(ConfigError, match="give the recordings once: files, or root_dir"):
+                DefaultDataset(**arguments)
+        with pytest.raises(CalibrationError, match="num_samples must be at least 1, not 0"):
+            build_calib_dataset_inputs(dataset, num_samples=0)

@@ -246,8 +246,62 @@ def test_modules_that_are_not_there_are_named(model, vit):
         recorder.register_input_hooks("model.layer.0")
     with pytest.raises(ArchitectureError, match="this ViTModel is no part of the LlamaForCausalLM"):
         recorder.register_input_hooks(vit)
-    with pytest.raises(ArchitectureError, match="no list of like blocks"):
-        DataRecorder(torch.nn.Linear(2, 2)).register_input_hooks()
+
+
+class TestOfABlock:
+    """A recorder may be made of the module that is to be recorded, instead of the model around it."""
+
+    @pytest.mark.parametrize("name", ["model.layers.1", "model.layers.1.self_attn"])
+    def test_it_records_what_a_recorder_of_the_model_does(self, model, name, tmp_path):
+        whole, part = DataRecorder(model), DataRecorder(model=model.get_submodule(name), device="cpu")
+        for recorder, modules in ((whole, name), (part, None)):
+            recorder.register_input_hooks(modules)
+            recorder.register_pos_embed_hooks(modules)
+            recorder.register_output_hooks(modules)
+        generate(model)
+        files = [
+            recorder.save_inputs(str(tmp_path / f"{index}.safetensors"))
+            for index, recorder in enumerate((whole, part))
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        for recorder in (whole, part):
+            recorder.remove_input_hooks()
+            recorder.remove_pos_embed_hooks()
+            recorder.remove_output_hooks()
+        assert hook_count(model) == 0
+
+    def test_a_list_of_experts_inside_it_is_no_list_of_blocks(self, model):
+        block = model.model.layers[0]
+        block.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        with DataRecorder(block) as recorder:
+            generate(model)
+        assert len(recorder.recorded["model_input"]) == NEW
+        assert set(recorder.recorded) == {"model_input", "model_pos_embed", "model_position_ids"}
+
+    def test_a_linear_and_a_network_without_blocks_are_recorded_themselves(self):
+        linear = torch.nn.Linear(2, 3)
+        net = torch.nn.Sequential(linear, torch.nn.ReLU())
+        recorder, inner = DataRecorder(net), DataRecorder(linear)
+        recorder.register_input_hooks()
+        recorder.register_output_hooks()
+        inner.register_linear_input_hooks()
+        x = torch.randn(4, 2)
+        expected = net(x)
+        assert torch.equal(recorder.recorded["model_input"][0], x)
+        assert torch.equal(recorder.recorded["model_output"][0], expected)
+        assert torch.equal(inner.recorded["linear_input"][0], x)
+
+    def test_token_ids_are_the_model_s(self, model):
+        with pytest.raises(
+            ArchitectureError, match=r"LlamaDecoderLayer takes no input_ids.*a DataRecorder of the model"
+        ):
+            DataRecorder(model.model.layers[0]).register_input_ids_hooks()
+
+
+def test_an_error_in_the_loop_leaves_no_hook(model):
+    with pytest.raises(IndexError), DataRecorder(model):
+        model(prompt() + 10**6)  # tokens that the model does not have
+    assert hook_count(model) == 0
 
 
 def test_recording_the_same_twice_is_refused(model):

@@ -162,8 +162,8 @@ class TestSpec:
 
     @pytest.mark.parametrize("qscheme", list(QSchemeType))
     def test_granularities(self, qscheme):
-        size = {"group_size": 32} if qscheme == QSchemeType.per_group else {}
-        assert QuantizationSpec(qscheme=qscheme, **size).qscheme == str(qscheme)
+        sizes = {QSchemeType.per_group: {"group_size": 32}, QSchemeType.per_block: {"block_size": (128, 128)}}
+        assert QuantizationSpec(qscheme=qscheme, **sizes.get(qscheme, {})).qscheme == str(qscheme)
 
     @pytest.mark.parametrize("method", list(RoundType))
     def test_round_methods(self, method):
@@ -390,3 +390,125 @@ def test_a_dtype_is_the_same_by_its_name_and_by_its_member(member):
 def test_every_name_is_there_after_import_fewbit():
     for name in fewbit.__all__:
         assert getattr(fewbit, name) is not None
+
+
+class TestConfigDefaults:
+    """Every field of Quark's Config can be given with its default, and what has no counterpart says where to turn."""
+
+    WEIGHT = QuantizationConfig(weight=QuantizationSpec(dtype="int4", group_size=64))
+
+    def test_none_is_quark_s_default(self):
+        plain = Config(global_quant_config=self.WEIGHT, algo_config=None)
+        given = Config(
+            global_quant_config=self.WEIGHT,
+            layer_type_quant_config=None,
+            layer_quant_config=None,
+            exclude=None,
+            algo_config=None,
+            quant_mode=None,
+            pre_quant_opt_config=None,
+            log_severity_level=None,
+            version=None,
+            kv_cache_quant_config=None,
+            softmax_quant_spec=None,
+        )
+        assert given == plain
+        assert given.algo_config == (RTNConfig(),)
+
+    def test_values_of_later_versions(self):
+        given = Config(
+            global_quant_config=self.WEIGHT,
+            layer_type_quant_config={},
+            layer_quant_config={},
+            kv_cache_quant_config={},
+            kv_cache_group=[],
+            min_kv_scale=0.0,
+            exclude=[],
+            algo_config=[],
+            quant_mode=fewbit.QuantizationMode.eager_mode,
+            log_severity_level=1,
+            version="0.13",
+        )
+        assert given == Config(global_quant_config=self.WEIGHT, algo_config=None)
+
+    @pytest.mark.parametrize("mode", ["fx_graph_mode", fewbit.QuantizationMode.fx_graph_mode])
+    def test_another_mode_is_refused(self, mode):
+        with pytest.raises(ConfigError, match="quant_mode must be eager"):
+            Config(global_quant_config=self.WEIGHT, quant_mode=mode)
+
+    @pytest.mark.parametrize(
+        ("fields", "sentence"),
+        [
+            ({"min_kv_scale": 1.0}, "no field 'min_kv_scale'; say"),
+            ({"softmax_quant_spec": FP8_PER_TENSOR}, "AttentionConfig\\(probabilities"),
+            ({"kv_cache_post_rope": True}, "after rotary embeddings"),
+            ({"shared_scale_groups": [["*.q_proj"]]}, "leave it out"),
+        ],
+    )
+    def test_what_is_said_elsewhere_here_says_where(self, fields, sentence):
+        with pytest.raises(ConfigError, match=sentence):
+            Config(global_quant_config=self.WEIGHT, **fields)
+
+    def test_pre_quant_opt_config_joins_the_algorithms(self):
+        smooth = SmoothQuantConfig(alpha=0.5)
+        expected = Config(global_quant_config=self.WEIGHT, algo_config=[smooth, GPTQConfig()])
+        for before in (smooth, [smooth]):
+            given = Config(global_quant_config=self.WEIGHT, pre_quant_opt_config=before, algo_config=GPTQConfig())
+            assert given == expected
+        alone = Config(global_quant_config=self.WEIGHT, pre_quant_opt_config=smooth)
+        assert alone.algo_config == (smooth, RTNConfig())
+
+    def test_the_cache_s_entries_win(self):
+        cache = QuantizationConfig(weight=UINT4_PER_GROUP, output_tensors=FP8_PER_TENSOR)
+        given = Config(
+            global_quant_config=self.WEIGHT,
+            layer_quant_config={"*proj": self.WEIGHT, "*.k_proj": self.WEIGHT},
+            kv_cache_quant_config={"*.k_proj": cache},
+        )
+        found = resolve(given, {"a.k_proj": "Linear", "a.v_proj": "Linear"})
+        assert (found["a.k_proj"].config, found["a.v_proj"].config) == (cache, self.WEIGHT)
+
+    def test_a_dictionary_of_quark_s_is_a_recipe(self):
+        weight = {
+            "dtype": "uint4",
+            "is_dynamic": False,
+            "qscheme": "per_group",
+            "ch_axis": 1,
+            "group_size": 128,
+            "symmetric": False,
+            "round_method": "half_even",
+            "scale_type": "float",
+            "scale_format": None,
+            "scale_calculation_mode": None,
+            "mx_element_dtype": None,
+            "observer_cls": "PerGroupMinMaxObserver",
+            "is_scale_quant": False,
+        }
+        nothing = {"input_tensors": None, "output_tensors": None, "bias": None, "target_device": None}
+        given = Config.from_dict(
+            {
+                "global_quant_config": {"weight": weight, **nothing},
+                "exclude": ["lm_head"],
+                "algo_config": [{"name": "smooth", "alpha": 0.5, "scaling_layers": [], "model_decoder_layers": ""}],
+                "softmax_quant_spec": None,
+                "quant_method": "quark",
+                "layer_type_quant_config": {},
+                "layer_quant_config": {},
+                "kv_cache_quant_config": {},
+                "quant_mode": "eager_mode",
+                "version": "0.10",
+            }
+        )
+        assert given.global_quant_config == QuantizationConfig(weight=UINT4_PER_GROUP)
+        assert given.algo_config == (SmoothQuantConfig(alpha=0.5), RTNConfig())
+
+    def test_wide_integers_are_said_not_to_be_stored(self):
+        int16 = QuantizationSpec(dtype=Dtype.int16, qscheme="per_tensor", observer="minmax")
+        for fields in ({"weight": int16}, {"weight": UINT4_PER_GROUP, "input_tensors": int16}):
+            with pytest.raises(ConfigError, match=r"int16 can be rounded to .* but not stored"):
+                Config(global_quant_config=QuantizationConfig(**fields))
+
+
+def test_algo_config_names_the_classes_of_algorithms():
+    assert isinstance(GPTQConfig(), fewbit.AlgoConfig)
+    assert not isinstance("gptq", fewbit.AlgoConfig)

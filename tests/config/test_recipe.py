@@ -350,7 +350,6 @@ class TestShorthands:
         pytest.param({"group_size": 32.5}, "group_size", id="group-size-fraction"),
         pytest.param({"group_size": "big"}, r"group.size.*big", id="group-size-text"),
         pytest.param({"exclude": 3}, "exclude", id="exclude-number"),
-        pytest.param({"exclude": None}, "exclude", id="exclude-nothing"),
         pytest.param({"exclude": [3]}, "exclude", id="exclude-numbers"),
         pytest.param({"seed": "x"}, "seed", id="seed-text"),
         pytest.param({3: "x"}, "no field 3", id="field-number"),

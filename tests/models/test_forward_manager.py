@@ -191,3 +191,54 @@ def test_missing_position_embeddings_are_named(random_model):
     layer = random_model("llama").model.layers[0]
     with pytest.raises(ArchitectureError, match="LlamaDecoderLayer needs position_embeddings; record them"):
         forward_manager.forward(layer, torch.ones(1, 4, 64))
+
+
+class TestABatchThatGetsLost:
+    """`return output[0]` is what users write who know layers that return tuples."""
+
+    X = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
+
+    @staticmethod
+    def first(layer, inputs, **kwargs):
+        output = layer(inputs, **kwargs)
+        return output[0]
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_the_first_element_of_a_layer_that_returns_a_tensor_is_the_tensor(self, manager, random_model, batch):
+        model = random_model("llama")
+        layer, x = model.model.layers[0], self.X[:batch]
+        embeddings = model.model.rotary_emb(x, torch.arange(6).unsqueeze(0))
+        manager.register("LlamaDecoderLayer", self.first)
+        with torch.no_grad():
+            out = manager.forward(layer, x, position_embeddings=embeddings)
+            assert torch.equal(out, layer(x, position_embeddings=embeddings))
+        assert not layer._forward_hooks
+
+    def test_the_first_element_of_a_tuple_stays_what_it_is(self, manager):
+        class Pair(nn.Module):
+            def forward(self, x):
+                return x * 2, x * 3
+
+        manager.register("Pair", self.first)
+        assert torch.equal(manager.forward(Pair(), self.X), self.X * 2)
+
+    def test_what_lost_the_batch_otherwise_is_an_error(self, manager):
+        manager.register("Odd", lambda layer, inputs, **kwargs: inputs[0] + 1)
+        with pytest.raises(ArchitectureError, match=r"Odd gave back \[6, 64\] for \[3, 6, 64\]: the batch is gone"):
+            manager.forward(Odd(), self.X)
+
+    def test_one_vector_a_row_is_no_lost_batch(self, manager):
+        manager.register("Odd", lambda layer, inputs, **kwargs: inputs.mean(1))
+        assert manager.forward(Odd(), self.X).shape == (3, 64)
+
+
+def test_a_cell_that_runs_again_registers_again(manager):
+    def run_again():
+        def forward(layer, inputs, **kwargs):
+            return inputs * 7
+
+        manager.register("Odd", forward)
+
+    run_again()
+    run_again()
+    assert manager.forward(Odd(), torch.ones(1)) == 7

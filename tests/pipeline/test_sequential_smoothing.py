@@ -297,10 +297,19 @@ def test_methods_and_group_size_replace_those_of_the_scheme():
     assert SequentialSmoothQuantConfig(q_linear_type="W4A16", group_size=32).quantization.weight.group_size == 32
 
 
+def test_methods_in_full_quant_transformer_s_words():
+    for linears in ("W8A8", W8A8FakeLinear):
+        found = SequentialSmoothQuantConfig(w_method="per-token", a_method="per-tensor", q_linear_type=linears)
+        summaries = found.quantization.weight.summary, found.quantization.input_tensors.summary
+        assert summaries == ("int8 per_channel", "int8 per_tensor dynamic")
+    weights_alone = SequentialSmoothQuantConfig("per-token", "per-token", W4A16FakeLinear)
+    assert weights_alone.quantization.weight.summary == "int4 per_channel"
+    assert weights_alone.quantization.input_tensors is None
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"q_linear_type": "W4A16", "a_method": "per-token"}, "does not quantize activations; leave it out"),
         ({"q_linear_type": "W8A8", "group_size": 32}, "nothing of W8A8 has groups; say w_method='per-block'"),
         ({"q_linear_type": "W8A8", "w_method": "per-block"}, "needs group_size"),
         ({"q_linear_type": nn.Linear}, "q_linear_type is a scheme's name or a FakeQuantLinear with a preset"),

@@ -20,10 +20,12 @@ from torch.utils.data import Dataset
 
 from fewbit import io
 from fewbit.checkpoint.files import write_safetensors
-from fewbit.errors import CalibrationError, CheckpointError
+from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 
 Step = Tensor | tuple[Tensor, ...]
 Recording = Mapping[str, Sequence[Step]]
+Files = str | Path | Recording | Sequence[str | Path | Recording]
+"""A directory of recordings, files, recordings in memory."""
 Item = dict[str, Any]
 """{"input_tensor": [batch, tokens, channels], "kwargs": {…}} and, if they were recorded, "input_ids"."""
 
@@ -88,7 +90,8 @@ class DefaultDataset(Dataset[Item]):
     """Recorded sequences, read when they are asked for.
 
     Args:
-        files: a directory of recordings, files, or recordings in memory (`DataRecorder.recorded`).
+        files: a directory of recordings (also by the name root_dir), files, or recordings in memory
+            (`DataRecorder.recorded`).
         num_samples: how many sequences to choose at random by `seed`; None, or more than there are, takes all.
         key: what to take as input: "model_input", "model_input.NAME" of a named module, "linear_input.NAME", …
         allow_pickle: read pickles, which can run code.
@@ -96,13 +99,19 @@ class DefaultDataset(Dataset[Item]):
 
     def __init__(
         self,
-        files: str | Path | Sequence[str | Path | Recording],
+        files: Files | None = None,
         num_samples: int | None = None,
         seed: int = 0,
         *,
+        root_dir: str | Path | None = None,
         key: str = INPUT,
         allow_pickle: bool = False,
     ) -> None:
+        if (files is None) == (root_dir is None):
+            raise ConfigError("give the recordings once: files, or root_dir for a directory")
+        if files is None:
+            assert root_dir is not None
+            files = root_dir
         self.key = key
         self._allow_pickle = allow_pickle
         sequences = [
@@ -110,12 +119,7 @@ class DefaultDataset(Dataset[Item]):
             for source in _sources(files)
             for steps in _sequences(self._read(source, (key, *self._beside(POSITION_IDS))), key, source)
         ]
-        if num_samples is not None and num_samples < 1:
-            raise CalibrationError(f"num_samples must be at least 1, not {num_samples}")
-        if num_samples is not None and num_samples < len(sequences):
-            order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
-            sequences = [sequences[index] for index in order[:num_samples].sort().values.tolist()]
-        self._chosen = sequences
+        self._chosen = [sequences[index] for index in _sample(len(sequences), num_samples, seed)]
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -167,19 +171,51 @@ class DefaultDataset(Dataset[Item]):
 
 
 def build_calib_dataset_inputs(
-    files_or_dir: str | Path | Sequence[str | Path | Recording],
+    dataset: Dataset[Item] | Files,
     num_samples: int | None = None,
     seed: int = 0,
+    device: torch.device | str | None = None,
     *,
-    key: str = INPUT,
+    key: str | None = None,
     allow_pickle: bool = False,
 ) -> list[Item]:
-    """The items of a DefaultDataset in memory: the inputs of `run_gptq_for_sequential_layers`."""
-    dataset = DefaultDataset(files_or_dir, num_samples, seed, key=key, allow_pickle=allow_pickle)
-    return [dataset[index] for index in range(len(dataset))]
+    """Items of a dataset in memory: the inputs of `run_gptq_for_sequential_layers`.
+
+    Args:
+        dataset: a DefaultDataset, another one that has such items, or what a DefaultDataset is made of.
+        num_samples: how many items to choose at random by `seed`; None, or more than there are, takes all.
+        device: where their tensors go; where they are if None.
+        key, allow_pickle: as for DefaultDataset; a dataset has its own already.
+    """
+    if not isinstance(dataset, Dataset):
+        dataset = DefaultDataset(dataset, key=INPUT if key is None else key, allow_pickle=allow_pickle)
+    elif key is not None:
+        raise ConfigError(f"key={key!r} is for recordings; this {type(dataset).__name__} has chosen already")
+    total = len(dataset)  # type: ignore[arg-type]  # Dataset does not promise it
+    items = [dataset[index] for index in _sample(total, num_samples, seed)]
+    return items if device is None else [_on(item, device) for item in items]
 
 
-def _sources(files: str | Path | Sequence[str | Path | Recording]) -> list[Path | Recording]:
+def _sample(total: int, wanted: int | None, seed: int) -> list[int]:
+    """Which of `total` to take, in order; all if there are not as many as wanted."""
+    if wanted is not None and (not isinstance(wanted, int) or wanted < 1):
+        raise CalibrationError(f"num_samples must be at least 1, not {wanted!r}")
+    if wanted is None or wanted >= total:
+        return list(range(total))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return [int(index) for index in order[:wanted].sort().values]
+
+
+def _on(value: Any, device: torch.device | str) -> Any:
+    """Tensors of an item on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _on(part, device) for name, part in value.items()}
+    return tuple(_on(part, device) for part in value) if isinstance(value, tuple) else value
+
+
+def _sources(files: Files) -> list[Path | Recording]:
     if isinstance(files, Mapping):
         return [files]
     if not isinstance(files, str | Path):

@@ -44,7 +44,8 @@ class DataRecorder:
     One module is recorded under "model_input", "model_output" …; of a list of modules each under "model_input.NAME".
 
     Args:
-        model: any module; those to be recorded are inside it.
+        model: a model, whose first block is recorded unless a method is told otherwise, or what is to be recorded: a
+            block, an attention, a linear.
         device: where recorded tensors are kept.
     """
 
@@ -58,7 +59,7 @@ class DataRecorder:
         self._names = {module: name for name, module in model.named_modules()}
 
     def register_input_hooks(self, modules: Modules = None) -> None:
-        """Record the first input of modules (default: the first block). Key: model_input."""
+        """Record the first input of modules (default: the first block; a block itself). Key: model_input."""
         for suffix, module in self._chosen(modules, first=True):
             self._before(INPUT, INPUT + suffix, module, _first_input)
 
@@ -68,7 +69,7 @@ class DataRecorder:
         A rotary embedding works as well: its output is recorded. Keys: model_pos_embed, model_position_ids.
         """
         for suffix, module in self._chosen(modules, first=True):
-            if "position_embeddings" in inspect.signature(module.forward).parameters:
+            if "position_embeddings" in _parameters(module):
                 self._before(
                     POSITION_EMBEDDINGS,
                     POSITION_EMBEDDINGS + suffix,
@@ -95,7 +96,8 @@ class DataRecorder:
             if not linears:
                 raise ArchitectureError(f"there is no linear in {type(module).__name__}, so no input can be recorded")
             for linear in linears:
-                self._before(LINEAR_INPUT, f"{LINEAR_INPUT}.{self._names[linear]}", linear, _first_input)
+                name = self._names[linear]
+                self._before(LINEAR_INPUT, f"{LINEAR_INPUT}.{name}" if name else LINEAR_INPUT, linear, _first_input)
 
     def register_input_ids_hooks(self, modules: Modules = None) -> None:
         """Record token ids, and the attention mask that tells padding (default: of the model's own call).
@@ -103,6 +105,11 @@ class DataRecorder:
         Keys: model_input_ids, model_attention_mask (an empty tensor for a step without one).
         """
         for suffix, module in self._chosen(modules, whole=True):
+            if not _may_take(module, "input_ids"):
+                raise ArchitectureError(
+                    f"{type(module).__name__} takes no input_ids, so none can be recorded; make a DataRecorder of "
+                    "the model, and name the block in the other methods"
+                )
             self._before(
                 INPUT_IDS,
                 INPUT_IDS + suffix,
@@ -172,11 +179,11 @@ class DataRecorder:
     def __enter__(self) -> DataRecorder:
         """Record; if nothing was registered, what a calibration set needs: input, positions, token ids."""
         if not self._hooks:
-            block = _blocks(self.model)[0]
+            block = self._default(first=True)
             self.register_input_hooks(block)
-            if "position_embeddings" in inspect.signature(block.forward).parameters:
+            if "position_embeddings" in _parameters(block):
                 self.register_pos_embed_hooks(block)
-            if "input_ids" in inspect.signature(self.model.forward).parameters:
+            if "input_ids" in _parameters(self.model):
                 self.register_input_ids_hooks()
         return self
 
@@ -186,12 +193,17 @@ class DataRecorder:
     def _chosen(self, modules: Modules, *, first: bool = True, whole: bool = False) -> Iterator[tuple[str, nn.Module]]:
         """Modules to record, each with what its keys end in."""
         if modules is None:
-            yield "", self.model if whole else _blocks(self.model)[0 if first else -1]
+            yield "", self.model if whole else self._default(first)
         elif isinstance(modules, str | nn.Module):
             yield "", self._module(modules)
         else:
             for module in map(self._module, modules):
                 yield f".{self._names[module]}", module
+
+    def _default(self, first: bool) -> nn.Module:
+        """What is recorded where nobody says: a model's first or last block, or the module that was given itself."""
+        blocks = _blocks(self.model)
+        return self.model if blocks is None else blocks[0 if first else -1]
 
     def _module(self, module: str | nn.Module) -> nn.Module:
         if isinstance(module, nn.Module):
@@ -275,18 +287,27 @@ def _mask(arguments: Mapping[str, Any]) -> Tensor:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else torch.empty(0, dtype=torch.bool)
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of like layers with the most parameters."""
+def _blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The list of like layers with the most parameters; None for a module that is a block, or part of one, itself."""
+    if next(iter(_parameters(model)), None) == "hidden_states":  # it may hold a list of experts
+        return None
     lists = [
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and _has_linears(module)
     ]
-    if not lists:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no list of like blocks; say which modules to record, by name or as modules"
-        )
-    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()), default=None)
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
+
+
+def _may_take(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward can be called with an argument of that name; a block's **kwargs hold other things."""
+    parameters = _parameters(module)
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return name in parameters or (anything and next(iter(parameters)) != "hidden_states")
 
 
 def _has_linears(module: nn.Module) -> bool:

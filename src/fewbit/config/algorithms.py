@@ -47,6 +47,7 @@ _GPTQ_NAMES = {
     **dict.fromkeys(("actorder", "desc_act", "quantization_order"), "order"),
 }
 _ORDERS = {"True": "activation", "static": "activation", "weight": "activation", "False": "none", "default": "none"}
+_QUARK_SMOOTH = "smooth"
 _OF_THE_SPEC = ("bits", "method", "group_size", "w_method", "a_method", "q_linear_type")
 
 
@@ -132,6 +133,10 @@ def _translate_search(fields: dict[str, Any]) -> dict[str, Any]:
             )
     for theirs in ("model_decoder_layers", "embedding_layers"):
         fields.pop(theirs, None)  # found in the architecture
+    if fields.get("name") == _QUARK_SMOOTH:
+        fields["name"] = "smoothquant"
+    if fields.get("scaling_layers") in ([], ()):  # Quark's "find them"
+        del fields["scaling_layers"]
     return fields
 
 
@@ -210,6 +215,8 @@ def _algorithm(value: Any) -> AlgorithmConfig:
     else:
         raise ConfigError(f"algorithm must be a name or a table of fields, not {value!r}")
     name = options.get("name")
+    if name == _QUARK_SMOOTH:
+        name = options["name"] = "smoothquant"
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
     config: AlgorithmConfig = ALGORITHMS[name](**options)

@@ -25,6 +25,9 @@ class Dtype(StrEnum):
     int3 = "int3"
     int2 = "int2"
     uint2 = "uint2"
+    int16 = "int16"
+    uint16 = "uint16"
+    int32 = "int32"
     bfloat16 = "bfloat16"
     float16 = "float16"
     fp8_e5m2 = "e5m2"
@@ -44,6 +47,7 @@ class QSchemeType(StrEnum):
     per_tensor = "per_tensor"
     per_channel = "per_channel"
     per_group = "per_group"
+    per_block = "per_block"
 
 
 class ScaleType(StrEnum):
@@ -54,6 +58,21 @@ class ScaleType(StrEnum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     pof2 = "pof2"
+    float8_e8m0fnu = "e8m0"
+
+
+class QuantizationMode(StrEnum):
+    """How a model's structure is seen. Only eager is offered: no graph is traced."""
+
+    eager_mode = "eager_mode"
+    fx_graph_mode = "fx_graph_mode"
+
+
+class ZeroPointType(StrEnum):
+    """What zero points are. Only int32 is offered: they are codes."""
+
+    int32 = "int32"
+    float32 = "float32"
 
 
 class RoundType(StrEnum):
@@ -81,6 +100,8 @@ PerBlockMXObserver = ObserverClass("PerBlockMXObserver", "minmax", "per_group")
 PerTensorPercentileObserver = ObserverClass("PerTensorPercentileObserver", "percentile", "per_tensor")
 PerTensorMSEObserver = ObserverClass("PerTensorMSEObserver", "mse", "per_tensor")
 PerTensorHistogramObserver = ObserverClass("PerTensorHistogramObserver", "histogram", "per_tensor")
+PerTensorHistogramObserverPro = ObserverClass("PerTensorHistogramObserverPro", "histogram", "per_tensor")
+PerBlockMXDiffsObserver = ObserverClass("PerBlockMXDiffsObserver", "mse", "per_group")
 
 
 @dataclass(frozen=True)
@@ -202,3 +223,55 @@ def _joined(name: str, specs: Sequence[Any]) -> Any:
     if isinstance(first, Mapping) or isinstance(second, Mapping):
         raise ConfigError(f"{name}: write the second stage with first_stage inside instead of a list")
     return replace(second, first_stage=first)
+
+
+_EMPTY = ("layer_type_quant_config", "layer_quant_config", "exclude", "calibration", "seed")  # None: the default
+_UNUSED = (
+    "version",
+    "quant_method",
+    "log_severity_level",
+    "keep_prequantized_layers",
+    "quant_flow",
+    "gpu_resident_blocks",
+)
+_ELSEWHERE = {
+    "kv_cache_group": "say the granularity in attention=AttentionConfig(…)",
+    "min_kv_scale": "say clip_ratio or the observer in attention=AttentionConfig(…)",
+    "softmax_quant_spec": "say attention=AttentionConfig(probabilities=…)",
+    "kv_cache_post_rope": "say attention=AttentionConfig(key=…, value=…), which is after rotary embeddings",
+    "shared_scale_groups": "leave it out: linears that engines fuse share their second level",
+    "sync_moe_expert_input_amax": "leave it out: linears with one input share their scales",
+}
+
+
+def translate_recipe(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a Config: None where Quark has a default, its quant_mode, and fields without a meaning here.
+
+    `pre_quant_opt_config` (before 0.9) joins `algo_config`; `kv_cache_quant_config` is written over
+    `layer_quant_config`, as there. ConfigError, which says what to write instead, for what is not offered.
+    """
+    fields = dict(fields)
+    for name in _EMPTY:
+        if name in fields and fields[name] is None:
+            del fields[name]
+    for name in _UNUSED:
+        fields.pop(name, None)
+    mode = fields.pop("quant_mode", None)
+    if mode is not None and str(mode).rpartition(".")[2] not in ("eager", "eager_mode"):
+        raise ConfigError("quant_mode must be eager: fewbit runs the model's own code and traces no graph")
+    for name, instead in _ELSEWHERE.items():
+        if fields.pop(name, None):
+            raise ConfigError(f"a Config has no field {name!r}; {instead}")
+    if before := fields.pop("pre_quant_opt_config", None):
+        fields["algo_config"] = [*_listed(before), *_listed(fields.get("algo_config"))]
+    if cache := fields.pop("kv_cache_quant_config", None):
+        fields["layer_quant_config"] = {**cache, **_without(fields.get("layer_quant_config") or {}, cache)}
+    return fields
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _without(table: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name not in names}

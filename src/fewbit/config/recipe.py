@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import Field
 
+from fewbit.config import quark
 from fewbit.config.algorithms import (
     AlgorithmConfig,
     CodeConfig,
@@ -37,8 +38,8 @@ class CalibrationConfig:
 
 
 def _translate_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """Quark's names: one algorithm or None for the list, `quant_mode`."""
-    fields = dict(fields)
+    """Quark's names: one algorithm or None for the list, `quant_mode`, fields without a meaning here."""
+    fields = quark.translate_recipe(fields)
     if isinstance(fields.get("exclude"), str):
         fields["exclude"] = (fields["exclude"],)
     for table in ("layer_quant_config", "layer_type_quant_config"):
@@ -53,8 +54,6 @@ def _translate_config(fields: dict[str, Any]) -> dict[str, Any]:
     if "algo_config" in fields:
         given = fields["algo_config"]
         fields["algo_config"] = algorithm_configs([] if given is None else given)
-    if str(fields.pop("quant_mode", "eager")).rpartition(".")[2] not in ("eager", "eager_mode"):
-        raise ConfigError("quant_mode must be eager: fewbit runs the model's own code and traces no graph")
     return fields
 
 
@@ -106,7 +105,7 @@ class Config:
         """Build a Config from plain data (YAML, JSON). Besides the fields it takes the shorthands of the CLI:
         `scheme: W4A16`, `group_size: 64`, `algorithm: gptq`; a scheme's name may stand for any QuantizationConfig.
         """
-        values = dict(data)
+        values = quark.translate_recipe(data)
         known = [field.name for field in dataclasses.fields(cls)] + list(cls.SHORTHANDS)
         for name in values:
             if name not in known:

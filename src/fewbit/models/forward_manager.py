@@ -4,13 +4,17 @@
 
 KNOWN is a table of class names; `register` adds to it. A block that nobody registered is called with its input and
 those keyword arguments that its forward takes, and a warning says so.
+
+A registered forward often ends in `return output[0]`, since layers used to return tuples. Under transformers 5 many
+return a tensor, of which that is the first row: what the layer gave back is taken instead.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -82,7 +86,8 @@ class LayerForwardManager:
     ) -> Any:
         """Run layers of this class (or of a class of this name, or wildcard) by `fn(layer, inputs, **kwargs)`.
 
-        Without `fn` it is a decorator. ConfigError for a second forward of the same key unless `override` is given.
+        Without `fn` it is a decorator. ConfigError for a second forward of the same key unless `override` is given, or
+        it is the same function defined anew, as when a notebook's cell runs again.
         """
         if fn is None:
 
@@ -93,7 +98,7 @@ class LayerForwardManager:
             return decorate
         if not callable(fn):
             raise ConfigError(f"a forward is a function (layer, inputs, **kwargs), not {fn!r}")
-        if name_or_class in self._table and not override:
+        if name_or_class in self._table and not override and not _same(self._table[name_or_class], fn):
             name = name_or_class if isinstance(name_or_class, str) else name_or_class.__name__
             raise ConfigError(f"{name!r} has a forward already; pass override=True to replace it")
         self._table.pop(name_or_class, None)  # a wildcard that is registered anew comes last
@@ -111,7 +116,10 @@ class LayerForwardManager:
         return self._table[patterns[-1]] if patterns else None
 
     def forward(self, layer: nn.Module, inputs: Tensor, **kwargs: Any) -> Tensor:
-        """Run a layer and return its output tensor; keyword arguments that it has no use for are left out."""
+        """Run a layer and return its output tensor; keyword arguments that it has no use for are left out.
+
+        ArchitectureError if there is no tensor in the output, or the batch is not in it any more.
+        """
         fn = self.find(layer)
         if fn is None:
             fn = default_forward
@@ -123,7 +131,58 @@ class LayerForwardManager:
                     f"forward_manager.register({name!r}, fn)",
                     stacklevel=2,
                 )
-        return first_tensor(fn(layer, inputs, **kwargs))
+        with _last_output(layer) as own:
+            output = first_tensor(fn(layer, inputs, **kwargs))
+        if own and _is_first_row(output, own[0]):
+            return own[0]
+        if _lost_batch(inputs, output):
+            raise ArchitectureError(
+                f"the forward of {type(layer).__name__} gave back {list(output.shape)} for {list(inputs.shape)}: the "
+                "batch is gone, as when output[0] is taken where the layer returns a tensor; return the output itself"
+            )
+        return output
+
+
+@contextmanager
+def _last_output(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The tensor that a layer, called in here, gives back as it is: not in a tuple or the like."""
+    found: list[Tensor] = []
+
+    def note(_layer: nn.Module, _args: Any, output: Any) -> None:
+        found[:] = [output] if isinstance(output, Tensor) else []
+
+    hook = layer.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def _is_first_row(output: Tensor, whole: Tensor) -> bool:
+    """Whether `output` is whole[0], by its place in memory."""
+    return (
+        output is not whole
+        and output.shape == whole.shape[1:]
+        and output.data_ptr() == whole.data_ptr()
+        and output.stride() == whole.stride()[1:]
+    )
+
+
+def _lost_batch(inputs: Tensor, output: Tensor) -> bool:
+    """Whether the output [tokens, …] of inputs [batch, tokens, channels] has no batch; it may be one vector a row."""
+    return (
+        inputs.ndim > 2
+        and output.ndim == inputs.ndim - 1
+        and output.shape[:-1] == inputs.shape[1:-1]
+        and output.shape[0] != inputs.shape[0]
+    )
+
+
+def _same(one: LayerForward, other: LayerForward) -> bool:
+    """Whether two functions are one and the same, or the same place of a module defined twice."""
+    places = [(getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)) for fn in (one, other)]
+    known = None not in places[0] and "<lambda>" not in str(places[0][1])
+    return one is other or (known and places[0] == places[1])
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -14,7 +14,6 @@ from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
 from fewbit.nn.quantizer import make_spec, weight_spec
 
-GROUP_SIZE = 128  # of per-block where nothing says another one
 UNTOUCHED_BITS = 16
 
 
@@ -68,12 +67,12 @@ def _untouched(bits: int) -> bool:
 
 
 def _size(method: str, given: int | None, spec: QuantizationSpec) -> int | None:
-    """The group size of a method; the spec's own, or the usual one, where none is given."""
+    """The group size of a method; the spec's own where none is given."""
     if method.replace("_", "-").lower() not in ("per-block", "per-group"):
         if given is not None:
             raise ConfigError(f"group_size {given} contradicts method {method}; use per-block")
         return None
-    return given or spec.group_size or GROUP_SIZE
+    return given or spec.group_size
 
 
 def _scales(spec: QuantizationSpec, method: str) -> dict[str, object]:

@@ -39,14 +39,17 @@ class SequentialGPTQConfig:
     """GPTQ in one object: bits, granularity and the method's options, for `run_gptq_for_sequential_layers`."""
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
-    group_size: Annotated[int, Field(gt=0)] = 64
-    """Neighbours along a row that share a scale; per-block only."""
-    method: Literal["per-tensor", "per-channel", "per-block"] = "per-block"
-    """What shares a scale: the weight, an output channel, or `group_size` neighbours along one."""
+    group_size: Annotated[int, Field(ge=-1)] | None = 64
+    """Neighbours along a row that share a scale; per-block only. −1 is an output channel."""
+    method: Literal["per-tensor", "per-channel", "per-token", "per-block"] = "per-block"
+    """What shares a scale: the weight, an output channel (by either name), or `group_size` neighbours along one."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to H's diagonal, as a share of its mean."""
     blocksize: Annotated[int, Field(gt=0)] = 128
     """Columns per lazy update: speed only."""
+
+    def __post_init__(self) -> None:
+        _ = self.spec  # what contradicts itself is refused now
 
     @property
     def spec(self) -> QuantizationSpec:

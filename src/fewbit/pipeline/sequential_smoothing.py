@@ -32,7 +32,7 @@ from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
 from fewbit.models.probe import shared_inputs
 from fewbit.models.scalings import scalings_of_block
-from fewbit.nn.quantizer import make_spec, weight_spec
+from fewbit.nn.words import with_methods
 from fewbit.pipeline.layer_stack import Inputs, Pass, computing, open_stack, stored_dtype
 
 logger = logging.getLogger("fewbit")
@@ -48,10 +48,11 @@ class SequentialSmoothQuantConfig:
     With a weight-only kind of linear it is AWQ, with quantized activations SmoothQuant.
     """
 
-    w_method: Literal["per-tensor", "per-channel", "per-block"] | None = None
-    """What shares a scale in a weight; None is what the kind of linear has."""
+    w_method: Literal["per-tensor", "per-channel", "per-token", "per-block"] | None = None
+    """What shares a scale in a weight (per-channel and per-token: an output channel); None is what the kind of linear
+    has."""
     a_method: Literal["per-tensor", "per-token", "per-block"] | None = None
-    """The same in its input."""
+    """The same in its input; says nothing where the kind of linear leaves that as it is."""
     q_linear_type: Any = "W8A8"
     """What the linears will be: a scheme's name ("W8A8", "W4A16", "FP8_DYNAMIC"), or a FakeQuantLinear with a preset
     (W8A8FakeLinear), itself or by its name; Int8Linear and FP8Linear are names of the first and the last scheme."""
@@ -68,24 +69,13 @@ class SequentialSmoothQuantConfig:
         """How weights and inputs will be quantized."""
         name = self.q_linear_type if isinstance(self.q_linear_type, str) else _preset_of(self.q_linear_type)
         chosen = scheme_config(LINEAR_TYPES.get(name, name.removesuffix("FakeLinear")))
-        weight, inputs = chosen.weight, chosen.input_tensors
-        assert weight is not None
-        size = self.group_size or weight.group_size
-        if self.w_method is not None:
-            own = size if self.w_method == "per-block" else None
-            weight = weight_spec(weight.bits, self.w_method, own, weight.symmetric, weight.dtype)
-        elif self.group_size is not None and weight.group_size is not None:
-            weight = replace(weight, group_size=self.group_size)
-        elif self.group_size is not None and self.a_method != "per-block":
+        assert chosen.weight is not None
+        own_groups = self.w_method is None and chosen.weight.group_size is not None
+        w_size = self.group_size if self.w_method == "per-block" or own_groups else None
+        a_size = self.group_size if self.a_method == "per-block" else None
+        if self.group_size is not None and w_size is None and a_size is None:
             raise ConfigError(f"group_size {self.group_size}: nothing of {name} has groups; say w_method='per-block'")
-        if self.a_method is not None:
-            if inputs is None:
-                raise ConfigError(f"a_method: {name} does not quantize activations; leave it out")
-            own = size if self.a_method == "per-block" else None
-            inputs = make_spec(
-                inputs.bits, self.a_method, own, inputs.symmetric, inputs.dtype, observer="minmax", is_dynamic=True
-            )
-        return QuantizationConfig(weight=weight, input_tensors=inputs)
+        return with_methods(chosen, self.w_method, self.a_method, w_size, a_size)
 
     @property
     def algorithm(self) -> ScaleSearchConfig:

@@ -1,0 +1,234 @@
+"""AMD Quark's ready-made descriptions of a tensor.
+
+    Int8PerTensorSpec(observer_method="min_max", is_dynamic=False).to_quantization_spec()
+
+Each is a row below: the fields of QuantizationSpec that its name says, and those that it takes. There is no other
+meaning in them; what is not said is fewbit's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fewbit.config.quark import (
+    PerBlockMXObserver,
+    PerChannelMinMaxObserver,
+    PerGroupMinMaxObserver,
+    PerTensorHistogramObserver,
+    PerTensorMinMaxObserver,
+    PerTensorMSEObserver,
+    PerTensorPercentileObserver,
+)
+from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import ConfigError, nearest
+
+_OBSERVERS = {
+    "min_max": PerTensorMinMaxObserver,
+    "histogram": PerTensorHistogramObserver,
+    "histogrampro": PerTensorHistogramObserver,
+    "MSE": PerTensorMSEObserver,
+    "percentile": PerTensorPercentileObserver,
+}
+
+
+class DataTypeSpec:
+    """What the classes below have in common: named fields, and the spec that they are."""
+
+    takes: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be given."""
+    means: ClassVar[Mapping[str, Any]] = {}
+    """Fields of QuantizationSpec that the name says."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, **fields: Any) -> None:
+        for name in fields:
+            if name not in self.takes:
+                raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, self.takes)}")
+        self.fields: dict[str, Any] = {**self.defaults, **fields}
+        self.to_quantization_spec()  # what contradicts itself is refused now
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).takes:
+            return self.fields.get(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def to_quantization_spec(self) -> QuantizationSpec:
+        """The spec. ConfigError for what contradicts itself."""
+        fields = {name: value for name, value in self.fields.items() if value is not None}
+        if "observer_method" in fields:
+            method = fields.pop("observer_method")
+            if method not in _OBSERVERS:
+                raise ConfigError(f"unknown observer_method {method!r}{nearest(str(method), _OBSERVERS)}")
+            fields["observer_cls"] = _OBSERVERS[method]
+        if fields.get("scale_type") == "power_of_2":
+            fields["scale_type"] = "pof2"
+        if "block_size" in fields:
+            fields["group_size"] = fields.pop("block_size")
+        return QuantizationSpec(**{**self.means, **fields})
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
+        return f"{type(self).__name__}({fields})"
+
+
+class ProgressiveSpec:
+    """Two stages: what the first one makes of a tensor is quantized by the second one."""
+
+    def __init__(self, first_stage: DataTypeSpec | QuantizationSpec, second_stage: DataTypeSpec | QuantizationSpec):
+        self.first_stage, self.second_stage = first_stage, second_stage
+
+    def to_quantization_spec(self) -> list[QuantizationSpec]:
+        """Both stages, as QuantizationConfig takes them."""
+        return [_spec(self.first_stage), _spec(self.second_stage)]
+
+
+class ScaleQuantSpec:
+    """A tensor in groups, and the grid of the groups' scales: NVFP4 where that is FP8 E4M3 per tensor."""
+
+    def __init__(self, first_stage: DataTypeSpec | QuantizationSpec, second_stage: DataTypeSpec | QuantizationSpec):
+        self.first_stage, self.second_stage = first_stage, second_stage
+
+    def to_quantization_spec(self) -> QuantizationSpec:
+        """One spec, whose scale_type is the second stage's format. ConfigError unless that is e4m3 per tensor."""
+        elements, scales = _spec(self.first_stage), _spec(self.second_stage)
+        if (scales.dtype, scales.qscheme) != ("e4m3", "per_tensor"):
+            raise ConfigError(
+                f"scales are quantized to e4m3 per_tensor, not to {scales.summary}; give FP8E4M3PerTensorSpec"
+            )
+        options = {
+            name: getattr(elements, name) for name in ("dtype", "qscheme", "group_size", "observer", "is_dynamic")
+        }
+        return QuantizationSpec(**options, scale_type="e4m3")
+
+
+def _spec(stage: DataTypeSpec | QuantizationSpec) -> QuantizationSpec:
+    return stage.to_quantization_spec() if isinstance(stage, DataTypeSpec) else stage
+
+
+def _class(
+    name: str, takes: tuple[str, ...], means: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> type[DataTypeSpec]:
+    fields = {"takes": takes, "means": means, "defaults": defaults or {}, "__module__": __name__}
+    words = ", ".join(f"{field}={value!s}" for field, value in means.items() if field != "observer_cls")
+    return type(name, (DataTypeSpec,), {**fields, "__doc__": f"QuantizationSpec({words}, …)."})
+
+
+_INTEGER = ("symmetric", "scale_type", "round_method", "is_dynamic", "zero_point_type")
+
+
+def _tensor(name: str, dtype: str) -> type[DataTypeSpec]:
+    takes = ("observer_method", *_INTEGER)
+    means = {"dtype": dtype, "qscheme": "per_tensor", "observer_cls": PerTensorMinMaxObserver}
+    return _class(name, takes, means)
+
+
+def _channel(name: str, dtype: str) -> type[DataTypeSpec]:
+    means = {"dtype": dtype, "qscheme": "per_channel", "observer_cls": PerChannelMinMaxObserver}
+    return _class(name, ("ch_axis", *_INTEGER), means)
+
+
+def _group(name: str, dtype: str) -> type[DataTypeSpec]:
+    means = {"dtype": dtype, "qscheme": "per_group", "observer_cls": PerGroupMinMaxObserver}
+    defaults = {"symmetric": not dtype.startswith("uint")}
+    return _class(name, ("ch_axis", "group_size", *_INTEGER), means, defaults)
+
+
+def _float_group(name: str, dtype: str) -> type[DataTypeSpec]:
+    takes = ("scale_format", "scale_calculation_mode", "ch_axis", "is_dynamic", "group_size")
+    means = {"dtype": dtype, "qscheme": "per_group", "observer_cls": PerBlockMXObserver}
+    return _class(name, takes, means, {"scale_format": "float32", "ch_axis": -1})
+
+
+def _mx(name: str, dtype: str, **means: Any) -> type[DataTypeSpec]:
+    fields = {"dtype": "mx", "mx_element_dtype": dtype, "observer_cls": PerBlockMXObserver, **means}
+    defaults = {"is_dynamic": True, "ch_axis": -1, "scale_calculation_mode": "even"}
+    return _class(name, tuple(defaults), fields, defaults)
+
+
+def _block(name: str, dtype: str, size: int) -> type[DataTypeSpec]:
+    takes = ("ch_axis", "block_size", "scale_calculation_mode", "is_dynamic")
+    return _class(name, takes, {"dtype": dtype, "observer": "minmax"}, {"ch_axis": -1, "block_size": size})
+
+
+Uint4PerTensorSpec, Uint4PerChannelSpec = (
+    _tensor("Uint4PerTensorSpec", "uint4"),
+    _channel("Uint4PerChannelSpec", "uint4"),
+)
+Uint4PerGroupSpec = _group("Uint4PerGroupSpec", "uint4")
+Int4PerTensorSpec, Int4PerChannelSpec = _tensor("Int4PerTensorSpec", "int4"), _channel("Int4PerChannelSpec", "int4")
+Int4PerGroupSpec = _group("Int4PerGroupSpec", "int4")
+Int3PerChannelSpec, Int3PerGroupSpec = _channel("Int3PerChannelSpec", "int3"), _group("Int3PerGroupSpec", "int3")
+Int2PerGroupSpec = _group("Int2PerGroupSpec", "int2")
+Uint8PerTensorSpec, Uint8PerChannelSpec = (
+    _tensor("Uint8PerTensorSpec", "uint8"),
+    _channel("Uint8PerChannelSpec", "uint8"),
+)
+Uint8PerGroupSpec = _group("Uint8PerGroupSpec", "uint8")
+Int8PerTensorSpec, Int8PerChannelSpec = _tensor("Int8PerTensorSpec", "int8"), _channel("Int8PerChannelSpec", "int8")
+Int8PerGroupSpec = _group("Int8PerGroupSpec", "int8")
+FP8E4M3PerTensorSpec = _tensor("FP8E4M3PerTensorSpec", "fp8_e4m3")
+FP8E4M3PerChannelSpec = _channel("FP8E4M3PerChannelSpec", "fp8_e4m3")
+FP8E4M3PerGroupSpec = _float_group("FP8E4M3PerGroupSpec", "fp8_e4m3")
+FP8E5M2PerTensorSpec = _tensor("FP8E5M2PerTensorSpec", "fp8_e5m2")
+FP8E5M2PerChannelSpec = _channel("FP8E5M2PerChannelSpec", "fp8_e5m2")
+FP8E5M2PerGroupSpec = _float_group("FP8E5M2PerGroupSpec", "fp8_e5m2")
+FP6E2M3PerGroupSpec = _float_group("FP6E2M3PerGroupSpec", "fp6_e2m3")
+FP6E3M2PerGroupSpec = _float_group("FP6E3M2PerGroupSpec", "fp6_e3m2")
+FP4PerGroupSpec = _float_group("FP4PerGroupSpec", "fp4")
+Float16Spec, Bfloat16Spec = (
+    _class("Float16Spec", (), {"dtype": "float16"}),
+    _class("Bfloat16Spec", (), {"dtype": "bfloat16"}),
+)
+OCP_MXFP8E4M3Spec = _mx("OCP_MXFP8E4M3Spec", "fp8_e4m3")
+OCP_MXFP8E5M2Spec = _mx("OCP_MXFP8E5M2Spec", "fp8_e5m2")
+OCP_MXFP6E3M2Spec = _mx("OCP_MXFP6E3M2Spec", "fp6_e3m2")
+OCP_MXFP6E2M3Spec = _mx("OCP_MXFP6E2M3Spec", "fp6_e2m3")
+OCP_MXFP4Spec = _mx("OCP_MXFP4Spec", "fp4")
+OCP_MXINT8Spec = _mx("OCP_MXINT8Spec", "int8")
+MX6Spec, MX9Spec, BFP16Spec = (
+    _block("MX6Spec", "mx6", 16),
+    _block("MX9Spec", "mx9", 16),
+    _block("BFP16Spec", "bfp16", 8),
+)
+
+__all__ = [
+    "BFP16Spec",
+    "Bfloat16Spec",
+    "DataTypeSpec",
+    "FP4PerGroupSpec",
+    "FP6E2M3PerGroupSpec",
+    "FP6E3M2PerGroupSpec",
+    "FP8E4M3PerChannelSpec",
+    "FP8E4M3PerGroupSpec",
+    "FP8E4M3PerTensorSpec",
+    "FP8E5M2PerChannelSpec",
+    "FP8E5M2PerGroupSpec",
+    "FP8E5M2PerTensorSpec",
+    "Float16Spec",
+    "Int2PerGroupSpec",
+    "Int3PerChannelSpec",
+    "Int3PerGroupSpec",
+    "Int4PerChannelSpec",
+    "Int4PerGroupSpec",
+    "Int4PerTensorSpec",
+    "Int8PerChannelSpec",
+    "Int8PerGroupSpec",
+    "Int8PerTensorSpec",
+    "MX6Spec",
+    "MX9Spec",
+    "OCP_MXFP4Spec",
+    "OCP_MXFP6E2M3Spec",
+    "OCP_MXFP6E3M2Spec",
+    "OCP_MXFP8E4M3Spec",
+    "OCP_MXFP8E5M2Spec",
+    "OCP_MXINT8Spec",
+    "ProgressiveSpec",
+    "ScaleQuantSpec",
+    "Uint4PerChannelSpec",
+    "Uint4PerGroupSpec",
+    "Uint4PerTensorSpec",
+    "Uint8PerChannelSpec",
+    "Uint8PerGroupSpec",
+    "Uint8PerTensorSpec",
+]
