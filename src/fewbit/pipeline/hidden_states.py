@@ -15,8 +15,8 @@ from fewbit.errors import disk_errors_as_sentences
 class HiddenStates:
     """One float32 tensor per batch. A batch that does not fit the budget any more lives in a file.
 
-    What is put is copied, block after block into the same memory: a tensor that was made in the middle of a forward and
-    kept would hold the heap's pages around it, so that memory grew with every block.
+    What is put is copied, block after block into the same memory: a tensor that was made in the middle of a forward
+    and kept would hold the heap's pages around it, so that memory grew with every block.
     """
 
     def __init__(self, budget_bytes: int, directory: Path) -> None:
