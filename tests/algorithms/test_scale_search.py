@@ -51,9 +51,10 @@ def weight_of(rows=192, columns=128, seed=0):
     return weight * torch.exp(0.3 * torch.randn(rows, columns, generator=generator))
 
 
-def search(weights, specs, moment, config, *, sample=None, outliers=None, tokens=TOKENS, **options):
+def search(weights, specs, moment, config, *, sample=None, outliers=None, largest=None, tokens=TOKENS, **options):
     """The search, given what there is of the input's statistics."""
     kept = {} if sample is None else {"wanted_sample": len(sample), "_kept": [sample], "outliers": outliers}
+    kept["largest"] = largest
     return search_scales(weights, specs, Statistics(moment, tokens, **kept), config, **options)
 
 
@@ -242,7 +243,8 @@ def test_a_fixed_alpha_gives_the_published_formula():
         x.T @ x,
         SmoothQuantConfig(alpha=0.5),
         input_spec=PER_TOKEN,
-        sample=x,
+        sample=x[1::2],
+        largest=x.abs().amax(0),
         tokens=TOKENS,
     )
     published = (x.abs().amax(0) / (2 * weight).abs().amax(0)).sqrt()
@@ -252,6 +254,47 @@ def test_a_fixed_alpha_gives_the_published_formula():
     plain = search([weight], [INT4], x.T @ x, AWQConfig(alpha=0.25, duo_scale=False)).scale
     size = (x.T @ x).diagonal().sqrt() ** 0.25
     torch.testing.assert_close(plain / plain[0], size / size[0])
+
+
+@pytest.mark.parametrize("config", [AWQConfig(), SmoothQuantConfig(), SmoothQuantConfig(alpha=0.5)])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_scale_that_storage_spoils_is_not_taken(config, compensated):
+    """Every second channel's producer cannot be divided, so it stays as large as it was beside its neighbours."""
+    weight, x = weight_of(), inputs()
+
+    def stored(scale):
+        return torch.where(torch.arange(128) % 2 == 0, 64 * scale, ONES)
+
+    spoiled = search([weight], [INT4], x.T @ x, config, compensated=compensated, stored=stored)
+    assert spoiled.alpha is None
+    assert torch.equal(spoiled.scale, ONES)
+    assert spoiled.loss == spoiled.loss_before
+
+
+@pytest.mark.parametrize("config", [AWQConfig(), SmoothQuantConfig(), SmoothQuantConfig(alpha=0.5)])
+def test_scales_are_scored_as_they_are_stored(config):
+    weight, x, spec = weight_of(), inputs(), replace(INT4, observer="minmax")
+
+    def stored(scale):
+        return (scale * 4).round().clamp(min=1) / 4
+
+    found = search([weight], [spec], x.T @ x, config, stored=stored, rows=weight.shape[0])
+    assert found.alpha is not None
+    assert torch.equal(stored(found.scale), found.scale)
+    assert found.loss == pytest.approx(loss(weight, x.T @ x, spec, found.scale), rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [AWQConfig(), SmoothQuantConfig(), SmoothQuantConfig(alpha=0.5)])
+def test_nearly_dead_channels_leave_the_scales_of_others_alone(config):
+    weight, x = weight_of(), inputs()
+    dead = torch.arange(128) >= 40  # most of them
+    x[:, dead] = 0
+    without = search([weight], [INT4], x.T @ x, config, largest=x.abs().amax(0))
+    x[:, dead] = 1e-25 * torch.randn(TOKENS, int(dead.sum()), generator=torch.Generator().manual_seed(0))
+    found = search([weight], [INT4], x.T @ x, config, largest=x.abs().amax(0))
+    assert found.alpha is not None
+    torch.testing.assert_close(found.scale, without.scale)
+    assert (found.scale[dead] == 1).all()
 
 
 def test_powers_of_two_gain_most_of_it():

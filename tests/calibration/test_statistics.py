@@ -171,3 +171,18 @@ def test_the_tokens_with_the_largest_values_are_kept_however_they_are_batched(si
     assert sampled(16, *x.split(sizes)).outliers.abs().amax(1).tolist() == [900.0, 800.0]
     assert sampled(3, *x.split(sizes)).outliers.abs().amax(1).tolist() == [900.0]
     assert sampled(0, *x.split(sizes)).outliers is None
+
+
+def test_the_largest_magnitudes_are_those_of_all_tokens_that_count_however_they_are_batched():
+    x = inputs(4, 9, 16)
+    x[2, 3, 5] = -70.0
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    mask[0, :4] = False
+    x[0, 1] = 1000.0  # padding
+    whole = collect(16, (x, mask))
+    parts = collect(16, *((x[i : i + 1], mask[i : i + 1]) for i in (3, 1, 0, 2)))
+    assert torch.equal(whole.largest, x[mask].abs().amax(0))
+    assert torch.equal(parts.largest, whole.largest)
+    columns = torch.rand(16) + 0.5
+    assert torch.equal(whole.scaled(columns).largest, whole.largest / columns)
+    assert collect(16, (x[:0], mask[:0])).largest is None

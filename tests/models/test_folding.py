@@ -260,3 +260,27 @@ def test_a_block_with_smoothed_inputs_and_the_folded_block_that_is_written_agree
                 block.get_parameter(name).data = tensor.float()
         written = block(hidden, position_embeddings=positions)
     torch.testing.assert_close(written, smoothed, rtol=1e-5, atol=1e-5)
+
+
+def test_channels_that_a_reader_could_not_store_keep_one(random_model):
+    model = random_model("llama").half()
+    tensors = {name: parameter.data for name, parameter in model.model.layers[0].named_parameters()}
+    tensors["self_attn.k_proj.weight"][3, 5] = 40000.0
+    tensors["self_attn.q_proj.weight"][:, 7] *= 1e-4
+    wanted = torch.full((64,), 4.0)
+    wanted[6:8] = 0.25
+    changed, columns = fold(tensors, listed("llama").scalings[0], wanted, 16)
+    assert columns[5] == columns[7] == 1.0
+    assert (columns[torch.arange(64) != 5][:5] > 3).all()
+    assert columns[6] < 0.3
+    for name, tensor in changed.items():
+        assert torch.isfinite(tensor).all(), name
+        assert torch.equal(tensor[..., 5], tensors[name][..., 5])
+
+
+def test_a_norm_whose_bias_could_not_be_stored_keeps_one():
+    bias = torch.tensor([1.0, 1e-4, 0.0]).half()
+    folded, divided, taken = fold_into_norm(torch.ones(3).half(), bias, torch.full((3,), 16.0))
+    assert taken.tolist() == [16.0, 1.0, 16.0]
+    assert torch.equal(divided.float() * taken, bias.float())
+    assert torch.equal(folded.float() * taken, torch.ones(3))

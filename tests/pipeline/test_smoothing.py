@@ -1,5 +1,6 @@
 """Scales of channels in the walk: what is folded computes the same, and nothing is folded that must not be."""
 
+import copy
 import json
 
 import pytest
@@ -286,6 +287,44 @@ def test_smoothquant_wins_back_what_outliers_cost_activations(outliers, tmp_path
     plain = divergence(outliers, tmp_path / "plain", {"scheme": scheme})
     smoothed = divergence(outliers, tmp_path / "smooth", {"scheme": scheme, "algorithm": "smoothquant+rtn"})
     assert smoothed < 0.5 * plain
+
+
+@pytest.mark.parametrize("scheme", [{"scheme": "W8A8"}, {"scheme": "W8A16", "group_size": 32}], ids=str)
+@pytest.mark.parametrize("memory", ["4GiB", "0"])
+def test_a_fixed_alpha_is_the_published_formula_over_all_tokens(outliers, dequantized, tmp_path, scheme, memory):
+    recipe = scheme | {"algorithm": [{"name": "smoothquant", "alpha": 0.5}, "rtn"]}
+    run = walk(outliers, tmp_path / "run", recipe, activation_memory=memory)
+    model = copy.deepcopy(outliers)
+    seen = watch(model)
+    run_through(model, batches())
+    after = NativeCheckpoint(run).read(["model.layers.0.input_layernorm.weight"])
+    layer = outliers.model.layers[0]
+    ratio = layer.input_layernorm.weight / after["model.layers.0.input_layernorm.weight"]
+    largest = torch.cat(counted(seen["model.layers.0.self_attn.q_proj"], batches())).abs().amax(0)
+    weights = torch.cat([getattr(layer.self_attn, f"{name}_proj").weight for name in "qkv"]).abs().amax(0)
+    published = (largest / weights).sqrt()
+    torch.testing.assert_close(ratio / ratio[0], published / published[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_scales_that_half_precision_cannot_hold_cost_nothing(random_model, tmp_path, alpha):
+    """What makes the values and the input of `down` is so small that its scales are subnormal: some rows cannot be
+    divided, and stay as they are beside rows that can."""
+    model = random_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data *= torch.logspace(-4, 0, 128).unsqueeze(1) * 1e-2
+        layer.self_attn.v_proj.weight.data *= torch.logspace(-4, 0, 32).unsqueeze(1) * 1e-2
+    model.half().save_pretrained(tmp_path / "model")
+    recipe = {"scheme": "W4A16", "group_size": 32}
+
+    def losses(name, algorithm):
+        run = walk(tmp_path / "model", tmp_path / name, recipe | {"algorithm": algorithm})
+        rows = json.loads((run / "report.json").read_text(encoding="utf-8"))["linears"]
+        return {row["name"]: row["loss"] for row in rows if "loss" in row}
+
+    plain = losses("plain", "rtn")
+    for name, loss in losses("scaled", [{"name": "awq", "alpha": alpha}, "rtn"]).items():
+        assert loss < 1.2 * plain[name], name
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ among the candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +55,8 @@ SHARES = {
     "e8m0": (1.0, 0.5, 2.0),
     "microexponent": (1.0,),
 }
+DISTORTED = 1.05  # of the loss, where storage has spoiled a scale that was asked for: rounding alone stays far below
+NEARLY_DEAD = 2.0**-16  # of what channels carry on average
 DAMPING = 0.01  # of mean(diag H), as GPTQ's default
 
 
@@ -85,6 +87,7 @@ def search_scales(
     tie: Tensor | None = None,
     power_of_two: bool = False,
     compensated: bool = False,
+    stored: Callable[[Tensor], Tensor] | None = None,
     rows: int = ROWS,
 ) -> ScaleSearch:
     """Scale of the input channels of linears that share one input.
@@ -101,10 +104,13 @@ def search_scales(
         tie: [in] int64; channels with the same number get the same scale (the query heads that share a value head).
         power_of_two: only powers of two, which rescale stored numbers exactly.
         compensated: GPTQ will find the codes.
+        stored: what storage makes of a scale, [in] → [in]: where a channel's producer cannot be divided by as much in
+            its dtype, the channel keeps 1. Scales are scored as they are stored. None if any scale can be.
         rows: how many rows the error is measured on.
 
-    Returns no scaling (all ones) unless that gains at least 2 % of the loss, 10 % where GPTQ follows; an alpha that
-    the config fixes is taken as it is.
+    Returns no scaling (all ones) unless that gains at least 2 % of the loss, 10 % where GPTQ follows. An alpha that
+    the config fixes is taken as it is, but if storage distorts its scales so that they cost more than they were to,
+    and more than none: then none.
     """
     moment = statistics.moment
     targets = _targets(weights, specs, dtype, rows)
@@ -119,20 +125,29 @@ def search_scales(
     worth_it = WORTH_IT_COMPENSATED if compensated else WORTH_IT
     enough = worth_it * before if config.alpha is None else math.inf
     x = moment.diagonal().clamp(min=0).sqrt()
-    if smooth and activation is not None:
-        x = activation.sample.abs().amax(0)
+    if smooth and statistics.largest is not None:
+        x = statistics.largest
     w = torch.stack([_column_size(*pair, smooth) for pair in zip(weights, specs, strict=True)]).amax(0)
+
+    def loss_of(scale: Tensor) -> float:
+        """Of a scale; infinite if it is no better than the best so far, or costs the inputs too much."""
+        loss = objective.weights(scale)
+        if loss >= enough:  # the inputs' error can only add to it
+            return math.inf
+        both = loss + objective.inputs(scale)
+        if smooth:
+            return both
+        return math.inf if config.alpha is None and both > of_weights + of_inputs else loss
+
     for alpha, duo, scale in _candidates(x, w, config, tie):
         if power_of_two:
             scale = nearest_power_of_two(scale)
-        loss = objective.weights(scale)
-        if loss >= enough:  # the inputs' error can only add to it
-            continue
-        both = loss + objective.inputs(scale)
-        if smooth:
-            loss = both
-        elif config.alpha is None and both > of_weights + of_inputs:
-            continue
+        loss = loss_of(scale)
+        if loss < enough and stored is not None and not torch.equal(taken := stored(scale), scale):
+            loss, wanted = loss_of(taken), loss
+            if config.alpha is not None and loss > DISTORTED * max(wanted, before):
+                continue
+            scale = taken
         if loss < enough:
             enough = loss
             best = ScaleSearch(scale, loss, before, alpha, duo)
@@ -167,10 +182,16 @@ def column_costs(moment: Tensor) -> Tensor:
 def _candidates(
     x: Tensor, w: Tensor, config: ScaleSearchConfig, tie: Tensor | None
 ) -> Iterator[tuple[float, bool, Tensor]]:
-    """(α, duo, s [in]); channels that carry nothing or meet no weight keep 1, the others 1 in the geometric mean."""
+    """(α, duo, s [in]): 1 in the geometric mean.
+
+    Channels that carry (nearly) nothing keep 1, however small it is: one of 1e-30 would have a scale to match and move
+    the mean of all others.
+    """
     if tie is not None:
-        x, w = _tied(x, tie), _tied(w, tie)
-    live = (x > 0) & (w > 0)
+        combine = _largest_of_tied if isinstance(config, SmoothQuantConfig) else _mean_of_tied
+        x, w = combine(x, tie), combine(w, tie)
+    carried = x.double() * w
+    live = carried > NEARLY_DEAD * carried.mean()
     if not bool(live.any()):
         return
     log_x, log_w = x[live].log(), w[live].log()
@@ -183,12 +204,20 @@ def _candidates(
             yield alpha, duo, scale.clamp_(config.scale_clamp_min, 1 / config.scale_clamp_min)
 
 
-def _tied(x: Tensor, tie: Tensor) -> Tensor:
+def _mean_of_tied(x: Tensor, tie: Tensor) -> Tensor:
     """Root mean square over the channels that are tied, at each of them. [in] → [in]"""
     count = int(tie.max()) + 1
     total = torch.zeros(count, dtype=x.dtype, device=x.device).index_add_(0, tie, x.square())
     tied: Tensor = (total / torch.bincount(tie, minlength=count)).sqrt()[tie]
     return tied
+
+
+def _largest_of_tied(x: Tensor, tie: Tensor) -> Tensor:
+    """The largest of the channels that are tied, at each of them. [in] → [in]"""
+    largest: Tensor = torch.zeros(int(tie.max()) + 1, dtype=x.dtype, device=x.device).scatter_reduce_(
+        0, tie, x, "amax"
+    )
+    return largest[tie]
 
 
 def _column_size(weight: Tensor, spec: QuantizationSpec, smooth: bool) -> Tensor:

@@ -13,7 +13,7 @@ from fewbit.numerics import second_moment
 
 @dataclass
 class Statistics:
-    """Token count, second moment and drift of one input. Complete after `finish`."""
+    """Token count, second moment, largest values and drift of one input. Complete after `finish`."""
 
     moment: Tensor
     """H = XᵀX, [channels, channels] float32; only its upper tiles are filled before `finish`."""
@@ -22,6 +22,9 @@ class Statistics:
     """(X̃ − X)ᵀX, [channels, channels] float32, where X̃ is the same input in the full-precision model. It may be
     measured on some of the tokens only; `finish` scales it to all. None if it is not measured at all."""
     drift_tokens: int = 0
+
+    largest: Tensor | None = None
+    """Largest magnitude of each channel over all tokens, [channels] float32; None before the first."""
 
     wanted_sample: int = 0
     """Tokens of the input to keep."""
@@ -51,6 +54,9 @@ class Statistics:
         """
         rows = _rows(x, mask)
         second_moment.accumulate(self.moment, rows)
+        if rows.shape[0]:
+            largest = torch.maximum(rows.amax(0), -rows.amin(0))
+            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         if self.wanted_sample:
             self._keep(rows)
         self.tokens += rows.shape[0]
@@ -63,7 +69,8 @@ class Statistics:
     def scaled(self, columns: Tensor) -> Statistics:
         """Of the input divided by `columns` [channels]: H / (s sᵀ), and the drift likewise. Keeps no sample."""
         drift = None if self.drift is None else _divided(self.drift, columns)
-        return Statistics(_divided(self.moment, columns), self.tokens, drift, self.drift_tokens)
+        largest = None if self.largest is None else self.largest / columns
+        return Statistics(_divided(self.moment, columns), self.tokens, drift, self.drift_tokens, largest)
 
     def _keep(self, rows: Tensor) -> None:
         """Every n-th token; n doubles whenever too many were kept."""

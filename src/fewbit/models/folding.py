@@ -9,13 +9,15 @@ the block computes, not even by the rounding of the checkpoint's dtype:
     linear     each row is rescaled only if that is exact, which powers of two are (short of the ends of the range);
                the other rows keep 1. Of a quantized linear only the scales change.
 
+    readers    a channel is scaled only if each reader's column stays in the range of its dtype, and keeps 1 otherwise.
+
 So every function that folds into a producer returns the scale that was taken, which is the one that the readers'
 columns are to be multiplied by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,17 +33,19 @@ def fold_into_norm(
     """A norm whose output is divided by `scale` [channels], in the dtype of its tensors, and the scale taken.
 
     `offset`: the norm multiplies by (1 + weight). Channels whose divided weight could not be stored keep 1, and so do
-    those that are always 0. The bias is divided by the scale taken; in 16 bits that rounds, unless it is a power of
-    two.
+    those that are always 0 and those whose bias would leave the range of its dtype. The bias is divided by the scale
+    taken; in 16 bits that rounds, unless it is a power of two.
     """
     one = 1.0 if offset else 0.0
     factor = weight.double() + one
     folded = (factor / scale.double() - one).to(weight.dtype)
     ratio = norm_scale(weight, folded, offset)
     possible = (ratio > 0) & torch.isfinite(ratio)
+    if bias is not None:
+        possible &= _in_range((bias.double() / ratio).abs(), bias.dtype)
     taken = torch.where(possible, ratio, 1.0).to(scale.dtype)
     folded = torch.where(possible, folded, weight)
-    return folded, None if bias is None else (bias.double() / taken).to(bias.dtype), taken
+    return folded, None if bias is None else _divided(bias, taken), taken
 
 
 def norm_scale(weight: Tensor, folded: Tensor, offset: bool = False) -> Tensor:
@@ -148,8 +152,19 @@ def fold(
     `tensors` by their names inside the block, unquantized; `scale` [channels of the producer]. Returns the changed
     tensors and the scale that the readers' columns were multiplied by [channels of the readers].
     """
+    changed, columns = fold_into_producer(tensors, scaling, scale, head_dim)
+    return changed | {reader: scale_columns(tensors[reader], columns) for reader in _readers(scaling)}, columns
+
+
+def fold_into_producer(
+    tensors: Mapping[str, Tensor], scaling: Scaling, scale: Tensor, head_dim: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`fold` but for the readers: the producer's tensors, and what the readers' columns are to be multiplied by."""
     name = scaling.producer
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    readers = [tensors[reader] for reader in _readers(scaling)]
+    channels = channel_map(readers[0].shape[-1], scale.numel(), head_dim).to(scale.device)
+    scale = where_scalable(readers, scale, channels)
     if weight.ndim == 1:
         folded, folded_bias, taken = fold_into_norm(weight, bias, scale, scaling.offset)
     else:
@@ -157,13 +172,36 @@ def fold(
     changed = {f"{name}.weight": folded}
     if folded_bias is not None:
         changed[f"{name}.bias"] = folded_bias
-    readers = [f"{reader}.weight" for reader in scaling.readers] + list(scaling.others)
-    columns = taken[channel_map(tensors[readers[0]].shape[-1], taken.numel(), head_dim).to(taken.device)]
-    return changed | {reader: scale_columns(tensors[reader], columns) for reader in readers}, columns
+    return changed, taken[channels]
+
+
+def _readers(scaling: Scaling) -> list[str]:
+    return [f"{reader}.weight" for reader in scaling.readers] + list(scaling.others)
+
+
+def where_scalable(readers: Sequence[Tensor], scale: Tensor, channels: Tensor) -> Tensor:
+    """A producer's scale [rows], but 1 where columns of these readers [..., in] would leave the range of their dtype.
+
+    `channels` [in]: the row that makes each column. A column is as good as its largest element.
+    """
+    possible = torch.ones_like(channels, dtype=torch.bool)
+    columns = scale[channels]
+    for weight in readers:
+        largest = weight.abs().flatten(0, -2).amax(0).double() * columns.double()
+        possible &= _in_range(largest, weight.dtype)
+    rows = torch.ones_like(scale, dtype=torch.bool)
+    rows[channels[~possible]] = False
+    return torch.where(rows, scale, torch.ones_like(scale))
 
 
 def _divided(bias: Tensor, scale: Tensor) -> Tensor:
     return (bias.double() / scale.double()).to(bias.dtype)
+
+
+def _in_range(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where values of these magnitudes (float64) are zero or normal numbers of a dtype."""
+    limits = torch.finfo(dtype)
+    return (largest == 0) | ((largest >= limits.smallest_normal) & (largest <= limits.max))
 
 
 def _exact(divided: Tensor, whole: Tensor, scale: Tensor) -> Tensor:

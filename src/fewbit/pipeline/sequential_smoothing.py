@@ -232,6 +232,13 @@ def _scaled(
     assert spec is not None
     heads = _head_dim(layer)
     channels = folding.channel_map(weights[0].shape[1], rows, heads).to(producer.device)
+
+    def per_row(scale: Tensor) -> Tensor:
+        return folding.per_row(scale.double(), channels, rows)  # float64, so that what divides is what multiplies
+
+    def stored(scale: Tensor) -> Tensor:
+        return folding.fold_into_producer(tensors, scaling, per_row(scale), heads)[1].float()
+
     found = search_scales(
         [weight.float() for weight in weights],
         [spec] * len(weights),
@@ -242,11 +249,11 @@ def _scaled(
         tie=channels if rows != channels.numel() else None,
         power_of_two=producer.ndim > 1 and producer.dtype.itemsize < 4,
         compensated=gptq_follows,
+        stored=stored,
     )
     if found.alpha is None:
         return found
-    wanted = folding.per_row(found.scale.double(), channels, rows)  # float64: what divides and multiplies is the same
-    changed, columns = folding.fold(tensors, scaling, wanted, heads)
+    changed, columns = folding.fold(tensors, scaling, per_row(found.scale), heads)
     for name, parameter in layer.named_parameters():
         if name in changed:
             parameter.data = changed[name]

@@ -8,8 +8,9 @@ computes the finished blocks as the interrupted one did: the vectors are kept be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,7 +26,21 @@ from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.scalings import head_dim, scalings
 from fewbit.pipeline.block_work import BlockWork, Found
 from fewbit.pipeline.plan import Plan
-from fewbit.pipeline.stage_quantizer import Member
+from fewbit.pipeline.stage_quantizer import LinearResult, Member
+
+logger = logging.getLogger("fewbit")
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Who makes an input, divided."""
+
+    taken: Tensor
+    """[rows]: by what, which storage may round or refuse."""
+    dense: dict[str, Tensor]
+    """Tensors that change, by their full names."""
+    quantized: LinearResult | None
+    """What the producer becomes, if it is quantized."""
 
 
 class Smoother:
@@ -94,6 +109,11 @@ class Smoother:
         rows, is_norm = shape[0], len(shape) == 1
         device = statistics.moment.device
         channels = folding.channel_map(members[0].weight.shape[1], rows, self._head_dim)
+
+        def stored(scale: Tensor) -> Tensor:
+            wanted = folding.per_row(scale.cpu(), channels, rows)
+            return self._divided(name, scaling, wanted, channels, work).taken[channels].to(device)
+
         found = search_scales(
             [member.weight for member in members],
             [member.spec for member in members],
@@ -104,37 +124,48 @@ class Smoother:
             tie=channels.to(device) if rows != channels.numel() else None,
             power_of_two=not is_norm or bool(scaling.others) or self._bias(f"{name}.bias", dense) is not None,
             compensated=self._compensated,
+            stored=stored,
         )
         if found.alpha is None:
+            if self._search.alpha is not None:
+                logger.warning("%s is not scaled: alpha %s has no scales that can be stored", name, self._search.alpha)
             return None
-        wanted = folding.per_row(found.scale.cpu(), channels, rows)
-        taken = self._divide(name, scaling, wanted, work)
-        columns = taken[channels].to(device)
-        for other in scaling.others:
-            dense[prefix + other] = folding.scale_columns(self._read(prefix + other, dense), columns.cpu())
-        folded = [prefix + other for other in scaling.others]
-        folded += [f"{name}.{tensor}" for tensor in ("weight", "bias") if f"{name}.{tensor}" in dense]
-        work.found.append(Found(scaling, found.alpha, columns, tuple(folded) if is_norm else ()))
+        divided = self._divided(name, scaling, folding.per_row(found.scale.cpu(), channels, rows), channels, work)
+        columns = divided.taken[channels]
+        changed = divided.dense | {
+            prefix + other: folding.scale_columns(self._read(prefix + other, dense), columns)
+            for other in scaling.others
+        }
+        columns = columns.to(device)
+        dense.update(changed)
+        if divided.quantized is not None:
+            work.results[name] = divided.quantized
+        work.found.append(Found(scaling, found.alpha, columns, tuple(changed) if is_norm else ()))
         return columns
 
-    def _divide(self, name: str, scaling: Scaling, wanted: Tensor, work: BlockWork) -> Tensor:
-        """Divide the rows of a norm or linear; returns what they were divided by, which storage may round. [rows]"""
+    def _divided(self, name: str, scaling: Scaling, wanted: Tensor, channels: Tensor, work: BlockWork) -> _Divided:
+        """A norm or linear whose rows are divided by `wanted` [rows], as far as they and what reads them unquantized
+        can be stored. Nothing of the block changes."""
         dense = work.dense
+        others = [self._read(work.prefix + other, dense) for other in scaling.others]
+        wanted = folding.where_scalable(others, wanted, channels)
         bias = self._bias(f"{name}.bias", dense)
+        changed: dict[str, Tensor] = {}
+        quantized: LinearResult | None = None
         if (producer := work.results.get(name)) is not None:
             there = producer.weight.scale.device
             moved = None if bias is None else bias.to(there)
-            quantized, bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
-            work.results[name] = replace(producer, weight=quantized)
+            rescaled, bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
+            quantized = replace(producer, weight=rescaled)
         else:
             weight = self._read(f"{name}.weight", dense)
             if weight.ndim == 1:  # a norm
-                dense[f"{name}.weight"], bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
+                changed[f"{name}.weight"], bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
             else:
-                dense[f"{name}.weight"], bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
+                changed[f"{name}.weight"], bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
         if bias is not None:
-            dense[f"{name}.bias"] = bias.cpu()
-        return taken.cpu()
+            changed[f"{name}.bias"] = bias.cpu()
+        return _Divided(taken.cpu(), changed, quantized)
 
     def clipped(self, members: list[Member], moment: Tensor) -> list[Member]:
         """The members with their ranges clipped, if the recipe asks for it; `moment` is that of their input."""
