@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Protocol
@@ -95,12 +95,16 @@ class SafetensorsSource:
 
 
 class ModuleSource:
-    """The weights of a module in memory; reading copies, the module itself is never changed."""
+    """The weights of a module in memory; reading copies, the module itself is never changed.
+
+    `without`: names of tensors that are the same as others (a tied head), as files have them once.
+    """
 
     directory: Path | None = None
 
-    def __init__(self, module: nn.Module) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    def __init__(self, module: nn.Module, without: Container[str] = ()) -> None:
+        tensors = module.state_dict()
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items() if name not in without}
 
     def info(self) -> dict[str, TensorInfo]:
         return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}

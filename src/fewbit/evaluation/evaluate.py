@@ -75,8 +75,8 @@ def evaluate(
         raise ConfigError(f"the number of windows must be at least 1, not {max_windows}")
     blockwise = open_any(model)
     reference = against if isinstance(against, Reference | None) else Reference(against)
-    if reference is not None and reference.model.config.vocab_size != blockwise.config.vocab_size:
-        sizes = f"{blockwise.config.vocab_size} and {reference.model.config.vocab_size}"
+    if reference is not None and reference.model.vocabulary != blockwise.vocabulary:
+        sizes = f"{blockwise.vocabulary} and {reference.model.vocabulary}"
         raise CheckpointError(
             f"the models have vocabularies of {sizes} tokens; only models with the same tokens can be compared"
         )

@@ -11,22 +11,21 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
-from fewbit import process
 from fewbit.checkpoint.configuration import load_config, quantization_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CalibrationError, CheckpointError
-from fewbit.models import detect, in_memory, linear
+from fewbit.models import detect, in_memory, linear, stored
 from fewbit.models.architecture import Architecture, Groups, listed
-from fewbit.models.empty import empty_parameters
 from fewbit.models.memory import trim_grown_heap, trim_heap
+from fewbit.models.skeleton import build, outline
 
 BlockCall = dict[str, Any]
 """Keyword arguments of one block for one batch."""
@@ -58,7 +57,8 @@ class BlockwiseModel:
         linear.adopt(skeleton)
         self._groups: Groups | None = self.architecture.groups or None
         self._returns_tuple = False  # what the model expects of its blocks: known once one was called
-        self._check_complete()
+        stored.check(skeleton, source.info(), self.architecture.name)
+        self._aliases = stored.aliases(skeleton, source.info())
 
     @classmethod
     def from_directory(cls, directory: str | Path, source: TensorSource | None = None) -> BlockwiseModel:
@@ -73,7 +73,11 @@ class BlockwiseModel:
                 f"{directory} is already quantized ({quantization.get('quant_method')}), which fewbit cannot undo; "
                 "give the original checkpoint"
             )
-        return cls(_skeleton(config), source)
+        outlined = outline(config)
+        if plain:
+            stored.refuse_codes(outlined, source.info())
+        stored.check(outlined, source.info(), config.model_type)
+        return cls(build(config), source)
 
     @classmethod
     def from_module(cls, model: PreTrainedModel) -> BlockwiseModel:
@@ -84,11 +88,25 @@ class BlockwiseModel:
             raise ArchitectureError(
                 f"{type(model).__name__} is no transformers model; give a PreTrainedModel or a checkpoint's directory"
             )
-        skeleton = _skeleton(model.config, type(model))
-        in_memory.check_as_built(model, skeleton)
-        made = cls(skeleton, ModuleSource(model))
+        built = build(model.config, type(model))
+        in_memory.check_as_built(model, built)
+        whole = ModuleSource(model)
+        own = stored.untied(built, whole)
+        made = cls(built, ModuleSource(model, without=stored.tied_pairs(built).keys() - own))
         made.config = copy.deepcopy(model.config)  # what is saved beside the weights says what the user's model said
+        for part in (made.config, made.config.get_text_config()):
+            part.tie_word_embeddings = part.tie_word_embeddings and not own
         return made
+
+    @cached_property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of config.json that must be other ones beside these weights."""
+        return {"tie_word_embeddings": False} if stored.untied(self.skeleton, self.source) else {}
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.skeleton.get_input_embeddings().num_embeddings)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -118,8 +136,8 @@ class BlockwiseModel:
 
     def block_tensors(self, index: int) -> list[str]:
         """Names of one block's tensors in the checkpoint."""
-        prefix = self.prefix(index)
-        return [prefix + name for name in self.blocks[index].state_dict()]
+        prefix, there = self.prefix(index), self.source.info()
+        return [prefix + name for name in self.blocks[index].state_dict() if prefix + name in there]
 
     def outside_tensors(self) -> list[str]:
         """Names of the stored tensors that belong to no block."""
@@ -151,7 +169,7 @@ class BlockwiseModel:
         Batches without padding that have the same shape share masks and rotary embeddings.
         """
         parent = self.skeleton.get_submodule(self.architecture.blocks.rpartition(".")[0])
-        tokens = self.skeleton.get_input_embeddings().num_embeddings
+        tokens = self.vocabulary
         for batch in batches:
             ids = batch["input_ids"]
             if bool(((ids < 0) | (ids >= tokens)).any()):
@@ -240,15 +258,12 @@ class BlockwiseModel:
     @contextmanager
     def _outside_loaded(self, device: torch.device | str, skip_head: bool) -> Iterator[None]:
         """Embeddings, norms and (unless skipped) the head have weights inside this context."""
-        names = self.outside_tensors()
         head, embeddings = f"{self.architecture.head}.weight", f"{self.architecture.embeddings}.weight"
-        tied = bool(getattr(self.config, "tie_word_embeddings", False)) or head not in self.source.info()
-        unwanted = {head} if skip_head or tied else set()
-        if not skip_head and not tied:
-            unwanted = {embeddings}  # logits come from hidden states: no token is looked up
-        tensors = self.source.read([name for name in names if name not in unwanted], torch.float32)
-        if tied and not skip_head:
-            tensors[head] = tensors[embeddings]
+        names = {*self.outside_tensors(), *self._aliases} - {head if skip_head else embeddings}
+        own = {name: self._aliases.get(name, name) for name in names}  # logits need no embeddings: none is looked up
+        read = self.source.read(set(own.values()), torch.float32)
+        tensors = {name: read[other] for name, other in own.items()}
+        del read
         _fill(self.skeleton, tensors, device)
         try:
             yield
@@ -257,17 +272,6 @@ class BlockwiseModel:
                 _set(self.skeleton, name, torch.empty_like(tensors[name], device="meta"))
             tensors.clear()
             trim_heap()
-
-    def _check_complete(self) -> None:
-        """CheckpointError unless every tensor of the model is stored; a tied head needs none."""
-        stored = self.source.info()
-        tied = {f"{self.architecture.head}.weight"} if getattr(self.config, "tie_word_embeddings", False) else set()
-        for name in self.skeleton.state_dict():
-            if name not in stored and name not in tied:
-                raise CheckpointError(
-                    f"the checkpoint holds no tensor {name!r}, which {self.architecture.name} needs; if "
-                    "transformers loads it (it renames the tensors of some families), give the loaded model instead"
-                )
 
 
 class _LastBlockReachedError(Exception):
@@ -283,38 +287,6 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_device(item, device) for item in value)
     return value
-
-
-def _skeleton(config: Any, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """The model's modules with parameters on the meta device and buffers (rotary frequencies …) computed for real."""
-    config = copy.deepcopy(config)  # building the modules writes dtype and attention into it
-    if getattr(config, "quantization_config", None) is not None:
-        config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    try:
-        with _building(), empty_parameters():
-            make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
-            # sdpa has no soft cap on logits and leaves it out without a word
-            capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-            try:
-                return make(config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
-            except ValueError:  # some families have no such attention (or none at all)
-                return make(config, dtype=torch.float32, attn_implementation="eager")
-    except ValueError as error:
-        raise ArchitectureError(
-            f"transformers has no causal language model for {config.model_type!r}: {error}"
-        ) from None
-
-
-@contextmanager
-def _building() -> Iterator[None]:
-    """transformers is silent; one thread at a time, because verbosity and default dtype are the whole process's."""
-    with process.lock:
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(verbosity)
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:

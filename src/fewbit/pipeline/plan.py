@@ -12,6 +12,7 @@ from fewbit.config.spec import AttentionConfig, QuantizationConfig, Quantization
 from fewbit.errors import ConfigError
 from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.stored import unexpected
 from fewbit.models.untouched import Untouched, sentence, untouched
 from fewbit.nn import attention
 
@@ -180,7 +181,7 @@ def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPla
 
 def _not_of_the_model(model: BlockwiseModel) -> list[str]:
     """Stored tensors that no module of the model has."""
-    unknown = sorted(set(model.source.info()) - set(model.skeleton.state_dict()))
+    unknown = unexpected(model.skeleton, model.source.info())
     if not unknown:
         return []
     return [

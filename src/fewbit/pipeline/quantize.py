@@ -25,6 +25,7 @@ from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
 from fewbit.errors import ConfigError
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.in_memory import unwrapped
 from fewbit.models.memory import trim_heap
 from fewbit.nn.attach import refuse_quantized
 from fewbit.pipeline.arguments import (
@@ -91,7 +92,7 @@ def quantize_model(
     try:
         with _side_files(blockwise, model, tokenizer) as (files, notes):
             directory.open(identity, len(blockwise), plan.unquantized, resume, plan.attention_classes)
-            notes = notes + in_words(copy_side_files(files, directory.path, weights=_files(blockwise)))
+            notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
         plan = replace(plan, warnings=plan.warnings + notes)
         prepared = time.perf_counter()
         for warning in plan.warnings:
@@ -189,7 +190,7 @@ def _side_files(
     if blockwise.source.directory is not None:
         yield blockwise.source.directory, []
     else:
-        with saved_side_files(model, blockwise.config, tokenizer) as saved:
+        with saved_side_files(unwrapped(model), blockwise.config, tokenizer) as saved:
             yield saved
 
 
