@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -60,13 +61,30 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def disk_errors_as_sentences(path: object) -> Iterator[None]:
-    """Turn "no space left" raised anywhere below into a RunError that names `path`."""
+    """Turn what the system says against writing `path`, raised anywhere below, into a RunError that names the file."""
     try:
         yield
     except Exception as error:
-        if is_disk_full(error) and not isinstance(error, FewbitError):
+        if isinstance(error, FewbitError):
+            raise
+        if is_disk_full(error):
             raise RunError(
                 f"the disk is full: {path} could not be written; free some space and run the command again "
                 "(a quantization that had started continues with --resume)"
             ) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            other = str(error.filename or path)
+            where = "" if other.startswith(str(path)) or other.endswith(".partial") else f" ({other})"
+            raise RunError(f"{path} cannot be written: {error.strerror}{where}") from error
         raise
+
+
+def shown(value: object, length: int = 200) -> str:
+    """`value` for a sentence: its repr, cut off. What nests deeply or repeats itself is not written out."""
+    text = _REPR.repr(value)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 4
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fewbit.errors import CheckpointError, ConfigError, FewbitError, disk_errors_as_sentences
+from fewbit.errors import CheckpointError, ConfigError, FewbitError
+from fewbit.files import check_regular, read_json, replacing
+from fewbit.safetensors_file import write_tensors
 
 T = TypeVar("T")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -38,6 +39,7 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Any:
     """
     path = Path(path)
     read = _format(path, _READERS)
+    check_regular(path)
     try:
         return read(path, allow_pickle)
     except FewbitError:
@@ -59,7 +61,7 @@ def dump(obj: Any, path: str | Path, *, allow_pickle: bool = False) -> None:
     """
     path = Path(path)
     write = _format(path, _WRITERS)
-    with _beside(path) as beside:
+    with replacing(path) as beside:
         write(obj, beside, path, allow_pickle)
 
 
@@ -68,7 +70,7 @@ def _load_safetensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def _load_json(path: Path, allow_pickle: bool) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, limit=2**40)
 
 
 def _load_torch(path: Path, allow_pickle: bool) -> Any:
@@ -84,8 +86,6 @@ def _load_torch(path: Path, allow_pickle: bool) -> Any:
 
 
 def _load_pickle(path: Path, allow_pickle: bool) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(2, "No such file or directory")  # sooner than advice to trust it
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is a pickle, and reading one can run code; pass allow_pickle=True if you trust where it comes "
@@ -98,14 +98,16 @@ def _load_pickle(path: Path, allow_pickle: bool) -> Any:
 def _dump_safetensors(obj: Any, beside: Path, path: Path, allow_pickle: bool) -> None:
     if not isinstance(obj, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in obj.items()):
         raise ConfigError(f"{path}: safetensors holds a dict of tensors by name; store other data as .json or .pt")
-    # copies: safetensors refuses tensors that share memory
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in obj.items()}, beside)
+    try:
+        write_tensors(beside, obj)
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _dump_json(obj: Any, beside: Path, path: Path, allow_pickle: bool) -> None:
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: JSON cannot hold this ({error}); store tensors as .safetensors or .pt") from None
     beside.write_text(text + "\n", encoding="utf-8")
 
@@ -113,7 +115,7 @@ def _dump_json(obj: Any, beside: Path, path: Path, allow_pickle: bool) -> None:
 def _dump_torch(obj: Any, beside: Path, path: Path, allow_pickle: bool) -> None:
     try:
         torch.save(obj, beside)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: this cannot be stored ({error})") from None
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(beside))
     if foreign and not allow_pickle:
@@ -131,7 +133,7 @@ def _dump_pickle(obj: Any, beside: Path, path: Path, allow_pickle: bool) -> None
     try:
         with beside.open("wb") as file:
             pickle.dump(obj, file)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: this cannot be stored ({error})") from None
 
 
@@ -156,17 +158,3 @@ def _format(path: Path, table: dict[str, T]) -> T:
     if path.suffix not in table:
         raise ConfigError(f"{path}: the suffix {path.suffix!r} names no known format; use one of {', '.join(table)}")
     return table[path.suffix]
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path to write beside `path`, which takes its place if the body succeeds."""
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with disk_errors_as_sentences(path):
-            yield beside
-            beside.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fewbit.checkpoint.files import write_json
+from fewbit.checkpoint.journal import Journal
 from fewbit.checkpoint.native import (
     FORMAT_VERSION,
     MANIFEST,
@@ -11,6 +12,7 @@ from fewbit.checkpoint.native import (
     NativeCheckpoint,
     NativePart,
     block_file,
+    write_manifest,
     write_part,
 )
 from fewbit.checkpoint.source import TensorInfo
@@ -89,9 +91,10 @@ def dense(prefix: str) -> dict[str, torch.Tensor]:
 def write_checkpoint(directory):
     for block in range(BLOCKS):
         flows = {name.replace("layers.0", f"layers.{block}"): flow for name, flow in ACTIVATIONS.items()}
-        write_part(block_file(directory, block), quantized(block), dense(f"layers.{block}"), flows)
-    write_part(directory / OUTSIDE, {}, dense("outside"))
-    write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "num_blocks": BLOCKS})
+        digest = write_part(block_file(directory, block), quantized(block), dense(f"layers.{block}"), flows)
+        Journal(directory).add_block(block, digest, [])
+    Journal(directory).add_file(OUTSIDE, write_part(directory / OUTSIDE, {}, dense("outside")))
+    write_manifest(directory, {"num_blocks": BLOCKS})
     return directory
 
 
@@ -215,7 +218,7 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize("version", [0, FORMAT_VERSION - 1, FORMAT_VERSION + 1, str(FORMAT_VERSION), None])
     def test_another_format_version_is_refused_and_both_are_named(self, version, tmp_path):
-        write_json(write_checkpoint(tmp_path) / MANIFEST, {"format_version": version, "num_blocks": BLOCKS})
+        write_manifest(write_checkpoint(tmp_path), {"format_version": version, "num_blocks": BLOCKS})
         with pytest.raises(
             CheckpointError, match=f"written in format {version!r}; this fewbit reads {FORMAT_VERSION}"
         ):
@@ -229,9 +232,29 @@ class TestCheckpoint:
         with pytest.raises(CheckpointError, match=f"{MANIFEST} is damaged"):
             NativeCheckpoint(tmp_path)
 
-    def test_the_fingerprint_is_that_of_the_manifest(self, tmp_path):
+    def test_the_fingerprint_is_that_of_the_manifest_and_of_every_file(self, tmp_path):
         one = NativeCheckpoint(write_checkpoint(tmp_path)).fingerprint()
         assert NativeCheckpoint(tmp_path).fingerprint() == one
-        manifest = json.loads((tmp_path / MANIFEST).read_text())
-        write_json(tmp_path / MANIFEST, manifest | {"fingerprint": "of another model"})
+        write_manifest(tmp_path, {"num_blocks": BLOCKS, "model": "another"})
         assert NativeCheckpoint(tmp_path).fingerprint() != one
+        write_checkpoint(tmp_path)
+        assert NativeCheckpoint(tmp_path).fingerprint() == one
+        Journal(tmp_path).add_file(OUTSIDE, write_part(tmp_path / OUTSIDE, {}, dense("others")))
+        assert NativeCheckpoint(tmp_path).fingerprint() != one
+
+    def test_a_manifest_that_was_changed_is_refused(self, tmp_path):
+        manifest = json.loads((write_checkpoint(tmp_path) / MANIFEST).read_text())
+        write_json(tmp_path / MANIFEST, manifest | {"num_blocks": BLOCKS - 1})
+        with pytest.raises(CheckpointError, match=f"{MANIFEST} is damaged"):
+            NativeCheckpoint(tmp_path)
+
+    @pytest.mark.parametrize("part", range(BLOCKS + 1))
+    def test_a_changed_value_is_never_read(self, part, tmp_path):
+        changed = NativeCheckpoint(write_checkpoint(tmp_path)).parts[part].file
+        data = bytearray(changed.read_bytes())
+        data[-1] ^= 1
+        changed.write_bytes(data)
+        checkpoint = NativeCheckpoint(tmp_path)  # its description is as before
+        name = next(iter(checkpoint.parts[part].dense))
+        with pytest.raises(CheckpointError, match=rf"{changed.name} is damaged.*--resume"):
+            checkpoint.read([name])

@@ -333,7 +333,7 @@ def test_bad_calibration_text(quantize, checkpoint, tmp_path, content, words):
 
 def test_an_output_that_is_a_file(quantize, checkpoint, tmp_path):
     (tmp_path / "run").write_text("thesis")
-    assert_one_sentence(quantize(checkpoint("llama")), "is a file; --output needs a directory")
+    assert_one_sentence(quantize(checkpoint("llama")), "run is a file, not a directory")
     assert (tmp_path / "run").read_text() == "thesis"
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewbit.algorithms.rtn import rtn
-from fewbit.checkpoint.files import write_json
-from fewbit.checkpoint.native import FORMAT_VERSION, MANIFEST, OUTSIDE, block_file, write_part
+from fewbit.checkpoint.journal import Journal
+from fewbit.checkpoint.native import OUTSIDE, block_file, write_manifest, write_part
 from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
@@ -125,6 +125,7 @@ def write_run(
     source = SafetensorsSource(model)
     tensors = source.read(source.info())
     dtype = tensors["model.norm.weight"].dtype
+    journal = Journal(directory)
     for block in range(BLOCKS):
         prefix = f"model.layers.{block}."
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -142,18 +143,13 @@ def write_run(
         for slot, how in (attention or {}).items():
             heads = None if how.qscheme == "per_tensor" else 4 if slot == "query" else 2
             states[f"{prefix}self_attn.{slot}"] = state(how, dtype, heads)
-        write_part(block_file(directory, block), weights, inside, states)
+        journal.add_block(block, write_part(block_file(directory, block), weights, inside, states), [])
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
-    write_part(directory / OUTSIDE, {}, outside)
+    journal.add_file(OUTSIDE, write_part(directory / OUTSIDE, {}, outside))
     left = [f"model.layers.{block}.{linear}" for block in range(BLOCKS) for linear in LINEARS if linear not in schemes]
     classes = {f"model.layers.{block}.self_attn": "LlamaAttention" for block in range(BLOCKS) if attention}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "num_blocks": BLOCKS,
-        "unquantized_linears": [*left, "lm_head"],
-        "attention_classes": classes,
-    }
-    write_json(directory / MANIFEST, manifest)
+    manifest = {"num_blocks": BLOCKS, "unquantized_linears": [*left, "lm_head"], "attention_classes": classes}
+    write_manifest(directory, manifest)
     copy_side_files(model, directory)
     return directory
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fewbit
 from fewbit.checkpoint.files import write_json
+from fewbit.checkpoint.journal import Journal
 from fewbit.checkpoint.native import NativeCheckpoint, block_file, write_part
 from fewbit.errors import CheckpointError, ConfigError, RunError, VerificationError
 from fewbit.export import EXPORTERS, export, verify
@@ -245,7 +246,7 @@ def rewritten(run, edit):
     activations = part.activations()
     dense = {name: part.read(name) for name in part.dense}
     edit(weights, activations)
-    write_part(block_file(run, 0), weights, dense, activations)
+    Journal(run).add_block(0, write_part(block_file(run, 0), weights, dense, activations), [])
 
 
 @pytest.mark.parametrize("what", ["weights", "inputs"])

@@ -8,10 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import fewbit
+from fewbit.checkpoint.journal import Journal
+from fewbit.checkpoint.native import FORMAT_VERSION, read_manifest, write_manifest
 from fewbit.config.recipe import Config
-from fewbit.errors import RunError
+from fewbit.errors import CheckpointError, RunError
 from fewbit.pipeline.run_directory import Identity, RunDirectory
 
 # --- what runs in the process that kills itself ---------------------------------------------------------------------
@@ -40,15 +43,15 @@ def kill_in_journal_line(number):
 
     record, count = run_directory.RunDirectory.record, 0
 
-    def dying(self, block, linears):
+    def dying(self, block, linears, digest):
         nonlocal count
         count += 1
+        record(self, block, linears, digest)
         if count == number:
-            line = json.dumps({"block": block, "linears": linears})
-            with (self.path / run_directory.JOURNAL).open("a") as file:
-                file.write("\n" + line[: len(line) // 2])
+            journal = self.path / run_directory.JOURNAL
+            whole = journal.read_text().rstrip("\n")
+            journal.write_text(whole[: len(whole) - len(whole.splitlines()[-1]) // 2])
             die()
-        record(self, block, linears)
 
     run_directory.RunDirectory.record = dying
 
@@ -56,17 +59,18 @@ def kill_in_journal_line(number):
 def kill_in_block_file(number):
     from fewbit.checkpoint import files
 
-    save, count = files.save_file, 0
+    write, count = files.write_tensors, 0
 
-    def dying(tensors, path, metadata):
+    def dying(path, tensors, metadata):
         nonlocal count
         count += 1
-        save(tensors, path, metadata)
+        digest = write(path, tensors, metadata)
         if count == number:
             os.truncate(path, Path(path).stat().st_size // 2)
             die()
+        return digest
 
-    files.save_file = dying
+    files.write_tensors = dying
 
 
 def kill_at_stage(number):
@@ -207,6 +211,132 @@ def test_resuming_a_finished_run_changes_nothing(finished_run, checkpoint, quick
     assert_same_run(output, finished_run("llama"), files_of)
 
 
+@pytest.fixture
+def copied(finished_run, tmp_path):
+    """A copy of a finished run, to be damaged."""
+    return shutil.copytree(finished_run("llama"), tmp_path / "run")
+
+
+def flip(file, position):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+def change_a_code(run):
+    flip(run / "blocks" / "00001.safetensors", -100)
+
+
+def cut_a_block_off(run):
+    file = run / "blocks" / "00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def remove_a_block(run):
+    (run / "blocks" / "00000.safetensors").unlink()
+
+
+def exchange_blocks(run):
+    one, other = (run / "blocks" / f"0000{number}.safetensors" for number in range(2))
+    one.rename(run / "third")
+    other.rename(one)
+    (run / "third").rename(other)
+
+
+def change_the_head(run):
+    flip(run / "outside.safetensors", -1)
+
+
+def change_the_configuration(run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+
+
+def remove_the_tokenizer(run):
+    (run / "tokenizer.json").unlink()
+
+
+def change_the_journal(run):
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines() if line]
+    lines[0]["linears"][0]["loss"] = 0.0
+    (run / "journal.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def spoil_the_journal(run):
+    nonsense = ["[]", "1", "null", '"text"', '{"block": 0}', '{"block": "0", "linears": 1}', "{" * 100_000, "\ud800"]
+    with (run / "journal.jsonl").open("ab") as file:
+        file.write("\n".join(nonsense).encode("utf-8", "surrogatepass") + b"\xff\n\0")
+
+
+DAMAGE = [
+    change_a_code,
+    cut_a_block_off,
+    remove_a_block,
+    exchange_blocks,
+    change_the_head,
+    change_the_configuration,
+    remove_the_tokenizer,
+    change_the_journal,
+    spoil_the_journal,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_resume_makes_anew_what_is_damaged(damage, copied, finished_run, checkpoint, quick, files_of):
+    damage(copied)
+    fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick)
+    assert_same_run(copied, finished_run("llama"), files_of)
+
+
+@pytest.mark.parametrize("damage", DAMAGE[:-1])
+def test_what_is_damaged_is_not_exported(damage, copied):
+    damage(copied)
+    with pytest.raises(CheckpointError) as caught:
+        fewbit.Run(copied).export("compressed-tensors")
+    assert "--resume" in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGE[:5])
+def test_what_is_damaged_is_not_evaluated(damage, copied):
+    damage(copied)
+    with pytest.raises(CheckpointError):
+        fewbit.evaluate(copied, torch.randint(5, 300, (1, 16)))
+
+
+def test_a_block_that_is_made_anew_is_named(copied, checkpoint, quick, capsys):
+    change_a_code(copied)
+    fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick | {"progress": True})
+    assert "00001.safetensors is damaged (it is not what the run wrote) and is made anew" in capsys.readouterr().err
+
+
+def test_blocks_after_one_that_came_out_otherwise_are_made_anew(copied, checkpoint, quick, capsys):
+    """They were calibrated on what it gave then."""
+    part = copied / "blocks" / "00000.safetensors"
+    part.unlink()
+    journal = Journal(copied)
+    journal.add_block(0, "0" * 64, journal.blocks()[0].linears)
+    fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick | {"progress": True})
+    said = capsys.readouterr().err
+    assert "block 0 came out otherwise than before" in said
+    assert "kept from before" not in said
+
+
+@pytest.mark.parametrize("field", ["num_blocks", "unquantized_linears"])
+def test_a_manifest_that_says_otherwise_than_the_model_is_refused(field, refused, checkpoint, tmp_path):
+    manifest = read_manifest(tmp_path / "run")
+    other = 1 if field == "num_blocks" else ["model.layers.0.mlp.up_proj"]
+    write_manifest(tmp_path / "run", manifest | {field: other})
+    sentence = refused(checkpoint("llama"))
+    assert "cannot be resumed" in sentence
+    assert ("1 blocks before, 2 now" if field == "num_blocks" else "other linears") in sentence
+
+
+@pytest.mark.parametrize("written", ["", "[]", "{" * 100_000, f'{{"format_version": {FORMAT_VERSION}}}', "\0"])
+def test_a_damaged_manifest_is_refused(written, refused, checkpoint, tmp_path):
+    (tmp_path / "run" / "fewbit.json").write_text(written)
+    assert "fewbit.json is damaged" in refused(checkpoint("llama"))
+
+
 def contents(directory):
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".lock"}
 
@@ -280,7 +410,13 @@ def test_a_directory_with_other_files_is_refused_and_left_alone(checkpoint, quic
 
 
 IDENTITY = Identity(
-    recipe=Config.from_dict({"scheme": "W4A16"}).to_dict(), model="m", calibration="c", version="v", libraries={}
+    recipe=Config.from_dict({"scheme": "W4A16"}).to_dict(),
+    model="m",
+    calibration="c",
+    version="v",
+    libraries={},
+    num_blocks=2,
+    unquantized=[],
 )
 
 
@@ -294,9 +430,9 @@ def test_a_directory_in_use_is_refused_while_the_other_run_lives(finished_run, r
             manifest["calibration"],
             manifest["version"],
             manifest["libraries"],
+            manifest["num_blocks"],
+            manifest["unquantized_linears"],
         ),
-        manifest["num_blocks"],
-        manifest["unquantized_linears"],
         resume=True,
     )
     assert "in use by another run" in refused(checkpoint("llama"))
@@ -306,10 +442,10 @@ def test_a_directory_in_use_is_refused_while_the_other_run_lives(finished_run, r
 
 def test_the_second_of_two_new_runs_is_refused(tmp_path):
     with_lock = RunDirectory(tmp_path / "run")
-    with_lock.open(IDENTITY, 2, [], resume=False)
+    with_lock.open(IDENTITY, resume=False)
     second = RunDirectory(tmp_path / "run")
     with pytest.raises(RunError, match="in use by another run"):
-        second.open(IDENTITY, 2, [], resume=True)
+        second.open(IDENTITY, resume=True)
     second.close()
     assert (tmp_path / "run" / "fewbit.json").exists()
     with_lock.close()
@@ -317,7 +453,7 @@ def test_the_second_of_two_new_runs_is_refused(tmp_path):
 
 def hold_forever(directory, ready):
     held = RunDirectory(directory)
-    held.open(IDENTITY, 2, [], resume=False)
+    held.open(IDENTITY, resume=False)
     ready.set()
     signal.pause()
 
@@ -329,8 +465,8 @@ def test_a_directory_is_free_again_when_its_run_was_killed(processes, tmp_path):
     assert ready.wait(60)
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(RunError, match="in use by another run"):
-        directory.open(IDENTITY, 2, [], resume=True)
+        directory.open(IDENTITY, resume=True)
     process.kill()
     process.join(60)
-    directory.open(IDENTITY, 2, [], resume=True)
+    directory.open(IDENTITY, resume=True)
     directory.close()

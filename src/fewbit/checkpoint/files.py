@@ -1,86 +1,86 @@
-"""Writing files so that a reader, or a run that was killed, never sees half of one."""
+"""Writing what belongs together: a directory that is there as a whole or not at all, and files of tensors."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbit.errors import RunError, disk_errors_as_sentences
+from fewbit.files import kind, sync_directory
+from fewbit.files import read_json as read_json
+from fewbit.files import read_json_object as read_json_object
+from fewbit.files import replacing as replacing
+from fewbit.files import write_json as write_json
+from fewbit.safetensors_file import write_tensors
+from fewbit.scratch import Scratch, is_scratch, lock_directory, sweep
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write tensors atomically; same tensors and metadata, same bytes. Returns the file's SHA-256."""
+    with replacing(path) as beside:
+        return write_tensors(beside, tensors, metadata)
+
+
+def destination(path: Path, what: str) -> Path:
+    """Where a directory that is asked for as `path` lies or will lie, links resolved. RunError if something else is
+    there, or the links lead nowhere."""
+    try:
+        resolved = path.resolve()
+        there = resolved.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that is too long, a null byte
+        raise RunError(f"{path} cannot be used as {what}: {getattr(error, 'strerror', None) or error}") from None
+    if there and not resolved.is_dir():
+        raise RunError(f"{path} is {kind(resolved)}, not a directory; choose another place for {what}")
+    return resolved
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write beside `path`; it is flushed to disk and takes its place only if the body succeeds."""
-    beside = path.with_name(path.name + ".partial")
+def replacing_directory(directory: Path, last: str | None = None) -> Iterator[Path]:
+    """A directory to fill, whose files are in `directory` only if the body succeeds. RunError if that is not empty.
+
+    The target is locked: of two writers the second is refused. A new target comes into being at once, by renaming. One
+    that was there, empty (a mount point, a link, a directory with permissions of its own), stays the directory that it
+    is and is filled at the end, the file `last` after all others, so that its presence says that all are.
+    """
+    target = destination(directory, "an output")
+    with disk_errors_as_sentences(directory):
+        created = _make(target)
+        lock = lock_directory(target, f"{directory} is being written by another process; wait for it")
+        try:
+            sweep(target)
+            if any(not is_scratch(path.name) for path in target.iterdir()):
+                created = False
+                raise RunError(f"{directory} exists and is not empty; choose another directory or remove it")
+            place, stem = (target.parent, target.name) if created else (target, "files")
+            with Scratch(place, stem, keep_mode=True) as beside:
+                yield beside
+                if created:
+                    beside.replace(target)
+                    sync_directory(target.parent)
+                else:
+                    _move_up(beside, target, last)
+                created = False
+        finally:
+            if created:
+                with suppress(OSError):
+                    target.rmdir()
+            lock.release()
+
+
+def _make(target: Path) -> bool:
+    """Make a directory; whether it was not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with disk_errors_as_sentences(path):
-            yield beside
-            with beside.open("rb+") as written:
-                os.fsync(written.fileno())
-            beside.replace(path)
-            _sync_directory(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+        target.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors atomically; same tensors and metadata, same bytes."""
-    with replacing(path) as beside:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside, metadata)
-        _sort_metadata(beside)
-
-
-def _sort_metadata(file: Path) -> None:
-    """Put the header's metadata in order: safetensors writes them in an order that changes from run to run."""
-    with file.open("rb+") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) != length:
-            raise RuntimeError(f"{file}: the header changed its length when its metadata were sorted")
-        opened.seek(8)
-        opened.write(text)
-
-
-@contextmanager
-def replacing_directory(directory: Path) -> Iterator[Path]:
-    """A directory to fill beside `directory`; it takes its place only if the body succeeds. Refuses to overwrite."""
-    if directory.exists() and not directory.is_dir():
-        raise RunError(f"{directory} is a file, not a directory; choose another place")
-    if directory.exists() and any(directory.iterdir()):
-        raise RunError(f"{directory} exists and is not empty; choose another directory or remove it")
-    beside = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        with disk_errors_as_sentences(directory):
-            beside.mkdir(parents=True)
-            yield beside
-            if directory.exists():
-                directory.rmdir()
-            beside.replace(directory)
-            _sync_directory(directory.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # a rename is durable only once its directory is
-    finally:
-        os.close(handle)
+def _move_up(beside: Path, target: Path, last: str | None) -> None:
+    for path in sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name)):
+        path.rename(target / path.name)
+    sync_directory(target)

@@ -1,18 +1,18 @@
 """The native quantized checkpoint: one safetensors file per block, one for what lies outside the blocks.
 
     RUN/fewbit.json               format version, resolved recipe, fingerprint, number of blocks
-    RUN/journal.jsonl             one line per finished block (written after its file is in place)
+    RUN/journal.jsonl             digests of all finished files (see checkpoint.journal)
     RUN/blocks/00000.safetensors  the block's quantized weights (NAME.codes, NAME.scale, …), the rest, and what is
                                   known of quantized activations (MODULE.input.scale, MODULE.key.scale, …)
     RUN/outside.safetensors       embeddings, final norm, head
     RUN/config.json, tokenizer…   copied from the model
 
-Each file's metadata says which weights are quantized and how, so a file can be read alone.
+Each file's metadata says which weights are quantized and how, so a file can be read alone. Whoever reads a run checks
+each file against its digest before the first tensor is taken from it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,15 +23,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fewbit.checkpoint.files import write_safetensors
+from fewbit.checkpoint.files import read_json_object, write_json, write_safetensors
+from fewbit.checkpoint.journal import Journal, fields_digest
 from fewbit.checkpoint.source import TensorInfo, check_finite, read_header
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import CheckpointError
+from fewbit.errors import CheckpointError, FewbitError, shown
+from fewbit.files import check_regular
+from fewbit.safetensors_file import file_digest
 from fewbit.tensor import QuantizedActivation, QuantTensor
 
 MANIFEST = "fewbit.json"
 OUTSIDE = "outside.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def block_file(directory: Path, index: int) -> Path:
@@ -54,8 +57,9 @@ def write_part(
     dense: Mapping[str, Tensor],
     activations: Mapping[str, QuantizedActivation] | None = None,
     smoothing: Smoothing | None = None,
-) -> None:
-    """Write quantized weights and plain tensors, by their names in the model, to one file atomically.
+) -> str:
+    """Write quantized weights and plain tensors, by their names in the model, to one file atomically; returns the
+    file's digest, for the journal.
 
     `activations` are named by module and slot: MODULE.input, MODULE.output, and of attention MODULE.key, MODULE.value,
     MODULE.query.
@@ -74,29 +78,45 @@ def write_part(
     file.parent.mkdir(parents=True, exist_ok=True)
     smoothed = {"modules": sorted(smoothing.columns), "folded": sorted(smoothing.folded)}
     described = {"weights": specs, "activations": flows, "smoothing": smoothed}
-    write_safetensors(file, tensors, {"fewbit": json.dumps(described, sort_keys=True)})
+    return write_safetensors(file, tensors, {"fewbit": json.dumps(described, sort_keys=True)})
 
 
 class NativePart:
     """One file of a native checkpoint; complete by itself, so a resumed run can read the blocks it already has."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, digest: str | None = None) -> None:
+        """`digest` is what the journal says of the file; it is compared before a tensor is read. CheckpointError for a
+        file that is damaged."""
+        check_regular(file)
         header = read_header(file)
         with safe_open(file, framework="pt", device="cpu") as opened:
-            described = json.loads((opened.metadata() or {}).get("fewbit", "{}"))
-        specs, flows = described.get("weights", {}), described.get("activations", {})
+            described = (opened.metadata() or {}).get("fewbit", "{}")
         self.file = file
+        self._digest = digest
+        try:
+            self._describe(json.loads(described), header)
+        except FewbitError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from None
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            raise CheckpointError(f"{file} is damaged: its description of the weights cannot be read") from None
+
+    def _describe(self, described: dict[str, Any], header: dict[str, TensorInfo]) -> None:
+        specs, flows = described.get("weights", {}), described.get("activations", {})
         self.quantized: dict[str, tuple[QuantizationSpec, tuple[int, int]]] = {
-            name: (QuantizationSpec(**entry["spec"]), (entry["shape"][0], entry["shape"][1]))
+            name: (QuantizationSpec(**entry["spec"]), (int(entry["shape"][0]), int(entry["shape"][1])))
             for name, entry in specs.items()
         }
-        self._flows: dict[str, Any] = flows
+        self._flows: dict[str, tuple[QuantizationSpec, list[str]]] = {
+            name: (QuantizationSpec(**entry["spec"]), list(entry["stored"])) for name, entry in flows.items()
+        }
         self._smoothed: dict[str, list[str]] = described.get("smoothing", {"modules": [], "folded": []})
         stored = (
             {f"{name}.smoothing" for name in self._smoothed["modules"]}
             | {part for name, (spec, _) in self.quantized.items() for part in _stored(name, spec)}
-            | {f"{name}.{part}" for name, entry in flows.items() for part in entry["stored"]}
+            | {f"{name}.{part}" for name, (_, parts) in self._flows.items() for part in parts}
         )
+        if lost := sorted(stored - set(header)):
+            raise CheckpointError(f"it holds no {lost[0]!r}")
         self.dense = {name: info for name, info in header.items() if name not in stored}
 
     def info(self) -> dict[str, TensorInfo]:
@@ -126,10 +146,9 @@ class NativePart:
     def activations(self) -> dict[str, QuantizedActivation]:
         """Quantized activations by module and slot."""
         found = {}
-        for name, entry in self._flows.items():
-            stored = self._get([f"{name}.{part}" for part in entry["stored"]])
-            tensors = {part: stored[f"{name}.{part}"] for part in entry["stored"]}
-            found[name] = QuantizedActivation.from_tensors(tensors, QuantizationSpec(**entry["spec"]))
+        for name, (spec, parts) in self._flows.items():
+            stored = self._get([f"{name}.{part}" for part in parts])
+            found[name] = QuantizedActivation.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec)
         return found
 
     def smoothing(self) -> Smoothing:
@@ -140,9 +159,22 @@ class NativePart:
             tuple(self._smoothed["folded"]),
         )
 
+    def check(self) -> None:
+        """CheckpointError if the file is not the one that the run wrote."""
+        if self._digest is not None and file_digest(self.file) != self._digest:
+            raise _damaged(self.file)
+        self._digest = None
+
     def _get(self, stored_names: list[str]) -> dict[str, Tensor]:
+        self.check()
         with safe_open(self.file, framework="pt", device="cpu") as opened:
             return {stored: opened.get_tensor(stored).clone() for stored in stored_names}
+
+
+def _damaged(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is damaged: it is not what the run wrote; run the same command with --resume, which makes it anew"
+    )
 
 
 def _stored(name: str, spec: QuantizationSpec) -> list[str]:
@@ -156,14 +188,13 @@ class NativeCheckpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory: Path = Path(directory)
         self.manifest: dict[str, Any] = read_manifest(self.directory)
-        blocks = [block_file(self.directory, index) for index in range(int(self.manifest["num_blocks"]))]
-        files = [*blocks, self.directory / OUTSIDE]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise CheckpointError(
-                f"{self.directory} is not finished ({missing[0]} is missing); run the same command with --resume"
-            )
-        self.parts = [NativePart(file) for file in files]
+        journal = Journal(self.directory)
+        digests = {number: block.digest for number, block in journal.blocks().items()}
+        self._files = journal.files()
+        self.parts: list[NativePart] = []
+        for index in range(self.manifest["num_blocks"]):  # stops at the first that is missing, whatever the number
+            self.parts.append(self._open(block_file(self.directory, index), digests.get(index)))
+        self.parts.append(self._open(self.directory / OUTSIDE, self._files.get(OUTSIDE)))
         self._part_of = {name: part for part in self.parts for name in part.info()}
 
     @property
@@ -185,7 +216,26 @@ class NativeCheckpoint:
         return {name: activation for part in self.parts for name, activation in part.activations().items()}
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        """Changes with the recipe, the model, the calibration data and what was made of them."""
+        blocks = {str(number): block.digest for number, block in Journal(self.directory).blocks().items()}
+        return fields_digest({"manifest": self.manifest, "blocks": blocks, "files": self._files})
+
+    def check_files(self) -> None:
+        """CheckpointError if configuration or tokenizer of the run are not what it wrote."""
+        for name, digest in self._files.items():
+            file = self.directory / name
+            if name != OUTSIDE and not (file.is_file() and file_digest(file) == digest):
+                raise _damaged(file)
+
+    def _open(self, file: Path, digest: str | None) -> NativePart:
+        if digest is None or not file.exists():
+            raise CheckpointError(
+                f"{self.directory} is not finished ({file.name} is missing); run the same command with --resume"
+            )
+        try:
+            return NativePart(file, digest)
+        except CheckpointError:
+            raise _damaged(file) from None
 
     def _part(self, name: str) -> NativePart:
         if name not in self._part_of:
@@ -193,21 +243,24 @@ class NativeCheckpoint:
         return self._part_of[name]
 
 
+def write_manifest(directory: Path, fields: Mapping[str, Any]) -> None:
+    """fewbit.json of a run, with a digest of its fields."""
+    manifest = {"format_version": FORMAT_VERSION} | dict(fields)
+    write_json(directory / MANIFEST, manifest | {"check": fields_digest(manifest)})
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """fewbit.json of a run."""
+    """What `write_manifest` wrote. CheckpointError if there is none, or if it was changed since."""
     file = directory / MANIFEST
-    try:
-        manifest: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} is not a fewbit run: it has no {MANIFEST}") from None
-    except ValueError:
-        raise CheckpointError(f"{file} is damaged: it is not JSON") from None
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{file} is damaged: it is no table of fields")
+    if not file.exists():
+        raise CheckpointError(f"{directory} is not a fewbit run: it has no {MANIFEST}")
+    manifest = read_json_object(file)
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{directory} was written in format {manifest.get('format_version')!r}; this fewbit reads {FORMAT_VERSION}"
-        )
-    if not isinstance(manifest.get("num_blocks"), int):
+        found = shown(manifest.get("format_version"))
+        raise CheckpointError(f"{directory} was written in format {found}; this fewbit reads {FORMAT_VERSION}")
+    if manifest.pop("check", None) != fields_digest(manifest):
+        raise CheckpointError(f"{file} is damaged: its fields are not those that the run wrote")
+    number = manifest.get("num_blocks")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise CheckpointError(f"{file} is damaged: it does not say how many blocks there are")
     return manifest

@@ -70,7 +70,8 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
     weights = {name: spec for name, (spec, _) in checkpoint.quantized.items()}
     activations = {name: activation.spec for name, activation in checkpoint.activations().items()}
     target.check(weights, activations, {name: shape for name, (_, shape) in checkpoint.quantized.items()})
-    with replacing_directory(Path(output)) as beside:
+    checkpoint.check_files()
+    with replacing_directory(Path(output), last=ORIGIN) as beside:
         target.write(checkpoint, beside)
         write_origin(beside, Path(output), Path(run), format, target.notes(weights, activations))
     return Path(output)
@@ -105,4 +106,6 @@ def _verify_export(directory: Path, run: Path | None) -> Verification:
         raise CheckpointError(f"the run that {directory} was made from is not at {run}; say where it is with --run")
     if origin.format not in EXPORTERS:
         raise CheckpointError(f"{directory} has the unknown format {origin.format!r}")
-    return EXPORTERS[origin.format].verify(directory, NativeCheckpoint(run))
+    checkpoint = NativeCheckpoint(run)
+    checkpoint.check_files()
+    return EXPORTERS[origin.format].verify(directory, checkpoint)

@@ -74,6 +74,8 @@ def quantize_model(
     Raises FewbitError with a sentence for the user; nothing is written before model, recipe and data are checked.
     """
     started = time.perf_counter()
+    directory = RunDirectory(output)
+    directory.refuse(resume)
     chosen_device = choose_device(device)
     memory = parse_size(activation_memory)
     blockwise = open_model(model)
@@ -84,14 +86,13 @@ def quantize_model(
     plan = replace(plan, warnings=plan.warnings + _too_little(plan, config, data))
     search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
     smoother = Smoother(blockwise, plan, config, search) if search is not None else None
-    identity = _identity(blockwise, config, data)
+    identity = _identity(blockwise, config, data, plan)
     if not resume:
         _check_weights(blockwise)
-    directory = RunDirectory(output)
     view = progress_view(progress)
     try:
         with _side_files(blockwise, model, tokenizer) as (files, notes):
-            directory.open(identity, len(blockwise), plan.unquantized, resume, plan.attention_classes)
+            directory.open(identity, resume, plan.attention_classes)
             notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
         plan = replace(plan, warnings=plan.warnings + notes)
         prepared = time.perf_counter()
@@ -100,7 +101,8 @@ def quantize_model(
         walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory, smoother)
         rows = walk.run(data)
         walked = time.perf_counter()
-        write_part(directory.path / OUTSIDE, {}, blockwise.source.read(blockwise.outside_tensors()))
+        digest = write_part(directory.path / OUTSIDE, {}, blockwise.source.read(blockwise.outside_tensors()))
+        directory.record_files({OUTSIDE: digest})
         run = {
             "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
             "architecture": blockwise.architecture.name,
@@ -163,7 +165,7 @@ def _check_weights(model: BlockwiseModel) -> None:
     trim_heap()
 
 
-def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None) -> Identity:
+def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None, plan: Plan) -> Identity:
     described = model.config.to_dict()
     described.pop("transformers_version", None)
     architecture = json.dumps(described, sort_keys=True, default=str)
@@ -174,6 +176,8 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
         calibration=data.fingerprint() if data is not None else NO_CALIBRATION,
         version=__version__,
         libraries={"torch": torch.__version__, "transformers": transformers.__version__},
+        num_blocks=len(model),
+        unquantized=plan.unquantized,
     )
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from fewbit.checkpoint.files import write_json
-from fewbit.checkpoint.native import FORMAT_VERSION, MANIFEST, block_file, read_manifest
+from fewbit.checkpoint.files import destination
+from fewbit.checkpoint.journal import JOURNAL, FinishedBlock, Journal
+from fewbit.checkpoint.native import MANIFEST, block_file, read_manifest, write_manifest
 from fewbit.errors import CheckpointError, RunError, disk_errors_as_sentences
+from fewbit.pipeline.report import REPORT
+from fewbit.safetensors_file import file_digest
+from fewbit.scratch import Lock, Scratch, is_scratch, lock_file, sweep
 
-JOURNAL = "journal.jsonl"
 LOCK = ".lock"
-WORK = "work"
+BLOCKS = "blocks"
+EXPORTS = "exports"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Identity:
     version: str
     libraries: dict[str, str]
     """Versions of those that compute: other ones may round otherwise."""
+    num_blocks: int
+    unquantized: list[str]
+    """Names of the linears that stay as they are."""
 
     def differences(self, manifest: dict[str, Any]) -> list[str]:
         """In words, what differs from the run that wrote `manifest`."""
@@ -49,6 +55,10 @@ class Identity:
                 found.append(
                     f"recipe field {key!r}: {_short(before.get(key))} before, {_short(self.recipe.get(key))} now"
                 )
+        if manifest.get("num_blocks") != self.num_blocks:
+            found.append(f"{manifest.get('num_blocks')} blocks before, {self.num_blocks} now")
+        if manifest.get("unquantized_linears") != self.unquantized and not found:
+            found.append("other linears that stay as they are")
         return found
 
 
@@ -57,113 +67,122 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock: IO[str] | None = None
+        self._place = destination(self.path, "the output")
+        self._lock: Lock | None = None
         self._created = False
+        self._journal = Journal(self._place)
+        self._before: dict[int, FinishedBlock] = {}
+        self._changed: set[int] = set()
 
-    def open(
-        self,
-        identity: Identity,
-        num_blocks: int,
-        unquantized: list[str],
-        resume: bool,
-        attention_classes: Mapping[str, str] | None = None,
-    ) -> None:
-        """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run.
-
-        `attention_classes`: of attention modules in which something is quantized; exports name them.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; --output needs a directory")
-        if self.path.exists() and not (self.path / MANIFEST).exists() and any(self._foreign_files()):
-            raise RunError(f"{self.path} is not empty and holds no fewbit run; choose another output directory")
-        with disk_errors_as_sentences(self.path):
-            self._created = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-        if (self.path / MANIFEST).exists():
+    def refuse(self, resume: bool) -> None:
+        """RunError if the directory cannot be used, before any work: `open` would say so after it."""
+        if (self._place / MANIFEST).exists():
             if not resume:
                 raise RunError(
                     f"{self.path} already holds a run; use --resume to continue it or choose another directory"
                 )
+        elif self._place.exists() and any(self._foreign_files()):
+            raise RunError(f"{self.path} is not empty and holds no fewbit run; choose another output directory")
+        nearest = next(path for path in (self._place, *self._place.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise RunError(f"{self.path} cannot be written: {nearest} allows it not; choose another output directory")
+
+    def open(self, identity: Identity, resume: bool, attention_classes: Mapping[str, str] | None = None) -> None:
+        """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run.
+
+        `attention_classes`: of attention modules in which something is quantized; exports name them.
+        """
+        self.refuse(resume)
+        with disk_errors_as_sentences(self.path):
+            self._created = not self._place.exists()
+            self._place.mkdir(parents=True, exist_ok=True)
+            busy = f"{self.path} is in use by another run; wait for it or choose another output directory"
+            self._lock = lock_file(self._place / LOCK, busy)
+        for place in (self._place, self._place / BLOCKS):
+            sweep(place)
+        if (self._place / MANIFEST).exists():
+            self.refuse(resume)  # another run may have begun while this one waited for the lock
             if differences := identity.differences(self._manifest()):
                 raise RunError(
                     f"{self.path} cannot be resumed: {'; '.join(differences)}; "
                     "use the original settings or a new directory"
                 )
             return
-        write_json(
-            self.path / MANIFEST,
+        write_manifest(
+            self._place,
             {
-                "format_version": FORMAT_VERSION,
                 "version": identity.version,
                 "libraries": identity.libraries,
-                "num_blocks": num_blocks,
+                "num_blocks": identity.num_blocks,
                 "model": identity.model,
                 "calibration": identity.calibration,
                 "recipe": identity.recipe,
-                "unquantized_linears": unquantized,
+                "unquantized_linears": identity.unquantized,
                 "attention_classes": dict(attention_classes or {}),
             },
         )
 
-    def finished_blocks(self) -> dict[int, list[dict[str, Any]]]:
-        """Block number → report rows of the blocks that are complete. A line cut off by a crash does not count."""
-        journal = self.path / JOURNAL
-        if not journal.exists():
-            return {}
+    def finished_blocks(self, note: Callable[[str], None] = lambda text: None) -> dict[int, list[dict[str, Any]]]:
+        """Block number → report rows of the blocks whose files are what the journal says. `note` is told of others."""
+        self._before = self._journal.blocks()
         finished = {}
-        for line in journal.read_bytes().split(b"\n"):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if block_file(self.path, entry["block"]).exists():
-                finished[int(entry["block"])] = entry["linears"]
+        for number, block in self._before.items():
+            file = block_file(self._place, number)
+            if not file.is_file():
+                note(f"warning: {file.name} is gone and is made anew")
+            elif file_digest(file) != block.digest:
+                note(f"warning: {file.name} is damaged (it is not what the run wrote) and is made anew")
+            else:
+                finished[number] = block.linears
         return finished
 
-    def record(self, block: int, linears: list[dict[str, Any]]) -> None:
+    def record(self, number: int, linears: list[dict[str, Any]], digest: str) -> None:
         """Journal a block whose file is in place."""
-        line = json.dumps({"block": block, "linears": linears})
-        journal = self.path / JOURNAL
-        with disk_errors_as_sentences(journal), journal.open("ab") as file:
-            file.write(f"\n{line}\n".encode())  # the leading newline closes a line that a crash cut off
-            file.flush()
-            os.fsync(file.fileno())
+        self._journal.add_block(number, digest, linears)
+        if number in self._before and self._before[number].digest != digest:
+            self._changed.add(number)
 
-    @property
-    def work(self) -> Path:
-        """Scratch space of the run."""
-        return self.path / WORK
+    def changed(self, number: int) -> bool:
+        """Whether a block that was made anew came out otherwise than before, so that what followed from it is void."""
+        return number in self._changed
+
+    def record_files(self, known: Mapping[str, str]) -> None:
+        """Journal every file beside the blocks, but for those that describe the run; some digests are `known`."""
+        own = (MANIFEST, JOURNAL, LOCK, REPORT, BLOCKS, EXPORTS)
+        for top in sorted(self._place.iterdir()):
+            if top.name in own or is_scratch(top.name):
+                continue
+            for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
+                if file.is_file():
+                    name = str(file.relative_to(self._place))
+                    self._journal.add_file(name, known.get(name) or file_digest(file))
+
+    def scratch(self) -> Scratch:
+        """Space for hidden states that goes when the run ends, or when the next one finds it."""
+        with disk_errors_as_sentences(self.path):
+            return Scratch(self._place, "work")
 
     def close(self) -> None:
         """Release the directory; one that this run created and wrote nothing to is removed."""
         if self._lock is None:
             return
         if self._created and not self._foreign_files():
-            (self.path / LOCK).unlink()
-            self.path.rmdir()
-        self._lock.close()
+            (self._place / LOCK).unlink()
+            self._place.rmdir()
+        self._lock.release()
         self._lock = None
 
     def _manifest(self) -> dict[str, Any]:
         try:
-            return read_manifest(self.path)
+            return read_manifest(self._place)
         except CheckpointError as error:
             raise RunError(str(error)) from None
 
-    def _acquire(self) -> None:
-        lock = (self.path / LOCK).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies, however
-        except OSError:
-            lock.close()
-            raise RunError(
-                f"{self.path} is in use by another run; wait for it or choose another output directory"
-            ) from None
-        self._lock = lock
-
     def _foreign_files(self) -> list[Path]:
-        return [path for path in self.path.iterdir() if path.name not in (LOCK, MANIFEST + ".partial")]
+        try:
+            return [path for path in self._place.iterdir() if path.name != LOCK and not is_scratch(path.name)]
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be read: {error.strerror}") from None
 
 
 def _short(value: Any) -> str:

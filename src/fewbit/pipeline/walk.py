@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,18 +50,18 @@ class Walk:
 
     def run(self, calibration: CalibrationSet | None) -> list[dict[str, Any]]:
         """Quantize all blocks that the journal does not know yet; returns the report's rows of all of them."""
-        finished = self.directory.finished_blocks()
+        finished = self.directory.finished_blocks(self.progress.note)
         self.progress.start(len(self.model), len(finished))
         if len(finished) == len(self.model):
-            shutil.rmtree(self.directory.work, ignore_errors=True)
             return [row for index in range(len(self.model)) for row in finished[index]]
         self._attach()
         if calibration is None:
             return self._without_data(finished)
         drift = self._drift_batches(calibration)
-        with entered(
-            self.model, calibration, self.device, drift, self.activation_memory, self.directory.work
-        ) as passage:
+        with (
+            self.directory.scratch() as work,
+            entered(self.model, calibration, self.device, drift, self.activation_memory, work) as passage,
+        ):
             return self._with_data(passage, self.strategy(calibration), finished)
 
     def strategy(self, calibration: CalibrationSet) -> Strategy:
@@ -96,6 +95,11 @@ class Walk:
                 self.progress.block_done(index, None)
             else:
                 rows += self._quantize_block(index, passage, strategy)
+                if self.directory.changed(index) and finished:
+                    self.progress.note(
+                        f"warning: block {index} came out otherwise than before, so what follows is redone"
+                    )
+                    finished = {}
         return rows
 
     def _quantize_block(self, index: int, passage: Passage, strategy: Strategy) -> list[dict[str, Any]]:
@@ -196,11 +200,12 @@ class Walk:
         rest = [name for name in self.model.block_tensors(index) if name not in quantized]
         dense = self.model.source.read(rest) | work.dense
         activations = {name: quantizer.state() for name, quantizer in self._quantizers(work.prefix).items()}
-        write_part(block_file(self.directory.path, index), quantized, dense, activations, work.smoothing())
+        file = block_file(self.directory.path, index)
+        digest = write_part(file, quantized, dense, activations, work.smoothing())
         rows = [linear_row(name, index, result) for name, result in results.items()]
         for row in rows:
             row["scaling"] = work.alpha_of(row["name"])
-        self.directory.record(index, rows)
+        self.directory.record(index, rows, digest)
         energy = sum(result.energy for result in results.values())
         self.progress.block_done(index, sum(r.error for r in results.values()) / energy if energy else 0.0)
         return rows

@@ -1,0 +1,105 @@
+"""What a run has finished, and the digest of every file it finished: the truth on a resume and for whoever reads it.
+
+    {"block": 3, "sha256": "…", "linears": [report rows], "check": "…"}     after the block's file is in place
+    {"file": "outside.safetensors", "sha256": "…", "check": "…"}            of what lies outside the blocks
+
+Lines are only added; the last one on a block or file counts. `check` is a digest of the line's other fields, so that a
+line that was cut off or changed counts as not written: its block is quantized again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from fewbit.errors import disk_errors_as_sentences
+from fewbit.files import read_bytes
+
+JOURNAL = "journal.jsonl"
+_LIMIT = 2**30
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block whose file is in place."""
+
+    digest: str
+    linears: list[dict[str, Any]]
+    """Report rows of its quantized linears."""
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The journal of the run in `directory`."""
+
+    directory: Path
+
+    def add_block(self, number: int, digest: str, linears: list[dict[str, Any]]) -> None:
+        """Note a block whose file is in place."""
+        self._add({"block": number, "sha256": digest, "linears": linears})
+
+    def add_file(self, name: str, digest: str) -> None:
+        """Note a file beside the blocks that is in place."""
+        if self.files().get(name) != digest:
+            self._add({"file": name, "sha256": digest})
+
+    def blocks(self) -> dict[int, FinishedBlock]:
+        """By their numbers."""
+        found = {}
+        for entry in self._entries():
+            number, linears = entry.get("block"), entry.get("linears")
+            if isinstance(number, int) and (digest := _digest(entry)) and _are_rows(linears):
+                found[number] = FinishedBlock(digest, linears)
+        return found
+
+    def files(self) -> dict[str, str]:
+        """Digest by name, of the files beside the blocks."""
+        found = {}
+        for entry in self._entries():
+            name = entry.get("file")
+            if isinstance(name, str) and (digest := _digest(entry)):
+                found[name] = digest
+        return found
+
+    def _entries(self) -> list[dict[str, Any]]:
+        path = self.directory / JOURNAL
+        if not path.exists():
+            return []
+        found = []
+        for line in bytes(read_bytes(path, _LIMIT)).split(b"\n"):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict) and entry.pop("check", None) == fields_digest(entry):
+                found.append(entry)
+        return found
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry | {"check": fields_digest(entry)})
+        path = self.directory / JOURNAL
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        with disk_errors_as_sentences(path), os.fdopen(os.open(path, flags, 0o666), "ab") as file:
+            file.write(f"\n{line}\n".encode())  # the leading newline closes a line that a crash cut off
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def fields_digest(fields: dict[str, Any]) -> str:
+    """SHA-256 of a table of plain data, whatever the order of its fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(entry: dict[str, Any]) -> str | None:
+    digest = entry.get("sha256")
+    return digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
+
+
+def _are_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)

@@ -1,0 +1,195 @@
+"""Locks, and scratch that a killed process leaves behind.
+
+Everything temporary that fewbit writes is named `.STEM.fewbit-RANDOM.partial` and locked (flock) by the process that
+uses it. The kernel releases the lock when the process dies, however it dies. So whoever needs scratch in a directory
+first removes what nobody holds any more, and nothing else: neither a file with another name, nor the scratch of a
+process that lives, nor what a link points to.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fewbit.errors import RunError
+
+_PATTERN = re.compile(r"\..*\.fewbit-[0-9a-f]{16}\.partial", re.DOTALL)
+
+
+class Lock:
+    """An exclusive lock on a file or a directory until `release`, or until the process ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def lock_file(path: Path, busy: str) -> Lock:
+    """Lock the file `path`, which is made if there is none. RunError `busy` if another process or thread has it, and a
+    sentence of its own if it is a link or something else than a file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RunError(f"{path} is a link; remove it, for locks are never taken through links") from None
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise RunError(f"{path} is no file; remove it, for fewbit locks a file of this name") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunError(f"{path} is no file; remove it, for fewbit locks a file of this name")
+    return _locked(descriptor, path, busy)
+
+
+def lock_directory(path: Path, busy: str) -> Lock:
+    """Lock an existing directory; errors as of `lock_file`."""
+    return _locked(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path, busy)
+
+
+def _locked(descriptor: int, path: Path, busy: str) -> Lock:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(descriptor, path):
+            return Lock(descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise RunError(busy) from None
+        raise RunError(
+            f"{path} cannot be locked ({error.strerror}); choose a directory on a file system with locks"
+        ) from None
+    os.close(descriptor)  # the one who had it took it away meanwhile
+    raise RunError(busy)
+
+
+class Scratch:
+    """A directory of one's own inside `parent` until `close`, the end of a `with`, of the object or of the process.
+
+    `keep_mode` gives it the permissions that the user's new directories have; otherwise only the user may look inside.
+    """
+
+    def __init__(self, parent: Path, stem: str, *, keep_mode: bool = False) -> None:
+        sweep(parent, stem)
+        while True:
+            self.path: Path = _new_name(parent, stem)
+            self.path.mkdir(mode=0o777 if keep_mode else 0o700)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            _hold(descriptor)
+            if _is_at(descriptor, self.path):
+                break
+            os.close(descriptor)  # someone swept it away before it was locked
+        self._end = weakref.finalize(self, _remove, self.path, descriptor, os.getpid())
+
+    def close(self) -> None:
+        """Remove it."""
+        self._end()
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def temporary_directory(stem: str) -> Scratch:
+    """Scratch in the system's directory for temporary files (TMPDIR). RunError if there is none."""
+    try:
+        return Scratch(Path(tempfile.gettempdir()), stem)
+    except OSError as error:
+        raise RunError(f"no directory for temporary files can be used: {error.strerror or error}") from None
+
+
+@contextmanager
+def scratch_file(path: Path) -> Iterator[Path]:
+    """A new empty file beside `path`, with the permissions of the user's new files; removed at the end if it still has
+    its name."""
+    sweep(path.parent, path.name)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        beside = _new_name(path.parent, path.name)
+        descriptor = os.open(beside, flags, 0o666)
+        _hold(descriptor)
+        if _is_at(descriptor, beside):
+            break
+        os.close(descriptor)
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def sweep(parent: Path, stem: str | None = None) -> None:
+    """Remove the scratch of killed processes in `parent`, of one stem or of all."""
+    try:
+        names = [entry.name for entry in os.scandir(parent)]
+    except OSError:
+        return
+    for name in names:
+        if _PATTERN.fullmatch(name) and (stem is None or name.startswith(f".{_short(stem)}.fewbit-")):
+            _remove_dead(parent / name)
+
+
+def is_scratch(name: str) -> bool:
+    """Whether a file of this name is scratch of fewbit's."""
+    return _PATTERN.fullmatch(name) is not None
+
+
+def _remove_dead(path: Path) -> None:
+    with suppress(OSError):  # of another user, or gone already
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mode = os.fstat(descriptor).st_mode
+            if not _is_at(descriptor, path):
+                return
+            if stat.S_ISDIR(mode):
+                shutil.rmtree(path, ignore_errors=True)
+            elif stat.S_ISREG(mode):
+                path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _new_name(parent: Path, stem: str) -> Path:
+    return parent / f".{_short(stem)}.fewbit-{secrets.token_hex(8)}.partial"
+
+
+def _short(stem: str) -> str:
+    """File systems take names of 255 bytes."""
+    return os.fsdecode(os.fsencode(stem)[:180])
+
+
+def _hold(descriptor: int) -> None:
+    """Lock what only this process knows yet. Where locks are not to be had, nothing is swept either."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or directory still is what lies at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path, descriptor: int, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child ends, too
+        shutil.rmtree(path, ignore_errors=True)
+    os.close(descriptor)
