@@ -13,7 +13,7 @@ from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError, nearest
 from fewbit.export import compressed_tensors
-from fewbit.export.verification import ORIGIN, Verification, read_origin, write_origin
+from fewbit.export.verification import Verification, read_origin, write_origin
 
 Specs = Mapping[str, QuantizationSpec]
 Shapes = Mapping[str, tuple[int, int]]
@@ -90,7 +90,7 @@ def verify(directory: str | Path, run: str | Path | None = None) -> list[Verific
     """
     directory = Path(directory)
     if (directory / MANIFEST).exists():
-        exports = sorted(path.parent for path in (directory / "exports").glob(f"*/{ORIGIN}"))
+        exports = [path for path in sorted((directory / "exports").glob("[!.]*")) if path.is_dir()]
         if not exports:
             raise CheckpointError(
                 f"{directory} has no exports yet; make one with: fewbit export {directory} --format …"

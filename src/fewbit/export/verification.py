@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewbit.checkpoint.configuration import read_object
 from fewbit.checkpoint.files import write_json
+from fewbit.checkpoint.side_files import is_weight
 from fewbit.errors import CheckpointError, VerificationError
 
 ORIGIN = "fewbit-export.json"
@@ -31,36 +35,64 @@ class Verification:
 
 @dataclass(frozen=True)
 class Origin:
-    """Format of an export, where the run it was made from was then, and what to know when loading it."""
+    """Format of an export, where the run it was made from was then, what to know when loading it, and the digests of
+    its files that hold no weights."""
 
     format: str
     run: Path
     notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_origin(directory: Path, final: Path, run: Path, format: str, notes: Sequence[str] = ()) -> None:
     """Note in an export, now in `directory` and soon in `final`, which run it was made from."""
     where = os.path.relpath(run.resolve(), final.resolve())
-    write_json(directory / ORIGIN, {"format": format, "run": where, "notes": list(notes)})
+    files = {
+        path.relative_to(directory).as_posix(): digest_of(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and not is_weight(path.name)
+    }
+    noted: dict[str, Any] = {"format": format, "notes": list(notes), "files": files}
+    write_json(directory / ORIGIN, {"run": where} | noted | {"digest": _fields_digest(noted)})
 
 
 def read_origin(directory: Path) -> Origin:
-    """What `write_origin` noted."""
-    try:
-        noted = json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
-        return Origin(str(noted["format"]), directory / noted["run"], tuple(noted.get("notes", ())))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{directory} is no fewbit export (it has no readable {ORIGIN})") from None
+    """What `write_origin` noted. CheckpointError if it is missing, damaged or was changed."""
+    file = directory / ORIGIN
+    if not directory.is_dir() or not os.path.lexists(file):
+        raise CheckpointError(f"{directory} is no fewbit export (it has no {ORIGIN})")
+    found = read_object(file)
+    noted = {name: found.get(name) for name in ("format", "notes", "files")}
+    run = found.get("run")
+    if not isinstance(run, str) or "\0" in run or found.get("digest") != _fields_digest(noted):
+        raise CheckpointError(f"{file} is not what this version of fewbit wrote; export the run again")
+    return Origin(str(noted["format"]), directory / run, tuple(found["notes"]), dict(found["files"]))
 
 
-def compare(what: str, found: Tensor, expected: Tensor) -> None:
-    """VerificationError unless two tensors are equal in shape, dtype and every value."""
+def digest_of(file: Path) -> str:
+    """SHA-256 of a regular file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _fields_digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes: what compares bits."""
+
+
+def compare(what: str, found: Tensor, expected: Tensor, bits: bool = True) -> None:
+    """VerificationError unless two tensors are equal in shape, dtype and every bit (0.0 is not −0.0), or with
+    `bits=False` in every value."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise VerificationError(
             f"{what}: found {found.dtype} {tuple(found.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
         )
-    if found.dtype.itemsize == 1:  # floats of a byte know few operations
-        found, expected = found.view(torch.uint8), expected.contiguous().view(torch.uint8)
+    if bits and found.dtype != torch.bool:
+        words = _WORDS[found.dtype.itemsize]
+        found, expected = (tensor.contiguous().flatten().view(words) for tensor in (found, expected))
     if not torch.equal(found, expected):
         different = int((found != expected).sum())
         raise VerificationError(f"{what}: {different} of {expected.numel()} values differ from the run")

@@ -2,12 +2,13 @@
 
 Of every weight: the config group that the library picks for it, each stored tensor, the codes (decoded with all scales
 set to one) and the weight. Of every activation: its arguments and its tensors. Then all other tensors, that none is
-left over, that linears which stay as they are are ignored, and that fused linears share their global scales.
+left over, that linears which stay as they are are ignored, and that fused linears share their scales. Before all that,
+the files beside the weights and the index.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,24 +16,31 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from fewbit.checkpoint.configuration import first_line, quantization_of, read_config, read_object
 from fewbit.checkpoint.native import NativeCheckpoint
-from fewbit.checkpoint.source import SafetensorsSource
+from fewbit.checkpoint.source import INDEX_FILE, SafetensorsSource, read_header
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import FewbitError, VerificationError
+from fewbit.export.beside import check_beside, difference
 from fewbit.export.compressed_tensors.activations import encode_activation
 from fewbit.export.compressed_tensors.config import DENSE, NAME, Specs, kv_cache, layout_of
 from fewbit.export.compressed_tensors.layouts import Layout
 from fewbit.export.compressed_tensors.scheme import Args, activation_args, weight_args
 from fewbit.export.compressed_tensors.sharing import unshared
-from fewbit.export.compressed_tensors.write import left_alone
-from fewbit.export.verification import Verification, compare
+from fewbit.export.compressed_tensors.write import METADATA, config_changes, left_alone, shard_names
+from fewbit.export.verification import Verification, compare, read_origin
 from fewbit.tensor import QuantTensor
 
 
 def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
     """Decode every weight of an export with the library and compare everything with the run."""
+    shards = shard_names(checkpoint)
+    check_beside(
+        directory, read_origin(directory), checkpoint.directory, config_changes(checkpoint), [*shards, INDEX_FILE]
+    )
     if fault := unshared(checkpoint):
         raise VerificationError(f"{directory}: {fault}")
     checked = _Export(directory)
@@ -49,8 +57,30 @@ def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
     for name in dense:
         checked.tensor(name, checkpoint.read([name])[name])
     checked.nothing_left(left_alone(checkpoint))
+    _check_index(directory, shards)
     decoder = f"compressed-tensors {checked.library.version}"
     return Verification(directory, NAME, len(checkpoint.quantized), len(dense), decoder, len(activations))
+
+
+def _check_index(directory: Path, shards: list[str]) -> None:
+    """VerificationError unless the index says of every tensor where it is, once, and every reader takes the shards."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        for name, info in read_header(directory / shard).items():
+            if name in weight_map:
+                raise VerificationError(f"{directory}: tensor {name!r} is in {weight_map[name]} and in {shard}")
+            weight_map[name] = shard
+            total += math.prod(info.shape) * info.dtype.itemsize
+        with safe_open(directory / shard, framework="pt") as opened:
+            if opened.metadata() != METADATA:
+                raise VerificationError(f"{directory / shard}: metadata are {opened.metadata()}, not {METADATA}")
+    expected = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    found = read_object(directory / INDEX_FILE)
+    if fault := difference(found, expected):
+        raise VerificationError(
+            f"{directory / INDEX_FILE} does not fit the shards: {fault}".replace("in the run", "in them")
+        )
 
 
 class _Export:
@@ -60,11 +90,11 @@ class _Export:
         self.directory = directory
         self.library = _library()
         self.stored = SafetensorsSource(directory)
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        raw = quantization_of(read_config(directory), directory)
         try:
             self.config = self.library.QuantizationConfig.model_validate(raw)
-        except ValueError as error:
-            raise VerificationError(f"{directory}: the library refuses the config: {error}") from None
+        except Exception as error:
+            raise VerificationError(f"{directory}: the library refuses the config: {first_line(error)}") from None
         self.schemes: dict[str, Any] = {}  # by target; as the library has it, a later group's wins
         for scheme in self.config.config_groups.values():
             self.schemes |= dict.fromkeys(scheme.targets, scheme)
@@ -112,16 +142,16 @@ class _Export:
         unscaled = replace(unscaled, global_scale=1.0)
         units = {part: tensor for part, tensor in layout.encode(unscaled).items() if "scale" in part}
         codes = self.decompressed(module, tensors | units, scheme, layout)
-        compare(f"{module} codes", codes.float(), unscaled.dequantize())
+        compare(f"{module} codes", codes.float(), unscaled.dequantize(), bits=False)
         weight = self.decompressed(module, tensors, scheme, layout)
-        compare(f"{module} weight", weight, expected.dequantize(weight.dtype))
+        compare(f"{module} weight", weight, expected.dequantize(weight.dtype), bits=False)
 
     def decompressed(self, module: str, tensors: dict[str, Tensor], scheme: Any, layout: Layout) -> Tensor:
         try:
             decompressor = self.library.BaseCompressor.get_value_from_registry(layout.name)
             weight: Tensor = decompressor.decompress(tensors, scheme)["weight"]
         except Exception as error:  # whatever the library raises, it cannot read this weight by that config
-            raise VerificationError(f"{module}: compressed-tensors cannot decode it: {error}") from None
+            raise VerificationError(f"{module}: compressed-tensors cannot decode it: {first_line(error)}") from None
         return weight
 
     def tensor(self, name: str, expected: Tensor, part: str | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from fewbit.checkpoint.files import write_json, write_safetensors
 from fewbit.checkpoint.native import NativeCheckpoint, NativePart
@@ -17,29 +18,41 @@ from fewbit.export.compressed_tensors.sharing import unshared
 
 KV_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 """By these compressed-tensors knows an attention module that has a cache."""
+METADATA = {"format": "pt"}
+"""Of a shard; transformers opens no other."""
 
 
 def write(checkpoint: NativeCheckpoint, directory: Path) -> None:
     """Write the export into an existing empty directory. ConfigError for a run that the format cannot hold."""
-    weights = {name: spec for name, (spec, _) in checkpoint.quantized.items()}
-    activations = {name: found.spec for name, found in checkpoint.activations().items()}
-    classes = checkpoint.manifest.get("attention_classes", {})
-    config = quantization_config(weights, activations, left_alone(checkpoint), classes)
-    _check_whole_cache(checkpoint, kv_cache(activations)[1])
+    changes = config_changes(checkpoint)
     if fault := unshared(checkpoint):
         raise ConfigError(f"{NAME}: {fault}")
     weight_map: dict[str, str] = {}
     total = 0
-    for number, part in enumerate(checkpoint.parts, start=1):
-        shard = f"model-{number:05d}-of-{len(checkpoint.parts):05d}.safetensors"
+    for shard, part in zip(shard_names(checkpoint), checkpoint.parts, strict=True):
         tensors = part_tensors(part)
-        write_safetensors(directory / shard, tensors, {"format": "pt"})
+        write_safetensors(directory / shard, tensors, METADATA)
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     write_json(
         directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
-    copy_side_files(checkpoint.directory, directory, {"quantization_config": config})
+    copy_side_files(checkpoint.directory, directory, changes)
+
+
+def shard_names(checkpoint: NativeCheckpoint) -> list[str]:
+    """Files of the weights, one for each part of the run."""
+    count = len(checkpoint.parts)
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def config_changes(checkpoint: NativeCheckpoint) -> dict[str, Any]:
+    """What an export's config.json says otherwise than the run's."""
+    weights = {name: spec for name, (spec, _) in checkpoint.quantized.items()}
+    activations = {name: found.spec for name, found in checkpoint.activations().items()}
+    _check_whole_cache(checkpoint, kv_cache(activations)[1])
+    classes = checkpoint.manifest.get("attention_classes", {})
+    return {"quantization_config": quantization_config(weights, activations, left_alone(checkpoint), classes)}
 
 
 def left_alone(checkpoint: NativeCheckpoint) -> list[str]:
