@@ -7,8 +7,9 @@ convolutions, with static activations calibrated on the data.
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fewbit import ptq
+from fewbit import process, ptq
 from fewbit.calibration.tokens import token_batch
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
 from fewbit.errors import CalibrationError, ConfigError
+from fewbit.models import in_memory
+from fewbit.models.untouched import Untouched, sentence, untouched
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import SLOTS, attention_config
+from fewbit.nn.exchange import Exchange, carry_over
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
 from fewbit.pipeline.quantize import quantize_model
+
+logger = logging.getLogger("fewbit")
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,20 @@ class ModelQuantizer:
                 for round-to-nearest with dynamic activations or none.
             output: where the run of a transformers model is kept, e.g. to export it: `Run(output).export(…)`.
 
-        Raises FewbitError for a config or data that cannot be used.
+        What stays in full precision beside linears and convolutions that the config leaves out is logged as a
+        warning. Raises FewbitError for a config, a model or data that cannot be used; whatever is raised, Ctrl-C
+        included, leaves the model as it was.
         """
-        if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
-            self._by_walk(model, dataloader, output)
+        inside = in_memory.unwrapped(model)
+        if isinstance(inside, PreTrainedModel) and inside.get_output_embeddings() is not None:
+            self._by_walk(inside, dataloader, output)
         elif output is not None:
             raise ConfigError(
-                f"{type(model).__name__} is no language model of transformers, so no run is written of it; leave "
+                f"{type(inside).__name__} is no language model of transformers, so no run is written of it; leave "
                 "output out and keep its state_dict"
             )
         else:
-            self._by_replacement(model, dataloader)
+            self._by_replacement(inside, dataloader)
         return model
 
     @staticmethod
@@ -68,9 +77,9 @@ class ModelQuantizer:
         return ptq.freeze(model) if any(isinstance(module, FakeQuant) for module in model.modules()) else model
 
     def _by_walk(self, model: PreTrainedModel, dataloader: Iterable[Any] | None, output: str | Path | None) -> None:
+        _refuse_shared(model)
         if self.config.attention is not None:  # an error now, not after the work
-            attention.attach(model, self.config.attention)
-            attention.detach(model)
+            attention.attaching(model, self.config.attention)
         data: Any = "none" if dataloader is None else [_ids_and_mask(item) for item in dataloader]
         if data == []:
             raise CalibrationError("the dataloader gave no batch; calibration needs at least one")
@@ -78,6 +87,7 @@ class ModelQuantizer:
             kept = Path(scratch) / "run" if output is None else output
             directory = quantize_model(model, self.config, kept, calibration=data, progress=False)
             install(model, NativeCheckpoint(directory))
+        _say(tuple(untouched(model, _linears(model))))
 
     def _by_replacement(self, model: nn.Module, dataloader: Iterable[Any] | None) -> None:
         config = self.config
@@ -94,56 +104,89 @@ class ModelQuantizer:
         if "" in modules:
             raise ConfigError(f"the model is itself a {modules['']}: use FakeQuantLinear.from_module(model, …)")
         configs = {name: match.config for name, match in resolve(config, modules).items() if match.config is not None}
+        if not modules:
+            raise ConfigError(f"{type(model).__name__} has no linears or convolutions (or is quantized already)")
         if not configs:
             raise ConfigError("the recipe quantizes nothing: every linear and convolution is excluded")
         needs_data = any(found.needs_data for found in configs.values())
         if needs_data and dataloader is None:
             raise CalibrationError("static activation scales need calibration data; give a dataloader")
-        before = {name: model.get_submodule(name) for name in configs}
-        ptq.replace_(model, configs)
-        if not needs_data or dataloader is None:
-            return
-        training = {module: module.training for module in model.modules()}
-        try:
-            with ptq.calibrate(model.eval()), torch.no_grad():
-                for item in dataloader:
-                    _call(model, item)
-        except BaseException:  # as it was: the user may try again with other data
-            ptq.exchange(model, {id(model.get_submodule(name)): module for name, module in before.items()})
-            raise
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        with process.neutral():
+            left = ptq.left_alone(model, modules)
+            changes = ptq.replacing(model, configs)
+        with changes.undone_on_error():  # the user may try again with other data
+            if needs_data and dataloader is not None:
+                _calibrate(model, dataloader)
+        _say(left)
 
 
+@process.neutral()
 def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
-    """Give a model in memory the weights and quantizers of a run of it, in place."""
+    """Give a model in memory the weights and quantizers of a run of it, in place: all of them at once."""
     activations = run.activations()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    changed = run.info().keys() - run.quantized.keys()
-    state = model.state_dict()
-    with torch.no_grad():
-        for name in changed:
-            if name in state:
-                state[name].copy_(run.read([name])[name])
-    for name, linear in linears.items():
+    state = model.state_dict(keep_vars=True)
+    changes, values = Exchange(), {}
+    for name in sorted(run.info().keys() - run.quantized.keys() & state.keys()):
+        value = run.read([name])[name].to(state[name])
+        if not torch.equal(value, state[name]):
+            values[name] = value
+            changes.data(state[name], value)
+    made: dict[nn.Module, nn.Module] = {}
+    for name, linear in _linears(model).items():
         slots = {slot: activations.get(f"{name}.{slot}") for slot in SLOTS}
         weight = f"{name}.weight"
         if weight in run.quantized:
-            made: nn.Module = QuantLinear.from_quant_tensor(run.read_quantized(weight), linear.bias)
+            bias = values.get(f"{name}.bias", linear.bias)
+            new: nn.Module = QuantLinear.from_quant_tensor(run.read_quantized(weight), bias)
         elif any(slots.values()):
             specs = {slot: None if known is None else known.spec for slot, known in slots.items()}
-            made = FakeQuantLinear.from_module(linear, input_tensors=specs["input"], output_tensors=specs["output"])
+            new = FakeQuantLinear.from_module(linear, input_tensors=specs["input"], output_tensors=specs["output"])
         else:
             continue
         for slot, known in slots.items():
             if known is not None:
-                setattr(made, f"{slot}_quantizer", ActivationQuantizer(known.spec, known, persistent=True))
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made.to(linear.weight.device).train(model.training))
+                setattr(new, f"{slot}_quantizer", ActivationQuantizer(known.spec, known, persistent=True))
+        made[linear] = new.to(linear.weight.device)
+        carry_over(linear, new)
+    changes.replace(model, made)
     inside = {name: known for name, known in activations.items() if name.rpartition(".")[2] not in SLOTS}
     if (wanted := attention_config(inside)) is not None:
-        attention.attach(model, wanted, inside, persistent=True)
+        _, attached = attention.attaching(model, wanted, inside, persistent=True)
+        changes.include(attached)
+    changes.commit()
+
+
+def _calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
+    """Static scales from the data. The model's mode is put back; it is called on the devices it may count on."""
+    mode = Exchange()
+    for module in model.modules():
+        mode.item(vars(module), "training", False)
+    with mode.for_now(), ptq.calibrate(model):
+        for item in dataloader:
+            with process.neutral(default_device=False):
+                _call(model, item)
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """ConfigError for modules that are used in two places: a run quantizes each place for what it sees there."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = names.setdefault(module, name)
+        if first != name and any(isinstance(child, nn.Linear) for child in module.modules()):
+            raise ConfigError(
+                f"{first} and {name} are one {type(module).__name__}, which cannot be quantized for two inputs; give "
+                "them copies (copy.deepcopy), or use fewbit.quantize_, which rounds it once"
+            )
+
+
+def _say(left: Sequence[Untouched]) -> None:
+    """Nothing is left alone in silence."""
+    if left:
+        logger.warning(sentence(left))
 
 
 def _ids_and_mask(item: Any) -> dict[str, Tensor]:

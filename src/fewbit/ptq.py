@@ -13,21 +13,26 @@ modules are exchanged for those of nn/fake_quant.py, and linears, at freezing, f
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from fewbit import process
 from fewbit.calibration.observers import MovingAverageObserver, Observer, make_observer
 from fewbit.config.matching import matches
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError, nearest
+from fewbit.models import in_memory
 from fewbit.models.linear import Linear
+from fewbit.models.untouched import Untouched, untouched
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.fake_quant import FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
+from fewbit.nn.exchange import INSTANCES, Exchange, carry_over, check_plain
+from fewbit.nn.fake_quant import QUANTIZERS, FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
 
 GROUP_SIZES = (128, 64, 32)  # of weights of less than 8 bits: the first that divides the inputs, else per channel
@@ -73,7 +78,7 @@ class PTQReport:
     excluded: tuple[str, ...] = ()
     """Linears and convolutions that a pattern left out."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Other modules with weights, embeddings aside, and what they are: they stay as they are."""
+    """Other modules with matrices, embeddings aside: what they are, and their share of the parameters. They stay."""
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
@@ -87,6 +92,7 @@ class PTQReport:
         return "\n".join(lines)
 
 
+@process.neutral()
 def quantize_(
     model: nn.Module,
     weights: str | QuantizationSpec | None = "int8",
@@ -104,11 +110,13 @@ def quantize_(
         exclude: names, wildcards or "re:" patterns of modules that stay as they are, e.g. "lm_head".
         modules: patterns of modules to quantize; all others stay.
 
-    Returns a report with a row for each quantized module. ConfigError if a pattern matches nothing, a spec does not
-    fit a module, or nothing would be quantized; the model is unchanged then.
+    Returns a report with a row for each quantized module, and what else there is. ConfigError if a pattern matches
+    nothing, a spec does not fit a module, a module has something that would be lost (a forward of its own …), or
+    nothing would be quantized; the model is unchanged then. Hooks go along.
     """
     if weights is None and activations is None:
         raise ConfigError("nothing to quantize: name weights, activations or both")
+    model = in_memory.unwrapped(model)
     found = quantizable(model)
     if "" in found:
         raise ConfigError(f"the model is itself a {type(model).__name__}: use FakeQuantLinear.from_module(model, …)")
@@ -121,12 +129,14 @@ def quantize_(
     rows = []
     for name, module in found.items():
         if name not in excluded:
+            check_plain(module, name)
             made[name] = _fake(name, module, _config(module, weights, activations))
             rows.append(_row(name, module, made[name]))
     if not made:
         raise ConfigError(f"exclude leaves nothing to quantize: all {len(found)} linears and convolutions match it")
-    _install(model, {id(found[name]): fake for name, fake in made.items()})
-    return PTQReport(tuple(rows), excluded, _skipped(model, excluded))
+    report = PTQReport(tuple(rows), excluded, _skipped(model, found))
+    _installing(model, {found[name]: fake for name, fake in made.items()}).commit()
+    return report
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:
@@ -134,13 +144,15 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module) in _FAKE}
 
 
-def replace_(model: nn.Module, configs: Mapping[str, QuantizationConfig]) -> None:
-    """Fake-quantize the modules of `model` that `configs` names, each by its own config, in place.
+def replacing(model: nn.Module, configs: Mapping[str, QuantizationConfig]) -> Exchange:
+    """What fake-quantizes the modules of `model` that `configs` names, each by its own config, once it is committed.
 
-    ConfigError, which names the module, if a config does not fit; the model is unchanged then.
+    ConfigError, which names the module, if a config does not fit.
     """
     found = quantizable(model)
-    _install(model, {id(found[name]): _fake(name, found[name], config) for name, config in configs.items()})
+    for name in configs:
+        check_plain(found[name], name)
+    return _installing(model, {found[name]: _fake(name, found[name], config) for name, config in configs.items()})
 
 
 @dataclass
@@ -176,22 +188,25 @@ def calibrate(model: nn.Module, momentum: float | None = None) -> Iterator[Calib
     }
     if not quantizers:
         raise CalibrationError("there is nothing to calibrate: no activation of the model has a static scale")
-    observers = {name: _observer(quantizer, momentum) for name, quantizer in quantizers.items()}
-    calibration = Calibration()
+    observing = Exchange()
+    with process.neutral():
+        observers = {name: _observer(quantizer, momentum) for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
-        quantizer.observer = observers[name]
-    try:
+        observing.item(vars(quantizer), "observer", observers[name])
+    calibration = Calibration()
+    with observing.for_now():
         yield calibration
-    finally:
-        for quantizer in quantizers.values():
-            quantizer.observer = None
     missed = tuple(name for name, observer in observers.items() if observer.low is None)
     if len(missed) == len(observers):
         raise CalibrationError("no data went through the model inside calibrate(model); call the model in the `with`")
-    states = {name: observer.result(name) for name, observer in observers.items() if name not in missed}
+    with process.neutral():
+        states = {name: observer.result(name) for name, observer in observers.items() if name not in missed}
+        for name, state in states.items():
+            calibration.scales[name] = state.global_scale if state.scale is None else float(state.scale.float().max())
+    loading = Exchange()
     for name, state in states.items():
-        quantizers[name].load(state)
-        calibration.scales[name] = state.global_scale if state.scale is None else float(state.scale.float().max())
+        quantizers[name].loading(state, loading.item)
+    loading.commit()
     calibration.missed = missed
     if missed:
         warnings.warn(
@@ -201,21 +216,24 @@ def calibrate(model: nn.Module, momentum: float | None = None) -> Iterator[Calib
         )
 
 
+@process.neutral()
 def freeze(model: nn.Module) -> nn.Module:
     """Make quantized weights final, in place: linears hold packed codes from here on, convolutions their dequantized
     weight. Scales of activations stay. Returns `model`; ConfigError if nothing in it is fake-quantized.
     """
-    made: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
+    inside = in_memory.unwrapped(model)
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in inside.named_modules():
         if isinstance(module, FakeQuant) and name == "":
             raise ConfigError(f"the model is itself a {type(module).__name__}: use QuantLinear.from_module(linear, …)")
-        if isinstance(module, FakeQuantLinear):
-            made[id(module)] = _packed(module)
-        elif isinstance(module, FakeQuant):
-            made[id(module)] = _baked(module)
+        if isinstance(module, FakeQuant):
+            check_plain(module, name, known=QUANTIZERS)
+            made[module] = _packed(module) if isinstance(module, FakeQuantLinear) else _baked(module)
     if not made:
         raise ConfigError(f"{type(model).__name__} has nothing to freeze; call quantize_(model) first")
-    exchange(model, made)
+    changes = Exchange()
+    changes.replace(inside, {old: new for old, new in made.items() if old is not new})
+    changes.commit()
     return model
 
 
@@ -236,11 +254,7 @@ def _config(
     module: nn.Module, weights: str | QuantizationSpec | None, activations: str | QuantizationSpec | None
 ) -> QuantizationConfig:
     """The config of one module, given specs or names."""
-    if not isinstance(module.weight, nn.Parameter):
-        raise ConfigError(
-            f"the weight of a {type(module).__name__} is computed anew in every forward (pruned, normalized?); make "
-            "that permanent first, or exclude the module"
-        )
+    assert isinstance(module.weight, nn.Parameter)
     return QuantizationConfig(
         weight=_weight_spec(weights, module.weight.flatten(1).shape[1]) if isinstance(weights, str) else weights,
         input_tensors=_input_spec(activations) if isinstance(activations, str) else activations,
@@ -256,12 +270,15 @@ def _fake(name: str, module: nn.Module, config: QuantizationConfig) -> FakeQuant
     return made
 
 
-def _install(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
-    """Exchange modules, and keep torch from computing past them."""
-    exchange(model, made)
+def _installing(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> Exchange:
+    """What exchanges modules and keeps torch from computing past them."""
+    changes = Exchange()
+    changes.replace(model, made)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # torch's fused kernel would go past the quantized linears
+            # torch's fused kernel would go past the quantized linears
+            changes.item(vars(module), "activation_relu_or_gelu", 0)
+    return changes
 
 
 def _dtype(name: str, argument: str) -> str:
@@ -300,23 +317,22 @@ def _row(name: str, module: nn.Module, fake: FakeQuant) -> PTQRow:
     )
 
 
-def _skipped(model: nn.Module, excluded: Sequence[str]) -> dict[str, str]:
-    """Modules with matrices of their own that nothing was done to: attention of torch, fused experts, Conv3d …"""
+def _skipped(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Modules with matrices of their own that nothing can be done to: attention of torch, fused experts, Conv3d …"""
+    shares: dict[tuple[str, str], float] = {}
+    for one in left_alone(model, found):
+        module = one.name.rpartition(".")[0] or one.name  # a parameter of the model itself goes by its own name
+        shares[module, one.kind] = shares.get((module, one.kind), 0.0) + one.share
     return {
-        name: f"{type(module).__name__} is no linear or convolution that can be exchanged"
-        for name, module in model.named_modules()
-        if not isinstance(module, FakeQuant | nn.Embedding | nn.EmbeddingBag)
-        and name not in excluded
-        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+        name: f"{kind} is no linear or convolution that can be exchanged ({share:.1%} of the parameters)"
+        for (name, kind), share in shares.items()
     }
 
 
-def exchange(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
-    """Put modules in the place of others, by the others' id, wherever these are used."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in made:
-                setattr(parent, name, made[id(child)])
+def left_alone(model: nn.Module, found: Iterable[str]) -> list[Untouched]:
+    """Matrices that stay as they are, in a model whose linears and convolutions are `found`."""
+    known = {name for name, module in model.named_modules() if isinstance(module, FakeQuant | QuantLinear)}
+    return untouched(model, known.union(found))
 
 
 def _observer(quantizer: ActivationQuantizer, momentum: float | None) -> Observer:
@@ -332,13 +348,20 @@ def _packed(module: FakeQuantLinear) -> nn.Module:
         return module
     packed = QuantLinear(weight, module.fake_bias())
     packed.input_quantizer, packed.output_quantizer = module.input_quantizer, module.output_quantizer
-    return packed.train(module.training)
+    carry_over(module, packed)
+    return packed
 
 
 def _baked(module: FakeQuant) -> FakeQuant:
-    """The convolution with its quantized values as weight. The parameter is a new one: the old may be shared."""
-    weight, bias = module.fake_weight(), module.fake_bias()
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    module.config = replace(module.config, weight=None, bias=None)
-    return module
+    """The convolution with its quantized values as weight, for which nothing is left to quantize."""
+    weight, bias = module.fake_weight().clone(), module.fake_bias()
+    made = copy.copy(module)  # the same quantizers and hooks
+    for name in ("_parameters", "_modules"):
+        vars(made)[name] = dict(vars(module)[name])
+    for name in INSTANCES:  # bound to the old one
+        vars(made).pop(name, None)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    made.config = replace(module.config, weight=None, bias=None)
+    carry_over(module, made)
+    return made

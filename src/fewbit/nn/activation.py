@@ -7,6 +7,7 @@ its `observer`. No gradient flows through: there is no training here.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -59,8 +60,13 @@ class ActivationQuantizer(KeepsDtypes):
 
     def load(self, state: QuantizedActivation) -> None:
         """Take what calibration found."""
-        self.scale, self.zero_point = state.scale, state.zero_point
-        self.global_scale = state.global_scale if self.spec.scale_type == "e4m3" else None
+        self.loading(state, operator.setitem)
+
+    def loading(self, state: QuantizedActivation, item: Callable[[dict[str, Any], str, Any], Any]) -> None:
+        """What `load` sets, one `item(mapping, key, value)` each, so that many quantizers can take theirs at once."""
+        item(self._buffers, "scale", state.scale)
+        item(self._buffers, "zero_point", state.zero_point)
+        item(vars(self), "global_scale", state.global_scale if self.spec.scale_type == "e4m3" else None)
 
     def state(self) -> QuantizedActivation:
         """What has to be stored."""

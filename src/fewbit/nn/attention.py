@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fewbit.config.spec import AttentionConfig, QuantizationSpec
 from fewbit.errors import ArchitectureError, ConfigError
+from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.exchange import Exchange
 from fewbit.tensor import QuantizedActivation
 
 IMPLEMENTATION = "fewbit"
@@ -132,6 +135,7 @@ class AttentionQuantizers(nn.Module):
 
 def register() -> None:
     """Make fewbit's implementations, and the masks they take, known to transformers. Once or often: no difference."""
+    saving.guard()
     masks = AttentionMaskInterface()
     for previous, name in IMPLEMENTATION_OVER.items():
         AttentionInterface.register(name, partial(_attention, previous))
@@ -146,7 +150,8 @@ def attach(
     prefix: str = "",
     persistent: bool = False,
 ) -> dict[str, AttentionQuantizers]:
-    """Quantize inside every attention module of a transformers model or of one of its blocks.
+    """Quantize inside every attention module of a transformers model or of one of its blocks: all of them, or none if
+    something is raised.
 
     Args:
         model: with weights or without.
@@ -159,6 +164,20 @@ def attach(
     Returns the quantizers by the full names of the modules they are on. Quantizers that were there are replaced.
     ArchitectureError if the model's attention cannot be reached.
     """
+    attached, changes = attaching(model, config, states, dtype, prefix, persistent)
+    changes.commit()
+    return attached
+
+
+def attaching(
+    model: nn.Module,
+    config: AttentionConfig,
+    states: Mapping[str, QuantizedActivation] | None = None,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    persistent: bool = False,
+) -> tuple[dict[str, AttentionQuantizers], Exchange]:
+    """The quantizers that `attach` attaches, and the changes that do it."""
     modules = attention_modules(model, prefix)
     if not modules:
         raise ArchitectureError(
@@ -168,16 +187,18 @@ def attach(
     implementations = {name: _implementation_for(name, module, config) for name, module in modules.items()}
     attached = {name: AttentionQuantizers(config, states_of(name, states), dtype, persistent) for name in modules}
     register()
+    changes = Exchange()
     for name, module in modules.items():
         weight = next(module.parameters(), None)
         if weight is not None and not weight.is_meta:  # a skeleton's scales go where its block is loaded
             attached[name].to(weight.device)
-        setattr(module, ATTRIBUTE, attached[name])
+        changes.item(module._modules, ATTRIBUTE, attached[name])
         if not hasattr(module, _GUARDED):
-            module.register_forward_pre_hook(_refuse_bypass)
-            setattr(module, _GUARDED, True)
-        _config(module)._attn_implementation = implementations[name]
-    return attached
+            hooks = module._forward_pre_hooks
+            changes.item(hooks, RemovableHandle(hooks).id, _refuse_bypass)
+            changes.item(vars(module), _GUARDED, True)
+        changes.beforehand(_config(module), "_attn_implementation", implementations[name])
+    return attached, changes
 
 
 def detach(model: nn.Module) -> None:

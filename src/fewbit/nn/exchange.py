@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fewbit.errors import ConfigError
+from fewbit.models.in_memory import refuse_elsewhere
 
 _CARRIED = (
     "_forward_hooks",
@@ -38,6 +39,8 @@ _CARRIED = (
 _OF_STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _DISPATCH = "_hf_hook"
 """Where accelerate keeps its hook, which moves inputs between devices by a forward of the instance."""
+INSTANCES = ("forward", "_old_forward", _DISPATCH)
+"""What that puts on the instance."""
 
 _set_data = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
 
@@ -46,16 +49,23 @@ class Exchange:
     """A list of changes. Nothing happens before `commit`."""
 
     def __init__(self) -> None:
+        self._first: list[tuple[Any, str, Any, Any]] = []
         self._steps: list[partial[Any]] = []
         self._back: list[partial[Any]] = []
 
     def item(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
         """mapping[key] becomes value. Attributes are items of `vars(module)`, children of `module._modules`."""
-        self._steps.append(partial(dict.__setitem__, mapping, key, value))
+        self._steps.append(partial(operator.setitem, mapping, key, value))
         if key in mapping:
-            self._back.append(partial(dict.__setitem__, mapping, key, mapping[key]))
+            self._back.append(partial(operator.setitem, mapping, key, mapping[key]))
         else:
-            self._back.append(partial(dict.pop, mapping, key, None))
+            self._back.append(partial(mapping.pop, key, None))
+
+    def include(self, other: Exchange) -> None:
+        """The changes of another one, too."""
+        self._first += other._first
+        self._steps += other._steps
+        self._back += other._back
 
     def replace(self, model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
         """Modules below `model` are replaced by others wherever they are used."""
@@ -69,20 +79,50 @@ class Exchange:
         self._steps.append(partial(_set_data, tensor, values))
         self._back.append(partial(_set_data, tensor, tensor.data))
 
+    def beforehand(self, owner: Any, name: str, value: Any) -> None:
+        """owner.name becomes value before everything else: for what is no plain attribute, and changes nothing that is
+        computed as long as the rest is not there."""
+        self._first.append((owner, name, value, getattr(owner, name)))
+
     def commit(self) -> None:
-        """Make all changes."""
-        _call_all(self._steps)
+        """Make all changes, or none if something is raised."""
+        try:
+            for owner, name, value, _ in self._first:
+                setattr(owner, name, value)
+            _call_all(self._steps)
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Everything is again as it was when it was collected."""
         _call_all(self._back[::-1])
+        for owner, name, _, before in self._first[::-1]:
+            setattr(owner, name, before)
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Commit; if anything is raised inside, Ctrl-C included, undo."""
         try:
-            self.commit()
-            yield
+            try:
+                self.commit()
+                yield
+            except BaseException:
+                self.undo()
+                raise
+        except BaseException:  # Ctrl-C may come while an error is being dealt with, too
+            self.undo()
+            raise
+
+    @contextmanager
+    def for_now(self) -> Iterator[None]:
+        """Commit, and undo at the end, whatever happens."""
+        try:
+            try:
+                self.commit()
+                yield
+            finally:
+                self.undo()
         except BaseException:
             self.undo()
             raise
@@ -93,31 +133,32 @@ def _call_all(calls: list[partial[Any]]) -> None:
     deque(map(operator.call, calls), maxlen=0)
 
 
-def check_plain(module: nn.Module, name: str = "") -> None:
-    """ConfigError, which names the module, if it does or holds something that its counterpart would drop: a forward of
-    its own, a parametrization, a weight that is computed anew in every forward, tensors besides weight and bias."""
+def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) -> None:
+    """FewbitError, which names the module, if it does or holds something that its counterpart would drop.
+
+    That is a forward of its own, a parametrization, a weight that is computed anew in every forward, and whatever it
+    holds besides weight, bias and what `known` names.
+    """
+    refuse_elsewhere(module, name)
     what = f"{name or 'the module'} ({type(module).__name__})"
     if parametrize.is_parametrized(module):
         raise ConfigError(
-            f"{what} is parametrized; make that permanent first (torch.nn.utils.parametrize.remove_parametrizations), "
-            "or exclude it"
+            f"{what} is parametrized; make that permanent first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or exclude it"
         )
     weight = module._parameters.get("weight")
     if weight is None:
         raise ConfigError(
-            f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent first "
-            "(remove_weight_norm, prune.remove), or exclude the module"
+            f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent "
+            "first (remove_weight_norm, prune.remove), or exclude the module"
         )
-    if nn.parameter.is_lazy(weight):
-        raise ConfigError(f"{what} has no weight yet; run data through the model once")
-    own = [key for key in ("forward", "__call__") if key in vars(module)]
-    if own and not hasattr(module, _DISPATCH):
+    if "forward" in vars(module) and not hasattr(module, _DISPATCH):
         raise ConfigError(
-            f"{what} has a {own[0]} of its own, which its quantized counterpart would not run; take it off "
-            f"(del module.{own[0]}), or exclude the module"
+            f"{what} has a forward of its own, which its quantized counterpart would not run; take it off "
+            "(del module.forward), or exclude the module"
         )
-    tensors = {key for key, value in (module._parameters | module._buffers).items() if value is not None}
-    extra = sorted(tensors - {"weight", "bias"}) + sorted(key for key, child in module._modules.items() if child)
+    held = module._parameters | module._buffers | module._modules
+    extra = sorted({key for key, value in held.items() if value is not None} - {"weight", "bias", *known})
     if extra:
         raise ConfigError(
             f"{what} holds {extra[0]!r} beside weight and bias, which its quantized counterpart would drop; take it "

@@ -19,16 +19,21 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
+from fewbit import process
 from fewbit.config.schemes import scheme_config, with_group_size
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
+from fewbit.models.linear import multiplies
+from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.exchange import carry_over, check_plain
 from fewbit.nn.quantizer import quantize_matrix, round_matrix
 from fewbit.nn.words import linear_config, with_methods
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
 M = TypeVar("M", bound=nn.Module)
+QUANTIZERS = ("input_quantizer", "output_quantizer")
 WORDS = ("w_bits", "a_bits", "w_method", "a_method", "w_group_size", "a_group_size")
 
 
@@ -55,12 +60,14 @@ class FakeQuant(nn.Module):
         """
         words = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
         super().__init__(*args, **kwargs)
+        saving.guard()
         if self.preset is None and self.default is not None and not words:
             self.set_config(self.default)
         else:
             self.set_config(_resolve(self.preset, words, {}))
 
     @classmethod
+    @process.neutral()
     def from_module(
         cls,
         module: nn.Module,
@@ -78,7 +85,7 @@ class FakeQuant(nn.Module):
         bias: QuantizationSpec | None = None,
         group_size: int | None = None,
     ) -> Self:
-        """The same linear or convolution, fake-quantized. `module` stays as it is and shares its parameters.
+        """The same linear or convolution, fake-quantized. `module` stays as it is and shares its parameters and hooks.
 
         Args:
             config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given. (A number
@@ -89,7 +96,8 @@ class FakeQuant(nn.Module):
             weight, input_tensors, output_tensors, bias: specs that replace the config's.
             group_size: of the weight; −1 is one scale per output channel.
 
-        ConfigError if nothing is to be quantized or the spec does not fit the weight.
+        ConfigError if nothing is to be quantized, the spec does not fit the weight, or the module has something that
+        would be lost (nn/exchange.py).
         """
         if isinstance(config, int):
             if w_bits is not None:
@@ -118,6 +126,16 @@ class FakeQuant(nn.Module):
     def _check_kind(cls, module: Any, kind: type[nn.Module]) -> None:
         if not isinstance(module, kind):
             raise ConfigError(f"{cls.__name__} stands for nn.{kind.__name__}, not for {type(module).__name__}")
+        if isinstance(module, FakeQuant):
+            check_plain(module, known=QUANTIZERS)
+            return
+        check_plain(module)
+        own = type(module)
+        if not (multiplies(own) if isinstance(module, nn.Linear) else _convolves(own, kind)):
+            raise ConfigError(
+                f"{own.__name__} computes in a way of its own, which {cls.__name__} would not; use a plain "
+                f"nn.{kind.__name__}, or leave it as it is"
+            )
 
     def set_config(self, config: QuantizationConfig) -> None:
         """Quantize by `config` from now on; what calibration found is forgotten."""
@@ -157,6 +175,13 @@ class FakeQuant(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self._known = None  # `.to(…)` moves the weight; its quantized values are found again where it is then
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_known": None}  # found again by whoever loads it
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        saving.guard()
 
     def extra_repr(self) -> str:
         weight = self.config.weight.summary if self.config.weight is not None else "as it is"
@@ -264,10 +289,15 @@ def _adopt(made: M, module: nn.Module, config: QuantizationConfig) -> M:
     for spec, channels in ((config.input_tensors, inputs), (config.output_tensors, outputs)):
         if spec is not None and channels % (spec.tiling.span or channels):
             raise ConfigError(f"an activation of {channels} channels cannot be quantized {spec.summary}")
-    made.train(module.training)
     made.set_config(config)
     made.fake_weight()
+    carry_over(module, made)
     return made
+
+
+def _convolves(own: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class of convolutions computes what torch's does."""
+    return all(getattr(own, name) is getattr(kind, name) for name in ("forward", "_conv_forward"))
 
 
 def _preset(name: str, scheme: str) -> type[FakeQuantLinear]:

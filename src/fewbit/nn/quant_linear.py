@@ -11,9 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fewbit import process
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError
+from fewbit.models.linear import multiplies
+from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.exchange import carry_over, check_plain
 from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.quantizer import quantize_matrix, weight_spec
 from fewbit.numerics import matmul
@@ -39,6 +43,7 @@ class QuantLinear(KeepsDtypes):
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        saving.guard()
         self.out_features, self.in_features = weight.shape
         self.spec = weight.spec
         for name, tensor in weight.to_tensors().items():
@@ -48,6 +53,7 @@ class QuantLinear(KeepsDtypes):
         self.input_quantizer = self.output_quantizer = None
 
     @classmethod
+    @process.neutral()
     def from_module(
         cls,
         linear: nn.Linear,
@@ -66,11 +72,18 @@ class QuantLinear(KeepsDtypes):
             spec: the whole spec instead of these.
             options: other fields of QuantizationSpec, e.g. observer="minmax", dtype="e4m3".
         """
+        if not multiplies(type(linear)):
+            raise ConfigError(
+                f"a QuantLinear stands for nn.Linear, not for {type(linear).__name__}, which computes in another way"
+            )
+        check_plain(linear)
         if spec is None:
             if group_size is None and method.replace("_", "-").lower() in ("per-block", "per-group"):
                 group_size = 128
             spec = weight_spec(bits, method, group_size, symmetric, **options)
-        return cls(quantize_matrix(linear.weight, spec), linear.bias)
+        made = cls(quantize_matrix(linear.weight, spec), linear.bias)
+        carry_over(linear, made)
+        return made
 
     @classmethod
     def from_quant_tensor(cls, weight: QuantTensor, bias: Tensor | None = None) -> Self:
@@ -130,6 +143,10 @@ class QuantLinear(KeepsDtypes):
         if words is not None and words != self.spec.summary:
             raise ConfigError(f"{prefix[:-1]!r} of the state dict is {words}, the model's is {self.spec.summary}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        saving.guard()
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -1,0 +1,51 @@
+"""Keeps transformers' save_pretrained (and push_to_hub) from writing what nobody could load.
+
+A model that is quantized in memory has codes where its class has weights. save_pretrained would write them without a
+word, and from_pretrained would fill the linears with random numbers. So it is refused, whichever model the quantized
+modules are in, also one that was copied, unpickled or quantized below the module that is saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from fewbit.errors import ConfigError
+
+_GUARDED = "_fewbit_guarded"
+
+
+def guard() -> None:
+    """Called by whatever makes quantized modules; does nothing if transformers has made no model yet, or twice."""
+    module = sys.modules.get("transformers.modeling_utils")
+    kind: Any = getattr(module, "PreTrainedModel", None)
+    if kind is None or hasattr(kind.save_pretrained, _GUARDED):
+        return
+    for name in ("save_pretrained", "push_to_hub"):
+        setattr(kind, name, _guarded(getattr(kind, name)))
+
+
+def _guarded(save: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(save)
+    def refusing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        refuse_quantized(self)
+        return save(self, *args, **kwargs)
+
+    setattr(refusing, _GUARDED, True)
+    return refusing
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """ConfigError if fewbit has quantized something in the model."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("fewbit.nn."):
+            raise ConfigError(
+                f"the model is quantized in memory by fewbit ({name} is a {type(module).__name__}), which "
+                "from_pretrained could not load again; export the run instead (ModelQuantizer's or fewbit.quantize's "
+                "output, Run.export), or save the state dict (torch.save(model.state_dict(), …)), which loads into a "
+                "model after the same steps"
+            )
