@@ -194,6 +194,7 @@ def _side_files(
     if blockwise.source.directory is not None:
         yield blockwise.source.directory, []
     else:
+        assert not isinstance(model, str | Path)
         with saved_side_files(unwrapped(model), blockwise.config, tokenizer) as saved:
             yield saved
 
