@@ -13,7 +13,7 @@ from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError, nearest
 from fewbit.export import compressed_tensors
-from fewbit.export.verification import Verification, read_origin, write_origin
+from fewbit.export.verification import ORIGIN, Verification, read_origin, write_origin
 
 Specs = Mapping[str, QuantizationSpec]
 Shapes = Mapping[str, tuple[int, int]]
