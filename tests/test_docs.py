@@ -221,7 +221,10 @@ NAMES = """
     quantize_model ActQuantizer ActQuantWrapper add_actquant find_qlayers WQuantizer gptq_fwrd rtn_fwrd nsamples
     percdamp act_order w_static_groups w_clip k_bits v_bits k_groupsize v_groupsize k_asym v_asym k_clip_ratio
     v_clip_ratio a_clip_ratio a_residual format w_bits a_bits w_group_size a_group_size w_observer gptq
-    quantization_order
+    quantization_order build_calib_datset_inputs root_dir LayerForwardManager AlgoConfig QuantizationMode eager_mode
+    fx_graph_mode ZeroPointType Int8PerTensorSpec to_quantization_spec ProgressiveSpec ScaleQuantSpec
+    pre_quant_opt_config log_severity_level kv_cache_quant_config softmax_quant_spec export_safetensors ModelExporter
+    LLMTemplate AutoSmoothQuantConfig QTensorConfig QLayerConfig QConfig filter_fn
 """
 
 

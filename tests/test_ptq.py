@@ -307,6 +307,16 @@ class TestFreeze:
             freeze(network())
 
 
+def test_a_function_may_choose_the_modules():
+    by_function, by_pattern = network(), network()
+    quantize_(by_function, modules=lambda module, name: isinstance(module, nn.Linear))
+    linears = [name for name, module in by_pattern.named_modules() if isinstance(module, nn.Linear)]
+    quantize_(by_pattern, modules=linears)
+    assert [type(module) for module in by_function.modules()] == [type(module) for module in by_pattern.modules()]
+    with pytest.raises(ConfigError, match="leaves nothing to quantize"):
+        quantize_(network(), modules=lambda module, name: False)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),

@@ -80,6 +80,11 @@ class ModelQuantizer:
         _refuse_shared(model)
         if self.config.attention is not None:  # an error now, not after the work
             attention.attaching(model, self.config.attention)
+        searching = [found.name for found in self.config.algo_config if not isinstance(found, RTNConfig)]
+        if dataloader is None and searching:
+            raise ConfigError(
+                f"{searching[0]} needs calibration data: give a dataloader, or algo_config=None to round to nearest"
+            )
         data: Any = "none" if dataloader is None else [_ids_and_mask(item) for item in dataloader]
         if data == []:
             raise CalibrationError("the dataloader gave no batch; calibration needs at least one")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,7 @@ from fewbit.nn.exchange import INSTANCES, Exchange, carry_over, check_plain
 from fewbit.nn.fake_quant import QUANTIZERS, FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
 
+ModuleFilter = Callable[[nn.Module, str], bool]
 GROUP_SIZES = (128, 64, 32)  # of weights of less than 8 bits: the first that divides the inputs, else per channel
 
 DTYPES = {
@@ -97,8 +98,8 @@ def quantize_(
     model: nn.Module,
     weights: str | QuantizationSpec | None = "int8",
     activations: str | QuantizationSpec | None = None,
-    exclude: str | Sequence[str] = (),
-    modules: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] | ModuleFilter = (),
+    modules: str | Sequence[str] | ModuleFilter = "*",
 ) -> PTQReport:
     """Fake-quantize the linears and convolutions of `model`, in place.
 
@@ -107,8 +108,8 @@ def quantize_(
             a scale per output channel; fewer bits one for 128 neighbours (or 64, 32, a channel, if that does not fit).
         activations: "int8", "fp8" …: inputs, one static scale per tensor, found by `calibrate`. A QuantizationSpec
             says anything else, e.g. is_dynamic=True with per_token, which needs no calibration.
-        exclude: names, wildcards or "re:" patterns of modules that stay as they are, e.g. "lm_head".
-        modules: patterns of modules to quantize; all others stay.
+        exclude: names, wildcards or "re:" patterns of modules that stay as they are, e.g. "lm_head"; or a function.
+        modules: patterns of modules to quantize, or a function (module, name) that says whether; all others stay.
 
     Returns a report with a row for each quantized module, and what else there is. ConfigError if a pattern matches
     nothing, a spec does not fit a module, a module has something that would be lost (a forward of its own …), or
@@ -133,7 +134,7 @@ def quantize_(
             made[name] = _fake(name, module, _config(module, weights, activations))
             rows.append(_row(name, module, made[name]))
     if not made:
-        raise ConfigError(f"exclude leaves nothing to quantize: all {len(found)} linears and convolutions match it")
+        raise ConfigError(f"exclude leaves nothing to quantize of {len(found)} linears and convolutions")
     report = PTQReport(tuple(rows), excluded, _skipped(model, found))
     _installing(model, {found[name]: fake for name, fake in made.items()}).commit()
     return report
@@ -237,8 +238,12 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def _matching(patterns: str | Sequence[str], modules: Mapping[str, nn.Module], argument: str) -> set[str]:
-    """Names that a pattern covers; ConfigError for a pattern that covers none."""
+def _matching(
+    patterns: str | Sequence[str] | ModuleFilter, modules: Mapping[str, nn.Module], argument: str
+) -> set[str]:
+    """Names that a pattern or function covers; ConfigError for a pattern that covers none."""
+    if callable(patterns):
+        return {name for name, module in modules.items() if patterns(module, name)}
     names: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         covered = {name for name in modules if matches(pattern, name)}
