@@ -22,7 +22,7 @@ from fewbit.export.verification import ORIGIN, compare
 def original(native, checkpoint, tmp_path_factory):
     """A run with all kinds of files beside its weights, exported."""
     directory = tmp_path_factory.mktemp("verified") / "run"
-    shutil.copytree(native("W3A16_ASYM", torch.bfloat16), directory)
+    shutil.copytree(native("W3A16_ASYM", torch.bfloat16), directory, ignore=shutil.ignore_patterns("exports"))
     (directory / "generation_config.json").write_text('{"eos_token_id": [0, 7], "temperature": 0.7}')
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     export(directory, FORMAT, directory / "exports" / FORMAT)
