@@ -112,6 +112,15 @@ class TestNearestPowerOfTwo:
         assert found.tolist() == [0.0, 2.0**-126, 2.0**127]
 
 
+@pytest.mark.parametrize("kind", ["e8m0", "microexponent"])
+def test_bytes_reach_down_to_their_smallest_exponent(kind):
+    format = ScaleFormat(kind, E8M0)
+    scale = torch.full((1, PAIRS), 2.0**-127)
+    assert format.store(scale).view(torch.uint8).tolist() == [[0] * PAIRS]
+    assert torch.equal(format.round(scale), scale)
+    assert torch.equal(format.round(scale / 4), scale)
+
+
 class TestE4M3:
     def test_scales_are_the_nearest_codes_times_the_unit(self):
         unit = 2.0**-7
@@ -219,7 +228,23 @@ class TestBlockExponents:
     @pytest.mark.parametrize("mode", ["floor", "ceil", "rceil", "even"])
     def test_blocks_of_zeros_get_one_and_tiny_ones_the_smallest(self, name, mode):
         scale = block_exponent_scale(torch.tensor([0.0, 2.0**-149]), FORMATS[name], mode)
-        assert scale.tolist() == [1.0, 2.0**-126]
+        assert scale.tolist() == [1.0, 2.0**-127]
+
+    @pytest.mark.parametrize("mode", ["floor", "ceil", "rceil", "even"])
+    @pytest.mark.parametrize("amax", [3e38, torch.finfo(torch.float32).max, 2.0**127, 1.7e38])
+    def test_the_largest_numbers_stay_finite_and_near(self, name, mode, amax):
+        fmt = FORMATS[name]
+        scale = block_exponent_scale(torch.tensor([amax]), fmt, mode)
+        found = fmt.round(torch.tensor([amax, -amax]) / scale) * scale
+        assert found.isfinite().all()
+        assert (found.abs() >= 0.43 * amax).all()  # at worst 7 of 16 steps: a binade below the largest, saturated
+
+    @pytest.mark.parametrize("mode", ["floor", "ceil", "rceil", "even"])
+    def test_every_magnitude_of_float32_has_the_exponent_of_its_definition(self, name, mode):
+        amax = torch.exp2(torch.linspace(-126, 126, 127).double()).float() * 1.3
+        by_hand = [exponent_by_hand(value, name, mode) for value in amax.tolist()]
+        expected = [2.0 ** max(exponent, -127) for exponent in by_hand]
+        assert block_exponent_scale(amax, FORMATS[name], mode).tolist() == expected
 
 
 @pytest.mark.parametrize("power", [-9, 0, 5])

@@ -13,6 +13,7 @@ from torch import Tensor
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import scales
 from fewbit.numerics.scale_format import ScaleFormat
+from fewbit.numerics.search import RangeSearch
 
 SHARES = tuple(1.0 - 0.05 * step for step in range(1, 11))  # of the range
 ELEMENTS = 2**21  # weights that are worked on at a time
@@ -47,7 +48,7 @@ def _clipped(weight: Tensor, blocks: Tensor, spec: QuantizationSpec, scale: Scal
         delta = scales.fake_quantize(tiles, scale_value, zero, spec.format, spec.round_method).sub_(tiles)
         return torch.bmm(delta, blocks).mul_(delta).sum(-1)
 
-    best = scales.RangeSearch(rule, low, high, cost)
+    best = RangeSearch(rule, low, high, cost)
     for share in SHARES:
         best.consider(share, share)
     if not spec.symmetric:

@@ -30,7 +30,8 @@ from fewbit.calibration.float_histogram import FloatHistogram
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.numerics.grouping import Tiling
-from fewbit.numerics.scales import PIECE, GridRule, RangeSearch, extremes
+from fewbit.numerics.scales import GridRule, extremes
+from fewbit.numerics.search import PIECE, RangeSearch
 from fewbit.tensor import QuantizedActivation
 
 MOVING_AVERAGE_WEIGHT = 0.01  # of the newest batch

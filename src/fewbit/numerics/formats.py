@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 RoundMethod = Literal["half_even", "round", "floor"]
+FLOAT32_MANTISSA = 23
 CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CODE_BITS = 8
 """Of the widest codes that are stored."""
@@ -91,7 +92,11 @@ class NumberFormat:
         lowest = self.smallest if self.kind == "exponent" else 2.0 ** (1 - self.bias)
         quantum = x.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
         quantum.clamp_(min=lowest).mul_(2.0**-self.mantissa_bits)
-        return round_steps_(x.div_(quantum), method).mul_(quantum).clamp_(self.smallest, self.largest)
+        if method != "half_even" or self.kind == "exponent":
+            return round_steps_(x.div_(quantum), method).mul_(quantum).clamp_(self.smallest, self.largest)
+        # a sum with 1.5 · 2^23 quanta has no room for less than one of them, and is itself rounded half to even
+        rounded = x.add(quantum, alpha=1.5 * 2.0**FLOAT32_MANTISSA).sub_(quantum, alpha=1.5 * 2.0**FLOAT32_MANTISSA)
+        return torch.copysign(rounded, x, out=x)  # −0 stays −0
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest representable values: round half to even, saturating at the ends.

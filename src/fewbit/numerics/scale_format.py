@@ -27,7 +27,8 @@ from fewbit.numerics.formats import FORMATS, NumberFormat
 ScaleType = Literal["float", "pof2", "e4m3", "e8m0", "microexponent"]
 ExponentMode = Literal["floor", "ceil", "rceil", "even"]
 
-SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # of normal float32
+E8M0_SMALLEST_EXPONENT = -127  # subnormal in float32
 E4M3_SMALLEST = 2.0**-9
 PAIRS = 8  # of elements that share a microexponent's byte
 
@@ -60,7 +61,8 @@ class ScaleFormat:
             steps = FORMATS["e4m3"].round_(steps.nan_to_num_()).clamp_(min=E4M3_SMALLEST)
             return steps.masked_fill_(~finite, torch.nan).to(torch.float8_e4m3fn)
         if self.is_power_of_two:
-            scale = nearest_power_of_two(scale)
+            smallest = SMALLEST_EXPONENT if self.may_be_negative else E8M0_SMALLEST_EXPONENT
+            scale = nearest_power_of_two(scale, smallest)
             if self.type == "microexponent":  # before zeros become 1: a pair of zeros lifts no other
                 scale = _share_exponents(scale)
             scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -68,8 +70,8 @@ class ScaleFormat:
         if not self.may_be_negative:  # a byte, which holds every power of two that is left
             return stored
         limits = torch.finfo(self.dtype)
-        smallest = torch.full_like(stored, limits.smallest_normal * limits.eps).copysign(stored)
-        instead = torch.where(scale == 0, torch.ones_like(stored), smallest)
+        least = torch.full_like(stored, limits.smallest_normal * limits.eps).copysign(stored)
+        instead = torch.where(scale == 0, torch.ones_like(stored), least)
         return torch.where(stored == 0, instead, stored)
 
     def value(self, stored: Tensor) -> Tensor:
@@ -90,11 +92,12 @@ def unit_for(magnitude: float, fmt: NumberFormat) -> float:
     return 2.0 ** min(max(exponent, SMALLEST_EXPONENT), LARGEST_EXPONENT)
 
 
-def nearest_power_of_two(scale: Tensor) -> Tensor:
-    """The power of two with the nearest logarithm, keeping the sign; zero stays zero. float32 → float32."""
+def nearest_power_of_two(scale: Tensor, smallest: int = SMALLEST_EXPONENT) -> Tensor:
+    """The power of two with the nearest logarithm, from 2^smallest to 2^127, keeping the sign; zero stays zero.
+    float32 → float32."""
     mantissa, exponent = torch.frexp(scale)  # |mantissa| in [0.5, 1)
     exponent = exponent - 1 + (mantissa.abs() > 0.5**0.5).to(exponent.dtype)
-    power = torch.ldexp(torch.ones_like(scale), exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT))
+    power = torch.ldexp(torch.ones_like(scale), exponent.clamp(smallest, LARGEST_EXPONENT))
     signed: Tensor = power.copysign(scale).masked_fill(scale == 0, 0.0)
     return signed.masked_fill(~scale.isfinite(), torch.nan)
 
@@ -105,22 +108,33 @@ def block_exponent_scale(magnitude: Tensor, fmt: NumberFormat, mode: ExponentMod
     floor: 2^(floor(log2 amax) − emax), OCP's; elements above the largest saturate. ceil: the next power of two up.
     rceil: the smallest power of two with which nothing saturates. even: like floor after amax was rounded to the
     element's mantissa bits, so that the block moves up a binade when its maximum would round there.
-    Blocks of zeros get 1, those that hold infinity or NaN get NaN. float32 → float32.
+    The largest magnitude stays finite: where it would be rounded up to 2^128, it saturates a binade below. Blocks of
+    zeros get 1, those that hold infinity or NaN get NaN. float32 → float32, from 2^-127 to 2^127.
     """
-    amax = magnitude.float().clamp(min=2.0**SMALLEST_EXPONENT)  # subnormals would underflow below
+    amax = magnitude.double()  # so that no float32 is too small or too large for what follows
     if mode == "rceil":
         exponent = _ceil_log2(amax / fmt.largest)
     elif mode == "ceil":
         exponent = _ceil_log2(amax) - fmt.emax
     else:
+        mantissa, exponent = torch.frexp(amax)  # mantissa in [0.5, 1)
+        exponent = exponent - 1 - fmt.emax
         if mode == "even":
             mantissa_bits = fmt.bits - 2 if fmt.is_integer else fmt.mantissa_bits
-            half = 1 << (23 - mantissa_bits - 1)
-            amax = ((amax.view(torch.int32) + half) & ~(2 * half - 1)).view(torch.float32)
-        exponent = torch.frexp(amax).exponent - 1 - fmt.emax
-    scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT))
+            exponent += (mantissa >= 1 - 2.0 ** -(mantissa_bits + 2)).to(exponent.dtype)
+    exponent = exponent.clamp_(E8M0_SMALLEST_EXPONENT, LARGEST_EXPONENT)
+    for _ in range(2):  # both ends of an integer grid
+        exponent -= _overflows(amax, exponent, fmt).to(exponent.dtype)
+    scale = torch.ldexp(torch.ones_like(amax), exponent).float()
     scale = torch.where(magnitude == 0, torch.ones_like(scale), scale)
     return scale.masked_fill(~magnitude.isfinite(), torch.nan)
+
+
+def _overflows(amax: Tensor, exponent: Tensor, fmt: NumberFormat) -> Tensor:
+    """Whether ± a finite float64 `amax`, rounded to a multiple of 2^exponent, is no finite float32."""
+    steps = torch.ldexp(amax, -exponent).nan_to_num_().float()
+    top = torch.maximum(fmt.round(steps), -fmt.round(-steps)).double()
+    return torch.ldexp(top, exponent) > torch.finfo(torch.float32).max
 
 
 def _ceil_log2(x: Tensor) -> Tensor:

@@ -7,29 +7,22 @@ grids one integer zero point, per tile.
                  amax / largest; e8m0: the block exponent by the scale format's mode)
     signed-max   symmetric integers: the element of largest magnitude maps to −2^(b−1), the scale may be negative
     percentile   minmax of the range without its outermost values
-    search       the candidate (both signs, several ranges, neighbouring exponents …) with the least squared error,
-                 each element weighted by `importance`: diag(H) for a linear's weight
+    search       the scale with the least squared error (search.py), each element weighted by `importance`: diag(H) for
+                 a linear's weight
     mse          search with all elements weighted alike
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbit.numerics.formats import NumberFormat, RoundMethod
-from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, block_exponent_scale
+from fewbit.numerics.scale_format import ExponentMode, ScaleFormat, block_exponent_scale
+from fewbit.numerics.search import PIECE, search, storable
 
-PIECE = 2**17  # elements scored at a time, so that dozens of candidates are scored in the cache
-COARSE = (1.0, 0.9, 0.8, 0.7, 0.6)  # share of the range that just covers the group; the search refines the best one
-COARSE_2_BITS = (*COARSE, 0.5, 0.4, 0.3)  # with four codes, most of a group is best cut off
-REFINE = (0.05, 0.025)
-# e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
-E4M3_STEPS = range(-6, 7)
-BINADES = (-1, 0, 1)
 FRACTIONS = tuple(1.0 - 0.05 * step for step in range(10))  # of the covering scale
 FRACTIONS_2_BITS = tuple(1.0 - 0.05 * step for step in range(14))
 
@@ -58,7 +51,7 @@ class GridRule:
         `importance`, broadcastable to `tiles`, weighs the squared errors of the rule "search".
         """
         if self.rule in ("search", "mse"):
-            return self._search_in_pieces(tiles, None if self.rule == "mse" else importance)
+            return search(self, tiles, None if self.rule == "mse" else importance)
         if self.rule == "percentile":
             low, high = percentile_range(tiles, self.percentile, self.symmetric)
         else:
@@ -86,11 +79,6 @@ class GridRule:
         return magnitude / reach
 
     @property
-    def coarse(self) -> tuple[float, ...]:
-        """Shares of the range that the search starts with."""
-        return COARSE_2_BITS if self.fmt.bits == 2 else COARSE
-
-    @property
     def fractions(self) -> tuple[float, ...]:
         """Shares of the range that a search with many candidates tries."""
         return FRACTIONS_2_BITS if self.fmt.bits == 2 else FRACTIONS
@@ -110,16 +98,17 @@ class GridRule:
 
     def candidates(self, low: Tensor, high: Tensor) -> Tensor:
         """Symmetric scales worth trying for groups with these ranges (low ≤ 0 ≤ high): values [candidates, ...]."""
-        if self.scale.type == "e4m3":
-            code = self.scale.store(self.covering(torch.maximum(high, -low))).view(torch.uint8).int()
-            steps = torch.tensor(E4M3_STEPS, device=low.device).view(-1, *[1] * low.ndim)
-            codes = (code + steps).clamp_(1, 126).to(torch.uint8)
-            return self.scale.value(codes.view(torch.float8_e4m3fn))
-        factors = [2.0**step for step in BINADES] if self.scale.is_power_of_two else self.fractions
-        return self.scale.round(torch.stack([factor * end for end in self.ends(low, high) for factor in factors]))
+        if self.scale.type != "float":
+            return torch.stack(list(storable(self, low, high, torch.ones_like(low))))
+        return self.scale.round(torch.stack([share * end for end in self.ends(low, high) for share in self.fractions]))
 
     def error(self, tiles: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None) -> Tensor:
         """Weighted squared error of each tile when its elements go to its grid: float32 [...]. `scale` is a value."""
+        if tiles.shape[-1] > PIECE:  # a long row in parts that fit the cache
+            parts = tiles.split(PIECE, -1)
+            weights = [None] * len(parts) if importance is None else importance.expand_as(tiles).split(PIECE, -1)
+            errors = [self.error(part, scale, zero, weight) for part, weight in zip(parts, weights, strict=True)]
+            return torch.stack(errors).sum(0)
         by = scale.unsqueeze(-1)
         steps = tiles * by.reciprocal()
         if zero is None:
@@ -127,116 +116,11 @@ class GridRule:
         else:
             offset = zero.float().unsqueeze(-1)
             self.fmt.round_(steps.add_(offset), self.rounding).sub_(offset)
-        error = steps.mul_(by).sub_(tiles).square_()
-        return (error if importance is None else error.mul_(importance)).sum(-1)
-
-    def _search_in_pieces(self, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weights = None if importance is None else importance.expand_as(tiles)
-        at_once = max(1, PIECE * tiles.shape[0] // max(1, tiles.numel()))
-        scales, zeros = [], []
-        for start in range(0, tiles.shape[0], at_once):
-            piece = tiles[start : start + at_once].float()
-            weight = None if weights is None else weights[start : start + at_once]
-            if self.scale.type == "microexponent":
-                scales.append(self._search_microexponents(piece, weight))
-            elif self.symmetric:
-                scales.append(self._search_symmetric(piece, weight))
-            else:
-                scale, zero = self._search_affine(piece, weight)
-                scales.append(scale)
-                zeros.append(zero)
-        return torch.cat(scales), torch.cat(zeros) if zeros else None
-
-    def _search_symmetric(self, tiles: Tensor, importance: Tensor | None) -> Tensor:
-        low, high = extremes(tiles)
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        best = self.scale.round(self.covering(torch.maximum(high, -low)))
-        best_error = self.error(tiles, best, None, importance)
-
-        def consider(scale: Tensor) -> None:
-            nonlocal best, best_error
-            error = self.error(tiles, scale, None, importance)
-            better = error < best_error
-            best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-
-        if self.scale.type != "float":  # few scales can be stored, so all that matter are tried
-            for scale in self.candidates(low, high):
-                consider(scale)
-            return self.scale.store(best)
-        for end in self.ends(low, high):
-            for factor in self.coarse:
-                consider(self.scale.round(factor * end))
-        for step in REFINE:
-            around = best
-            for factor in (1 - step, 1 + step):
-                consider(self.scale.round(factor * around))
-        return self.scale.store(best)
-
-    def _search_microexponents(self, tiles: Tensor, importance: Tensor | None) -> Tensor:
-        """Scales of pairs [..., pairs, 2], tried block by block: its byte and, for each pair, its bit."""
-        magnitude = tiles.abs().amax(-1)
-        stored = self.scale.store(self.covering(magnitude))
-        best = self.scale.value(stored)
-        best_error = self.error(tiles, best, None, importance).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
-        top = best.unflatten(-1, (-1, PAIRS)).amax(-1, keepdim=True)
-        for step in BINADES:
-            upper = self.scale.round((2.0**step * top).expand(*top.shape[:-1], PAIRS).flatten(-2))
-            whole = self.error(tiles, upper, None, importance)
-            half = self.error(tiles, upper / 2, None, importance)
-            error = torch.minimum(whole, half).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
-            better = (error < best_error).expand(*error.shape[:-1], PAIRS).flatten(-2)
-            best = torch.where(better, torch.where(half < whole, upper / 2, upper), best)
-            best_error = torch.minimum(error, best_error)
-        return self.scale.store(best)
-
-    def _search_affine(self, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-        low, high = extremes(tiles)
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        best = RangeSearch(self, low, high, lambda scale, zero: self.error(tiles, scale, zero, importance))
-        for share in self.coarse:
-            best.consider(share, share)
-        for step in REFINE:  # then each end on its own
-            around_low, around_high = best.share_low, best.share_high
-            for sign in (-step, step):
-                best.consider(around_low + sign, around_high)
-                best.consider(around_low, around_high + sign)
-        assert best.zero is not None
-        return self.scale.store(best.scale), best.zero
-
-
-class RangeSearch:
-    """Tries ranges for groups of values and keeps, for each group, the one whose grid costs least so far.
-
-    Args:
-        rule: turns ranges into grids.
-        low, high: the whole range of each group [...], which is tried first.
-        cost: of (scale value [...], zero point [...] or None): [...].
-    """
-
-    def __init__(
-        self, rule: GridRule, low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor | None], Tensor]
-    ) -> None:
-        self._rule = rule
-        self._cost = cost
-        self.low, self.high = low, high
-        self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)
-        """Of each end, in the best range."""
-        stored, self.zero = rule.from_range(low, high)
-        self.scale = rule.scale.value(stored)
-        """As it is stored, in float32."""
-        self.error = cost(self.scale, self.zero)
-
-    def consider(self, share_low: Tensor | float, share_high: Tensor | float) -> None:
-        """Try shares of both ends, the same for all groups or one for each [...]."""
-        stored, zero = self._rule.from_range(share_low * self.low, share_high * self.high)
-        scale = self._rule.scale.value(stored)
-        error = self._cost(scale, zero)
-        better = error < self.error
-        self.scale, self.error = torch.where(better, scale, self.scale), torch.where(better, error, self.error)
-        if zero is not None and self.zero is not None:
-            self.zero = torch.where(better, zero, self.zero)
-        self.share_low = torch.where(better, share_low, self.share_low)
-        self.share_high = torch.where(better, share_high, self.share_high)
+        steps.mul_(by).sub_(tiles)
+        if importance is None:
+            norm: Tensor = torch.linalg.vector_norm(steps, dim=-1)
+            return norm.square_()
+        return steps.square_().mul_(importance).sum(-1)
 
 
 def encode(tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat, rounding: RoundMethod) -> Tensor:

@@ -1,0 +1,244 @@
+"""The scale with the least squared error: coarse to fine over shares of the range, each scored as it would be stored.
+
+How far down does a search have to look? Let r be the end of the grid, s = r / L its step (L: half the number of
+steps), w the elements' weights. Rounding costs at most about Σw · s² / 12, and cutting off costs Σ w (|x| − r)₊².
+Where both together are least,
+
+    Σ w (|x| − r)₊ ≤ r · Σw / (12 L²)
+
+From one element of the left side alone follows r ≥ |x| / (1 + Σw / (12 L² w)), and from
+Σ w (|x| − r)₊ ≥ Σ w |x| − r Σw that r is hardly below the mean of |x|. So 64 elements at 4 bits end near 0.9 of their
+range, while a long row with an outlier of 20 σ may end at a tenth of it. Few elements have a jagged error: for them
+the bound is taken with a margin.
+
+A tile's result depends on the tile alone, so it does not matter which tiles are searched together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fewbit.numerics.scale_format import PAIRS
+
+if TYPE_CHECKING:
+    from fewbit.numerics.scales import GridRule
+
+PIECE = 2**16  # elements scored at a time: small enough for the cache, whatever the number of candidates
+FEW = 256  # elements, up to which the error is jagged
+COARSE, COARSE_OF_FEW = 0.86, 0.93  # share of the range to the next
+REFINE, REFINE_OF_FEW = (0.07, 0.035, 0.0175, 0.00875), (0.046, 0.023, 0.0115)
+LEAST_MARGIN = 0.4
+# Floats are as precise an octave up, where they have the exponents; which of its scales suits the largest elements
+# best is tried. A finer grid helps only elements that are hardly normal.
+OCTAVE, WIDE = 2.0, 4  # bits of exponent
+MANTISSAS_ROOM = 4.0
+BINADES = (-1, 0, 1)
+# e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
+E4M3_STEPS, E4M3_STEPS_IN_OCTAVE = 6, 8
+
+
+def search(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Stored scale [...] and zero point [...] (None when symmetric) of tiles [..., n] with the least squared error,
+    each element weighted by `importance` (broadcastable to `tiles`)."""
+    weights = None if importance is None else importance.expand_as(tiles)
+    at_once = max(1, PIECE * tiles.shape[0] // max(1, tiles.numel()))
+    scales, zeros = [], []
+    for start in range(0, tiles.shape[0], at_once):
+        piece = tiles[start : start + at_once].float()
+        weight = None if weights is None else weights[start : start + at_once]
+        if rule.scale.type == "microexponent":
+            scales.append(_search_microexponents(rule, piece, weight))
+        elif rule.symmetric:
+            scales.append(_search_symmetric(rule, piece, weight))
+        else:
+            scale, zero = _search_affine(rule, piece, weight)
+            scales.append(scale)
+            zeros.append(zero)
+    return torch.cat(scales), torch.cat(zeros) if zeros else None
+
+
+def _search_symmetric(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Tensor:
+    low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
+    reach = torch.maximum(high, -low)
+    best = rule.scale.round(rule.covering(reach))
+    best_error = rule.error(tiles, best, None, importance)
+
+    def consider(scale: Tensor) -> None:
+        nonlocal best, best_error
+        error = rule.error(tiles, scale, None, importance)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+
+    floor = least_share(rule, tiles, reach, importance)
+    if rule.scale.type != "float":  # few scales can be stored, so all that matter are tried
+        for scale in storable(rule, low, high, floor):
+            consider(scale)
+        return rule.scale.store(best)
+    coarse, steps = _steps(rule, tiles, importance)
+    start = OCTAVE if rule.fmt.exponent_bits >= WIDE else 1.0
+    for end in rule.ends(low, high):
+        for share in shares(coarse, floor, start):
+            consider(rule.scale.round(share * end))
+    for step in steps:
+        around = best
+        for factor in (1 - step, 1 + step):
+            consider(rule.scale.round(factor * around))
+    return rule.scale.store(best)
+
+
+def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The grid's points are multiples of the scale; the zero point says which ones, so for a given scale the error is
+    convex in it. The scale is swept from the whole range down, and the zero point follows in single steps."""
+    low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
+    floor = least_share(rule, tiles, torch.maximum(high, -low), importance)
+    coarse, steps = _steps(rule, tiles, importance)
+    smallest, largest = rule.fmt.smallest, rule.fmt.largest
+    stored, zero_point = rule.from_range(low, high)
+    assert zero_point is not None
+    whole, zero = rule.scale.value(stored), zero_point.float()
+    best, best_zero, best_error = whole, zero, rule.error(tiles, whole, zero, importance)
+
+    def follow(scale: Tensor, zero: Tensor) -> Tensor:
+        """Try a scale with a zero point and its neighbours, as far as the grid may have moved; returns the best."""
+        nonlocal best, best_zero, best_error
+        error = rule.error(tiles, scale, zero, importance)
+        stride = 2 ** max(0, rule.fmt.bits - 4)
+        while stride:
+            for sign in (-stride, stride):
+                beside = (zero + sign).clamp_(smallest, largest)
+                found = rule.error(tiles, scale, beside, importance)
+                better = found < error
+                zero, error = torch.where(better, beside, zero), torch.where(better, found, error)
+            stride //= 4
+        better = error < best_error
+        best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
+        best_error = torch.where(better, error, best_error)
+        return zero
+
+    for share in shares(coarse, floor):
+        zero = follow(rule.scale.round(share * whole), zero)
+    for step in steps:
+        around, zero = best, best_zero
+        for factor in (1 - step, 1 + step):
+            follow(rule.scale.round(factor * around), zero)
+    return rule.scale.store(best), rule.fmt.encode(best_zero)
+
+
+def _search_microexponents(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Tensor:
+    """Scales of pairs [..., pairs, 2], tried block by block: its byte and, for each pair, its bit."""
+    magnitude = tiles.abs().amax(-1)
+    stored = rule.scale.store(rule.covering(magnitude))
+    best = rule.scale.value(stored)
+    best_error = rule.error(tiles, best, None, importance).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
+    top = best.unflatten(-1, (-1, PAIRS)).amax(-1, keepdim=True)
+    for step in BINADES:
+        upper = rule.scale.round((2.0**step * top).expand(*top.shape[:-1], PAIRS).flatten(-2))
+        whole = rule.error(tiles, upper, None, importance)
+        half = rule.error(tiles, upper / 2, None, importance)
+        error = torch.minimum(whole, half).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
+        better = (error < best_error).expand(*error.shape[:-1], PAIRS).flatten(-2)
+        best = torch.where(better, torch.where(half < whole, upper / 2, upper), best)
+        best_error = torch.minimum(error, best_error)
+    return rule.scale.store(best)
+
+
+def _steps(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[float, tuple[float, ...]]:
+    """How coarse a search begins, and how it is refined. The error is jagged where few elements decide it."""
+    few = tiles.shape[-1] <= FEW or importance is not None or not rule.fmt.is_integer
+    return (COARSE_OF_FEW, REFINE_OF_FEW) if few else (COARSE, REFINE)
+
+
+def shares(ratio: float, floor: Tensor, start: float = 1.0) -> Iterator[Tensor]:
+    """Shares of the range [...] from `start` down, by `ratio`; no tile's goes below its `floor` [...]."""
+    lowest = float(floor.min()) if floor.numel() else 1.0
+    for step in range(1 + math.ceil(math.log(lowest / start) / math.log(ratio))):
+        yield floor.clamp(min=start * ratio**step)
+
+
+def storable(rule: GridRule, low: Tensor, high: Tensor, floor: Tensor) -> Iterator[Tensor]:
+    """Symmetric scales that can be stored where few can, worth trying for tiles with these ranges: values [...].
+
+    `floor` [...]: share of the range below which nothing is tried, but for the neighbours of the covering scale.
+    """
+    octaves = -floor.log2()
+    if rule.scale.type == "e4m3":
+        code = rule.scale.store(rule.covering(torch.maximum(high, -low))).view(torch.uint8).int()
+        down = (octaves * E4M3_STEPS_IN_OCTAVE).ceil().int().clamp_(min=E4M3_STEPS)
+        for step in range(E4M3_STEPS, -1 - int(down.max()) if down.numel() else 0, -1):
+            codes = (code + torch.clamp(-down, min=step)).clamp_(1, 126).to(torch.uint8)
+            yield rule.scale.value(codes.view(torch.float8_e4m3fn))
+        return
+    down = octaves.ceil().clamp_(min=1)
+    for end in rule.ends(low, high):
+        for step in range(1, -1 - int(down.max()) if down.numel() else 0, -1):
+            yield rule.scale.round(torch.exp2(torch.clamp(-down, min=step)) * end)
+
+
+def least_share(rule: GridRule, tiles: Tensor, reach: Tensor, importance: Tensor | None) -> Tensor:
+    """Share [...] of the largest magnitude `reach` [...] of tiles [..., n] below which no least error is to be
+    expected (see the head of this file)."""
+    noise = 12 * _half_steps(rule) ** 2
+    count = tiles.shape[-1]
+    if importance is None:
+        mean = sum(part.abs().sum(-1) for part in tiles.split(PIECE, -1)) / count
+        alone = reach / (1 + count / noise)
+    else:
+        total = importance.sum(-1, keepdim=True)
+        weighted = tiles.abs()
+        mean = (weighted * importance).sum(-1) / total.squeeze(-1)
+        alone = weighted.mul_(importance / (importance + total / noise)).amax(-1)
+    bound = torch.maximum(alone, mean / (1 + 1 / noise)) / reach
+    margin = max(LEAST_MARGIN, 1 - 3 / math.sqrt(max(count, 1)))
+    least: Tensor = bound.mul_(margin).nan_to_num_(nan=1.0).clamp_(2.0**-20, 1.0)
+    if rule.fmt.is_integer:
+        return least
+    lowest_normal = 2.0 ** (1 - rule.fmt.bias) / rule.fmt.largest * reach  # of the grid that covers the range
+    return torch.maximum(least, (mean / (MANTISSAS_ROOM * lowest_normal)).nan_to_num_(nan=1.0).clamp_(max=1.0))
+
+
+def _half_steps(rule: GridRule) -> float:
+    """Steps of the grid from 0 to its end; of floats, those of the coarsest binade."""
+    fmt = rule.fmt
+    if fmt.is_integer:
+        return float((2**fmt.bits - 1) / 2)
+    return fmt.largest / 2.0 ** (fmt.emax - fmt.mantissa_bits)
+
+
+class RangeSearch:
+    """Tries ranges for groups of values and keeps, for each group, the one whose grid costs least so far.
+
+    Args:
+        rule: turns ranges into grids.
+        low, high: the whole range of each group [...], which is tried first.
+        cost: of (scale value [...], zero point [...] or None): [...].
+    """
+
+    def __init__(
+        self, rule: GridRule, low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> None:
+        self._rule = rule
+        self._cost = cost
+        self.low, self.high = low, high
+        self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)
+        """Of each end, in the best range."""
+        stored, self.zero = rule.from_range(low, high)
+        self.scale = rule.scale.value(stored)
+        """As it is stored, in float32."""
+        self.error = cost(self.scale, self.zero)
+
+    def consider(self, share_low: Tensor | float, share_high: Tensor | float) -> None:
+        """Try shares of both ends, the same for all groups or one for each [...]."""
+        stored, zero = self._rule.from_range(share_low * self.low, share_high * self.high)
+        scale = self._rule.scale.value(stored)
+        error = self._cost(scale, zero)
+        better = error < self.error
+        self.scale, self.error = torch.where(better, scale, self.scale), torch.where(better, error, self.error)
+        if zero is not None and self.zero is not None:
+            self.zero = torch.where(better, zero, self.zero)
+        self.share_low = torch.where(better, share_low, self.share_low)
+        self.share_high = torch.where(better, share_high, self.share_high)
