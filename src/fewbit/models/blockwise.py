@@ -56,6 +56,8 @@ class BlockwiseModel:
         self.blocks: nn.ModuleList = detect.get_module_list(skeleton, self.architecture.blocks)
         linear.adopt(skeleton)
         self._groups: Groups | None = self.architecture.groups or None
+        self.module: PreTrainedModel | None = None
+        """The model in memory whose weights these are, if it is one."""
         self._returns_tuple = False  # what the model expects of its blocks: known once one was called
         stored.check(skeleton, source.info(), self.architecture.name)
         self._aliases = stored.aliases(skeleton, source.info())
@@ -93,6 +95,7 @@ class BlockwiseModel:
         whole = ModuleSource(model)
         own = stored.untied(built, whole)
         made = cls(built, ModuleSource(model, without=stored.tied_pairs(built).keys() - own))
+        made.module = model
         made.config = copy.deepcopy(model.config)  # what is saved beside the weights says what the user's model said
         for part in (made.config, made.config.get_text_config()):
             part.tie_word_embeddings = part.tie_word_embeddings and not own

@@ -25,7 +25,6 @@ from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
 from fewbit.errors import ConfigError
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.models.in_memory import unwrapped
 from fewbit.models.memory import trim_heap
 from fewbit.nn.attach import refuse_quantized
 from fewbit.pipeline.arguments import (
@@ -91,7 +90,7 @@ def quantize_model(
         _check_weights(blockwise)
     view = progress_view(progress)
     try:
-        with _side_files(blockwise, model, tokenizer) as (files, notes):
+        with _side_files(blockwise, tokenizer) as (files, notes):
             directory.open(identity, resume, plan.attention_classes)
             notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
         plan = replace(plan, warnings=plan.warnings + notes)
@@ -187,16 +186,14 @@ def _files(model: BlockwiseModel) -> frozenset[Path]:
 
 
 @contextmanager
-def _side_files(
-    blockwise: BlockwiseModel, model: str | Path | PreTrainedModel, tokenizer: Any
-) -> Iterator[tuple[Path, list[str]]]:
+def _side_files(model: BlockwiseModel, tokenizer: Any) -> Iterator[tuple[Path, list[str]]]:
     """Where configuration, tokenizer and the like lie, and notes on what had to be mended."""
-    if blockwise.source.directory is not None:
-        yield blockwise.source.directory, []
-    else:
-        assert not isinstance(model, str | Path)
-        with saved_side_files(unwrapped(model), blockwise.config, tokenizer) as saved:
+    if model.module is not None:
+        with saved_side_files(model.module, model.config, tokenizer) as saved:
             yield saved
+    else:
+        assert model.source.directory is not None
+        yield model.source.directory, []
 
 
 def _describe(data: CalibrationSet | None) -> dict[str, Any]:
