@@ -10,7 +10,6 @@ from fewbit.checkpoint.configuration import (
     load_config,
     quantization_of,
     read_config,
-    read_object,
 )
 from fewbit.errors import ArchitectureError, CheckpointError, FewbitError
 
@@ -68,8 +67,8 @@ def test_what_is_no_regular_file_is_not_waited_for(make, tmp_path):
 def test_a_file_without_end_is_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(LARGEST_CONFIG + 1)
-    with pytest.raises(CheckpointError, match=f"{LARGEST_CONFIG + 1} bytes"):
-        read_object(tmp_path / "config.json", LARGEST_CONFIG)
+    with pytest.raises(CheckpointError, match=f"larger than {LARGEST_CONFIG // 2**20} MiB"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,8 @@ as data; no code that lies beside it is run, and nothing asks on standard input.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from fewbit.errors import ArchitectureError, CheckpointError
+from fewbit.files import read_json_object
 
 CONFIG_FILE = "config.json"
-LARGEST_JSON = 2**25  # bytes; the index of a model with 140,000 tensors has half of that
-LARGEST_CONFIG = 2**22
+LARGEST_CONFIG = 2**22  # bytes
 _COUNTED = (
     (re.compile(r"^(n|num|encoder|decoder)_(\w+_)?(layers?|blocks?|experts?|codebooks?)$|^depth$"), 2**10),
     (re.compile(r"^(n|num)_(\w+_)?heads?$"), 2**14),
@@ -35,41 +33,11 @@ _SIZES = (
 LARGEST_SIZE = 2**31 - 1
 
 
-def read_bytes(file: Path, limit: int = LARGEST_JSON) -> bytes:
-    """All of a regular file. CheckpointError, at once, for what is none, is larger than `limit` or cannot be read."""
-    try:
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to would wait for ever
-        with open(handle, "rb") as opened:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(f"{file} is no regular file; put the file itself there")
-            if found.st_size > limit:
-                raise CheckpointError(
-                    f"{file} has {found.st_size} bytes, and {limit} are enough for any; is it damaged?"
-                )
-            return opened.read(limit)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} has no {file.name}") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def read_object(file: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
-    """A JSON file that holds an object. CheckpointError for everything else."""
-    try:
-        data: Any = json.loads(read_bytes(file, limit))
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of 5000 digits, brackets without end
-        raise CheckpointError(f"{file} is damaged: it is not JSON; get the file again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is damaged: it is JSON, but no object with fields; get the file again")
-    return data
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint as it stands there."""
     if not os.path.lexists(directory / CONFIG_FILE):
         raise CheckpointError(f"{directory} has no {CONFIG_FILE}; is it a checkpoint, a run or an export?")
-    return read_object(directory / CONFIG_FILE, LARGEST_CONFIG)
+    return read_json_object(directory / CONFIG_FILE, LARGEST_CONFIG)
 
 
 def quantization_of(config: Mapping[str, Any], directory: Path) -> dict[str, Any] | None:

@@ -22,9 +22,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationConfig
 
-from fewbit.checkpoint.configuration import CONFIG_FILE, first_line, read_config, read_object
-from fewbit.checkpoint.files import replacing, write_json
+from fewbit.checkpoint.configuration import CONFIG_FILE, first_line, read_config
 from fewbit.errors import CheckpointError, RunError, printable
+from fewbit.files import read_json_object, replacing, write_json
+from fewbit.scratch import is_scratch
 
 RESERVED = frozenset(
     ("fewbit.json", "journal.jsonl", "report.json", "outside.safetensors", "blocks", "exports", "work", ".lock",
@@ -119,15 +120,16 @@ def _side_files(source: Path, target: Path, left: list[str], weights: Container[
     for folder, folders, files in os.walk(source):
         here = Path(folder)
         passed = _PASSED_OVER | RESERVED if here == source and _is_fewbits(source) else _PASSED_OVER
-        for name in sorted(set(folders) & passed | {name for name in folders if here / name == target}):
-            folders.remove(name)
+        folders[:] = [
+            name for name in folders if name not in passed and here / name != target and not is_scratch(name)
+        ]
         for name in sorted(folders):
             if reason := _taken(here / name, source) or _why_not_enter(here / name, weights):
                 folders.remove(name)
                 left.append(f"{printable((here / name).relative_to(source))}/ ({reason})")
         folders.sort()
         for path in (here / name for name in sorted(set(files) - passed)):
-            if path in weights:
+            if path in weights or is_scratch(path.name):
                 continue
             if reason := _taken(path, source) or _why_not_copy(path, root, blobs):
                 left.append(f"{printable(path.relative_to(source))} ({reason})")
@@ -245,7 +247,7 @@ def _saves(generation: GenerationConfig, directory: Path) -> bool:
 def _drop_dangling_code(file: Path) -> bool:
     """Take out of a configuration's auto_map what names code that does not lie beside it; whether there was any."""
     try:
-        described = read_object(file) if file.is_file() else {}
+        described = read_json_object(file) if file.is_file() else {}
     except CheckpointError:
         return False
     code = described.get("auto_map")

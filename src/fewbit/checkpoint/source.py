@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewbit.checkpoint.configuration import CONFIG_FILE, read_config, read_object
+from fewbit.checkpoint.configuration import CONFIG_FILE, read_config
 from fewbit.errors import CheckpointError, printable
+from fewbit.files import check_regular, read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -172,7 +173,7 @@ def _first_file(directory: Path) -> Path:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The shard of every tensor that an index names."""
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} is damaged: it should have a weight_map from tensors to files")
     return weight_map
@@ -200,8 +201,7 @@ def _inside(directory: Path, name: Any, owner: str) -> Path:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of a safetensors file; CheckpointError if it is truncated or something else."""
-    if not file.is_file():  # a pipe would be waited for
-        raise CheckpointError(f"{file} is missing or no regular file")
+    check_regular(file)  # a pipe would be waited for
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             infos = {}
