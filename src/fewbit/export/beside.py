@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoint.configuration import CONFIG_FILE, read_object
+from fewbit.checkpoint.configuration import CONFIG_FILE
 from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.errors import VerificationError, printable
 from fewbit.export.verification import ORIGIN, Origin, digest_of
+from fewbit.files import read_json_object
 
 _HARMLESS = (".md", ".txt.asc", ".png", ".jpg", ".jpeg", ".svg", ".pdf")
 """Ends of names of what people put beside a model for other people."""
@@ -50,7 +51,7 @@ def _compare(found: Path, expected: Path) -> None:
     if digest_of(found) == digest_of(expected):
         return
     if found.suffix == ".json":
-        if fault := difference(read_object(found), read_object(expected)):
+        if fault := difference(read_json_object(found), read_json_object(expected)):
             raise VerificationError(f"{printable(found)}: {fault}")
         return
     raise VerificationError(f"{printable(found)} differs from the run's")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.configuration import read_object
 from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.side_files import is_weight
 from fewbit.errors import CheckpointError, VerificationError
+from fewbit.files import read_json_object
 
 ORIGIN = "fewbit-export.json"
 
@@ -61,7 +61,7 @@ def read_origin(directory: Path) -> Origin:
     file = directory / ORIGIN
     if not directory.is_dir() or not os.path.lexists(file):
         raise CheckpointError(f"{directory} is no fewbit export (it has no {ORIGIN})")
-    found = read_object(file)
+    found = read_json_object(file)
     noted = {name: found.get(name) for name in ("format", "notes", "files")}
     run = found.get("run")
     if not isinstance(run, str) or "\0" in run or found.get("digest") != _fields_digest(noted):

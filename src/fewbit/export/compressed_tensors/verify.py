@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewbit.checkpoint.configuration import first_line, quantization_of, read_config, read_object
+from fewbit.checkpoint.configuration import first_line, quantization_of, read_config
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import INDEX_FILE, SafetensorsSource, read_header
 from fewbit.config.spec import QuantizationSpec
@@ -32,6 +32,7 @@ from fewbit.export.compressed_tensors.scheme import Args, activation_args, weigh
 from fewbit.export.compressed_tensors.sharing import unshared
 from fewbit.export.compressed_tensors.write import METADATA, config_changes, left_alone, shard_names
 from fewbit.export.verification import Verification, compare, read_origin
+from fewbit.files import read_json_object
 from fewbit.tensor import QuantTensor
 
 
@@ -76,7 +77,7 @@ def _check_index(directory: Path, shards: list[str]) -> None:
             if opened.metadata() != METADATA:
                 raise VerificationError(f"{directory / shard}: metadata are {opened.metadata()}, not {METADATA}")
     expected = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    found = read_object(directory / INDEX_FILE)
+    found = read_json_object(directory / INDEX_FILE)
     if fault := difference(found, expected):
         raise VerificationError(
             f"{directory / INDEX_FILE} does not fit the shards: {fault}".replace("in the run", "in them")
