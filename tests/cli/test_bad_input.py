@@ -232,7 +232,7 @@ OPTIONS = {
     "unknown device": (["--device", "gpu"], ["unknown device 'gpu'", "cuda:N"]),
     "device of another kind": (["--device", "meta"], ["device 'meta' is not supported"]),
     "size": (["--activation-memory", "lots"], ["'lots' is no size; write for example 4GiB"]),
-    "missing recipe": (["--recipe", "no-such-recipe"], ["recipe no-such-recipe cannot be read"]),
+    "missing recipe": (["--recipe", "no-such-recipe"], ["recipe no-such-recipe does not exist"]),
 }
 
 

@@ -1,6 +1,8 @@
+import time
+
 import pytest
 
-from fewbit.config.matching import matches, resolve
+from fewbit.config.matching import matches, matching, resolve
 from fewbit.config.recipe import Config
 from fewbit.config.schemes import scheme_config
 from fewbit.errors import ConfigError
@@ -118,3 +120,39 @@ def test_a_broken_regular_expression_is_an_error_that_names_it(field):
     value = ["re:(attn"] if field == "exclude" else {"re:(attn": "W8A16"}
     with pytest.raises(ConfigError, match=r"'re:\(attn' is no regular expression"):
         resolve(recipe(**{field: value}), MODULES)
+
+
+NAMES = [f"model.layers.{block}.self_attn.q_proj" for block in range(40)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["re:(a|aa)+b", "re:(((a{1000}){1000}){1000})", "re:" + "(" * 900 + ")" * 900, "re:a{99999999999}",
+     "re:" + "x" * 5000, "re:[", "re:(?P<a>x)(?P<a>y)", "re:(?<n>a)", "re:(?1)"],
+)  # fmt: skip
+@pytest.mark.timeout(30)
+def test_patterns_that_are_none_or_never_end_are_one_sentence(pattern):
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="pattern") as caught:
+        matching(pattern, [*NAMES, "a" * 100])
+    assert time.process_time() - started < 10
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*a" * 100 + "b", "*[a-z]" * 100 + "!", "[", "[z-a]", "*" * 1000 + "!", "re:([a-z_.0-9]|[a-z]|_)+!",
+     "re:" + "(.*)" * 60 + "!", "re:(.*)*!", "re:(a?){50}a{101}"],
+)  # fmt: skip
+@pytest.mark.timeout(30)
+def test_patterns_that_try_much_end(pattern):
+    assert matching(pattern, [*NAMES, "a" * 100]) == set()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [(r"re:model\.layers\.\d{1,2}\..*q_proj", NAMES[12]), ("re:^(?!other).*$", NAMES[0]), ("re:a{e}", "a{e}"),
+     (r"re:(\w)\1{2}", "aaa"), ("re:[[]x", "[x"), (r"re:\{\}", "{}")],
+)  # fmt: skip
+def test_expressions_mean_what_they_mean_to_python(pattern, name):
+    assert matching(pattern, [name, "other"]) == {name}

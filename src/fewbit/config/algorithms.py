@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-import yaml
 from pydantic import Field
 
 from fewbit.config.validation import config_class
-from fewbit.errors import ConfigError, nearest
+from fewbit.config.yaml_text import parse_yaml
+from fewbit.errors import ConfigError, nearest, shown
 
 
 @config_class
@@ -213,12 +213,14 @@ def _algorithm(value: Any) -> AlgorithmConfig:
     elif isinstance(value, Mapping):
         options = dict(value)
     else:
-        raise ConfigError(f"algorithm must be a name or a table of fields, not {value!r}")
+        raise ConfigError(f"algorithm must be a name or a table of fields, not {shown(value)}")
     name = options.get("name")
     if name == _QUARK_SMOOTH:
         name = options["name"] = "smoothquant"
     if not isinstance(name, str) or name not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
+        raise ConfigError(f"unknown algorithm {shown(name)}{nearest(str(name)[:200], ALGORITHMS)}")
+    if strange := [key for key in options if not isinstance(key, str)]:
+        raise ConfigError(f"algorithm {name} has no field {shown(strange[0])}: names are text")
     config: AlgorithmConfig = ALGORITHMS[name](**options)
     return config
 
@@ -230,6 +232,8 @@ def _written_out(text: str) -> dict[str, Any]:
     for part in rest.split(",") if colon else ():
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"algorithm {text!r}: options are written as gptq:drift=0.5,damping=0.02")
-        fields[key.strip()] = yaml.safe_load(value)
+            raise ConfigError(f"algorithm {shown(text)}: options are written as gptq:drift=0.5,damping=0.02")
+        if key.strip() in fields:
+            raise ConfigError(f"algorithm {shown(text)} gives {key.strip()} twice; leave one out")
+        fields[key.strip()] = parse_yaml(value, f"option {key.strip()} of algorithm {name}")
     return fields

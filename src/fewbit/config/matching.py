@@ -6,14 +6,25 @@ the whole name). Matching is strict: what matches nothing is an error, because i
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import regex
 
 from fewbit.config.recipe import Config
 from fewbit.config.spec import QuantizationConfig
-from fewbit.errors import ConfigError, nearest
+from fewbit.errors import ConfigError, nearest, shown
+
+LONGEST_PATTERN = 2000
+MOST_REPEATS = 10_000
+SECONDS = 2.0
+"""That a pattern may compute on all names together; ordinary ones take milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +35,50 @@ class Match:
     rule: str
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a name, wildcard or "re:" pattern covers the module name."""
-    if pattern.startswith("re:"):
+def matching(pattern: str, names: Iterable[str]) -> set[str]:
+    """Those of the module names that a name, wildcard or "re:" pattern covers.
+
+    ConfigError for a pattern that is none, and for one that backtracks without end: Python's `re` cannot be stopped,
+    so `regex`, which transformers needs as well, does the matching, in the syntax of `re`.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        raise ConfigError(f"the pattern {shown(pattern, 60)} is longer than {LONGEST_PATTERN} characters; split it")
+    if not pattern.startswith("re:"):
+        return {name for name in names if fnmatchcase(name, pattern)}
+    compiled, found, left = _compiled(pattern), set(), SECONDS
+    for name in names:
+        started = time.process_time()
         try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from None
-    return fnmatchcase(name, pattern)
+            if compiled.fullmatch(name, timeout=left) is not None:
+                found.add(name)
+        except TimeoutError:
+            left = 0.0
+        left -= time.process_time() - started
+        if left <= 0:
+            raise ConfigError(
+                f"the pattern {shown(pattern)} takes too long on {name!r}; repeat nothing that repeats itself"
+            )
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern covers one module name; see `matching`."""
+    return bool(matching(pattern, (name,)))
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> Any:
+    expression = pattern.removeprefix("re:")
+    repeats = math.prod(max(1, int(most)) for most in re.findall(r"\{(?:\d*,)?(\d+)\}", expression))
+    if repeats > MOST_REPEATS:  # they are written out when compiled, those inside others multiplied
+        raise ConfigError(f"the pattern {shown(pattern)} counts up to {repeats:.0e} repetitions; make it simpler")
+    try:
+        re.compile(expression)  # whose syntax is promised
+        return regex.compile(re.sub(r"(?<!\\)\{(?![\d,]+\})", r"\\{", expression))  # regex means more by braces
+    except (re.error, regex.error) as error:
+        raise ConfigError(f"pattern {shown(pattern)} is no regular expression: {error}") from None
+    except (RecursionError, OverflowError, MemoryError, ValueError):
+        raise ConfigError(f"the pattern {shown(pattern)} is too large or nests too deeply; make it simpler") from None
 
 
 def resolve(config: Config, modules: Mapping[str, str]) -> dict[str, Match]:
@@ -39,32 +86,38 @@ def resolve(config: Config, modules: Mapping[str, str]) -> dict[str, Match]:
 
     Raises ConfigError for a pattern or type that matches no module.
     """
-    _check_patterns(config.exclude, modules, "exclude")
-    _check_patterns(config.layer_quant_config, modules, "layer_quant_config")
+    excluded = _covered(config.exclude, modules, "exclude")
+    named = _covered(config.layer_quant_config, modules, "layer_quant_config")
     types = set(modules.values())
     for layer_type in config.layer_type_quant_config:
         if layer_type not in types:
             raise ConfigError(
                 f"layer_type_quant_config names {layer_type!r}, which no module is{nearest(layer_type, types)}"
             )
-    return {name: _resolve_one(config, name, layer_type) for name, layer_type in modules.items()}
+    return {name: _resolve_one(config, name, kind, excluded, named) for name, kind in modules.items()}
 
 
-def _resolve_one(config: Config, name: str, layer_type: str) -> Match:
-    for pattern in config.exclude:
-        if matches(pattern, name):
+def _resolve_one(
+    config: Config, name: str, layer_type: str, excluded: Mapping[str, set[str]], named: Mapping[str, set[str]]
+) -> Match:
+    for pattern, names in excluded.items():
+        if name in names:
             return Match(None, f"exclude {pattern!r}")
     if name in config.layer_quant_config:
         return Match(config.layer_quant_config[name], "exact name")
-    for pattern, quant in config.layer_quant_config.items():
-        if matches(pattern, name):
-            return Match(quant, f"pattern {pattern!r}")
+    for pattern, names in named.items():
+        if name in names:
+            return Match(config.layer_quant_config[pattern], f"pattern {pattern!r}")
     if layer_type in config.layer_type_quant_config:
         return Match(config.layer_type_quant_config[layer_type], f"type {layer_type}")
     return Match(config.global_quant_config, "global")
 
 
-def _check_patterns(patterns: Iterable[str], modules: Mapping[str, str], field: str) -> None:
+def _covered(patterns: Iterable[str], modules: Mapping[str, str], field: str) -> dict[str, set[str]]:
+    """The modules that each pattern covers, in the patterns' order; ConfigError for one that covers none."""
+    covered = {}
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in modules):
-            raise ConfigError(f"{field}: {pattern!r} matches no module{nearest(pattern, modules)[:300]}")
+        covered[pattern] = matching(pattern, modules)
+        if not covered[pattern]:
+            raise ConfigError(f"{field}: {shown(pattern)} matches no module{nearest(pattern[:200], modules)[:300]}")
+    return covered

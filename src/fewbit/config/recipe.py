@@ -21,16 +21,17 @@ from fewbit.config.algorithms import (
 from fewbit.config.schemes import parse_scheme, scheme_config, takes_group_size, with_group_size
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
-from fewbit.errors import ConfigError, nearest
+from fewbit.config.yaml_text import read_yaml
+from fewbit.errors import ConfigError, nearest, shown
 
 
 @config_class
 class CalibrationConfig:
     """How much of the calibration text is used."""
 
-    num_samples: Annotated[int, Field(gt=0)] = 128
+    num_samples: Annotated[int, Field(gt=0, lt=2**31)] = 128
     """Sequences."""
-    sequence_length: Annotated[int, Field(gt=1)] = 2048
+    sequence_length: Annotated[int, Field(gt=1, lt=2**31)] = 2048
     """Tokens per sequence; short texts are packed together, none is dropped."""
     quantized_activations: bool = True
     """Whether linears are calibrated on inputs that are quantized as the engine will quantize them. Static scales are
@@ -74,7 +75,7 @@ class Config:
     attention: AttentionConfig | None = None
     """What is quantized inside attention: the KV cache, the query, the probabilities."""
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     """Chooses the calibration sequences. Same recipe, model and text: same bytes."""
 
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_config)
@@ -109,10 +110,10 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)] + list(cls.SHORTHANDS)
         for name in values:
             if name not in known:
-                raise ConfigError(f"a recipe has no field {name!r}{nearest(str(name), known)}")
+                raise ConfigError(f"a recipe has no field {shown(name)}{nearest(str(name)[:200], known)}")
         group_size = values.pop("group_size", None)
         if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
-            raise ConfigError(f"group_size must be a whole number, not {group_size!r}")
+            raise ConfigError(f"group_size must be a whole number, not {shown(group_size)}")
         if "scheme" in values:
             if "global_quant_config" in values:
                 raise ConfigError("a recipe gives either scheme or global_quant_config, not both")
@@ -148,15 +149,17 @@ class Config:
         if "exclude" in values:
             exclude = values["exclude"]
             if not isinstance(exclude, str | list | tuple):
-                raise ConfigError(f"exclude must be a pattern or a list of patterns, not {exclude!r}")
+                raise ConfigError(f"exclude must be a pattern or a list of patterns, not {shown(exclude)}")
             values["exclude"] = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         if "algo_config" in values:
             values["algo_config"] = algorithm_configs(values["algo_config"])
         if isinstance(values.get("attention"), Mapping):
             values["attention"] = AttentionConfig(
                 **{
-                    name: QuantizationSpec(**spec) if isinstance(spec, Mapping) else spec
-                    for name, spec in values["attention"].items()
+                    name: QuantizationSpec(**_mapping(spec, f"attention.{name}"))
+                    if isinstance(spec, Mapping)
+                    else spec
+                    for name, spec in _mapping(values["attention"], "attention").items()
                 }
             )
         if "calibration" in values:
@@ -171,15 +174,7 @@ class Config:
     @staticmethod
     def read_yaml(path: str | Path) -> dict[str, Any]:
         """A recipe file as plain data, shorthands and all."""
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"recipe {path} is not UTF-8 text") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-        return _mapping(data, f"recipe {path}")
+        return _mapping(read_yaml(Path(path)), f"recipe {path}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `Config.from_dict(config.to_dict()) == config`."""
@@ -216,7 +211,7 @@ def _quantization_config(value: Any) -> QuantizationConfig:
     options = _mapping(value, "a quantization config")
     for name in ("weight", "input_tensors", "output_tensors", "bias"):
         if isinstance(options.get(name), Mapping):
-            options[name] = QuantizationSpec(**options[name])
+            options[name] = QuantizationSpec(**_mapping(options[name], name))
     return QuantizationConfig(**options)
 
 
@@ -229,8 +224,8 @@ def _plain(value: Any) -> Any:
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{what} must be a table of fields, not {value!r}")
+        raise ConfigError(f"{what} must be a table of fields, not {shown(value)}")
     for key in value:
         if not isinstance(key, str):
-            raise ConfigError(f"{what} has no field {key!r}: names are text")
+            raise ConfigError(f"{what} has no field {shown(key)}: names are text")
     return dict(value)

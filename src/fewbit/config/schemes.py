@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
-from fewbit.errors import ConfigError, nearest
+from fewbit.errors import ConfigError, nearest, shown
 from fewbit.numerics.scale_format import ScaleType
 
 DEFAULT_GROUP_SIZE = 128
@@ -157,8 +157,10 @@ _SUITES = [
     CacheSuite("KV4", _input("uint4", "per_group", group_size=32, symmetric=False, is_dynamic=True)),
 ]
 KV_SUITES: dict[str, CacheSuite] = {suite.name: suite for suite in _SUITES}
-_GROUP = r"(?:-G(?P<{}>\d+|-1))?"
-_NAME = re.compile(r"(?P<base>.*?)" + _GROUP.format("before") + r"\+?(?P<kv>KVFP8|KV8|KV4)?" + _GROUP.format("after"))
+_GROUP = r"(?:-G(?P<{}>[0-9]{{1,9}}|-1))?"
+_NAME = re.compile(
+    r"(?P<base>.{,100}?)" + _GROUP.format("before") + r"\+?(?P<kv>KVFP8|KV8|KV4)?" + _GROUP.format("after")
+)
 
 
 def parse_scheme(name: str, group_size: int | None = None) -> tuple[QuantizationConfig, AttentionConfig | None]:
@@ -168,15 +170,18 @@ def parse_scheme(name: str, group_size: int | None = None) -> tuple[Quantization
     `group_size` replaces the default of 128, −1 means per channel; it must not contradict the name. ConfigError for a
     scheme whose groups have no free size.
     """
-    match = _NAME.fullmatch(name.upper())
-    assert match is not None  # anything is a base
+    match = _NAME.fullmatch(name.upper()) if isinstance(name, str) else None
+    if match is None:
+        raise ConfigError(f"unknown scheme {shown(name)} ('fewbit schemes' lists them)")
     base, cache, written = match["base"], match["kv"], match["before"] or match["after"]
     if match["before"] and match["after"]:
         raise ConfigError(f"scheme {name!r} names its group size twice")
     scheme = SCHEMES.get(_ALIASES.get(base, base))
     if scheme is None:
         known = [*SCHEMES, *(f"W4A16{suite}" for suite in KV_SUITES)]
-        raise ConfigError(f"unknown scheme {name!r}{nearest(name.upper(), known)} ('fewbit schemes' lists them)")
+        raise ConfigError(
+            f"unknown scheme {shown(name)}{nearest(name[:200].upper(), known)} ('fewbit schemes' lists them)"
+        )
     if group_size is not None and written is not None and group_size != int(written):
         raise ConfigError(f"scheme {name} has its group size in its name; group_size {group_size} contradicts it")
     size = group_size if group_size is not None else int(written) if written else None

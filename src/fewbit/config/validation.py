@@ -9,9 +9,10 @@ from typing import Any, TypeVar, dataclass_transform
 from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from fewbit.errors import ConfigError, nearest
+from fewbit.errors import ConfigError, nearest, shown
 
 T = TypeVar("T")
+MOST_PROBLEMS = 5
 
 
 @dataclass_transform(frozen_default=True)
@@ -27,7 +28,7 @@ def config_class(cls: type[T]) -> type[T]:
         given = given if translate is None else translate(given)
         for name in given:
             if name not in fields:
-                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(str(name), fields)}")
+                raise ConfigError(f"{cls.__name__} has no field {shown(name)}{nearest(str(name)[:200], fields)}")
         return given
 
     def prepare_nested(_: type[T], given: Any) -> Any:  # a table inside another config does not pass __init__
@@ -55,6 +56,7 @@ def _sentence(name: str, error: ValidationError) -> str:
     for detail in error.errors(include_url=False):
         reason = detail["msg"].removeprefix("Value error, ")
         where = ".".join(str(part) for part in detail["loc"])
-        given = f" (got {detail['input']!r})" if where else ""
+        given = f" (got {shown(detail['input'])})" if where else ""
         problems.append(f"{name}.{where}: {reason}{given}" if where else f"{name}: {reason}")
-    return "; ".join(problems)
+    more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+    return "; ".join(problems[:MOST_PROBLEMS]) + more
