@@ -216,7 +216,7 @@ def test_what_cannot_be_used_is_said(tmp_path):
         build_calib_dataset_inputs(tmp_path)
     with pytest.raises(CalibrationError, match="no recordings in"):
         build_calib_dataset_inputs([])
-    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match="there is no file or directory"):
         build_calib_dataset_inputs(tmp_path / "missing.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -272,5 +272,14 @@ class TestADatasetIsGiven:
         for arguments in ({}, {"files": tmp_path, "root_dir": tmp_path}):
             with pytest.raises(ConfigError, match="give the recordings once: files, or root_dir"):
                 DefaultDataset(**arguments)
-        with pytest.raises(CalibrationError, match="num_samples must be at least 1, not 0"):
+        with pytest.raises(CalibrationError, match="num_samples must be a whole number of at least 1, not 0"):
             build_calib_dataset_inputs(dataset, num_samples=0)
+        for seed in (2**64, -1, "x"):
+            with pytest.raises(CalibrationError, match="seed must be a whole number"):
+                build_calib_dataset_inputs(dataset, num_samples=1, seed=seed)
+        with pytest.raises(ConfigError, match="device 'gpu0' is none"):
+            build_calib_dataset_inputs(dataset, device="gpu0")
+        with pytest.raises(ConfigError, match="recordings are a directory"):
+            DefaultDataset(3)
+        with pytest.raises(CheckpointError, match="there is no file or directory"):
+            DefaultDataset(root_dir=tmp_path / "nowhere")

@@ -298,6 +298,13 @@ class TestOfABlock:
             DataRecorder(model.model.layers[0]).register_input_ids_hooks()
 
 
+def test_what_is_no_module_or_device_is_an_error(model):
+    with pytest.raises(ConfigError, match="made of a module, not of str"):
+        DataRecorder("model")
+    with pytest.raises(ConfigError, match="device 'gpu0' is none"):
+        DataRecorder(model, "gpu0")
+
+
 def test_an_error_in_the_loop_leaves_no_hook(model):
     with pytest.raises(IndexError), DataRecorder(model):
         model(prompt() + 10**6)  # tokens that the model does not have

@@ -235,6 +235,9 @@ class TestWords:
         made.load_state_dict(plain.state_dict())
         assert torch.equal(made(X), expected(X))
         assert FakeQuantLinear(64, 32).config.weight.dtype == "int8"
+        made = FakeQuantLinear(128, 64, True, 4, 8, "per-block", "per-tensor", 32)
+        assert made.config.weight.summary == "int4 per_group 32"
+        assert made.config.input_tensors.summary == "int8 per_tensor dynamic"
 
     def test_a_preset_keeps_its_bits_and_takes_methods(self):
         made = W8A8FakeLinear.from_module(linear(), w_method="per-token", a_method="per-tensor")
@@ -242,6 +245,8 @@ class TestWords:
             "int8 per_channel",
             "int8 per_tensor dynamic",
         )
+        by_position = W8A8FakeLinear.from_module(linear(), "per-token", "per-tensor")
+        assert by_position.config == made.config
         weights_alone = W4A16FakeLinear.from_module(linear(), w_method="per-token", a_method="per-token")
         assert weights_alone.config.weight.summary == "int4 per_channel"
         assert weights_alone.config.input_tensors is None

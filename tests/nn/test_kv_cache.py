@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -324,3 +325,16 @@ def test_what_a_cache_cannot_hold_is_refused(config: AttentionConfig, message: s
 def test_layers_that_cache_more_than_keys_and_values_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"more than keys and values \(DynamicIndexedLayer\)"):
         _quantized_layer(DynamicIndexedLayer(), _TokenStore(None), _TokenStore(None))
+
+
+def test_a_cache_filled_where_gradients_are_on_keeps_no_graph(random_model: Callable[..., PreTrainedModel]) -> None:
+    model = random_model("llama")
+    cache = QuantizedCache.for_model(model, AttentionConfig(key=UINT4_GROUPS, value=UINT4_GROUPS))
+    with torch.enable_grad():
+        model(torch.arange(1, 9).unsqueeze(0), past_key_values=cache)
+    parts = [part for layer in cache.layers for store in layer.stores for part in store.parts.values()]
+    assert parts
+    assert not any(part.requires_grad for part in parts)
+    copied = copy.deepcopy(cache)  # for a second answer to the same prompt
+    model(torch.ones(1, 2, dtype=torch.int64), past_key_values=copied)
+    assert (cache.get_seq_length(), copied.get_seq_length()) == (8, 10)

@@ -74,6 +74,7 @@ def test_a_half_precision_tensor_stays_one():
     ("arguments", "sentence"),
     [
         ((8, "per-row"), "unknown method 'per-row'"),
+        ((8, None), "unknown method None"),
         ((1, "per-token"), "bits must be 2 to 64, not 1"),
         ((True, "per-token"), "bits must be 2 to 64, not True"),
         ((4, "per-block"), "per-block needs group_size"),
@@ -142,11 +143,16 @@ class TestAKeptScale:
             (torch.tensor([[1.0, torch.nan]]), "holds NaN or infinity"),
             (torch.ones(0, 4), "is empty"),
             (torch.ones(2, 4, dtype=torch.int64), "only floats"),
+            (torch.tensor(1.0), "without axes"),
         ],
     )
     def test_what_has_no_scale_is_an_error(self, x, sentence):
         with pytest.raises(ConfigError, match=sentence):
             Quantizer(8).find_scale(x)
+
+    def test_a_bare_number_is_an_error(self):
+        with pytest.raises(ConfigError, match="without axes"):
+            Quantizer(8).quantize(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

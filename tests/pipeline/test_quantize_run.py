@@ -12,7 +12,7 @@ from fewbit.calibration.tokens import calibration_set
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.recipe import Config
-from fewbit.errors import ConfigError
+from fewbit.errors import ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.pipeline.progress import setup_logging
 
@@ -306,16 +306,19 @@ def test_warnings_of_the_plan_are_in_the_report(checkpoint, quick, tmp_path):
 
 def test_the_log_has_every_layers_error(checkpoint, quick, tmp_path):
     before = list(logging.getLogger("fewbit").handlers)
-    setup_logging(tmp_path / "log.txt")
+    for _ in range(2):  # a notebook's cell that runs again writes no line twice
+        setup_logging(tmp_path / "deep" / "log.txt")
     try:
         run = fewbit.quantize(checkpoint("llama"), output=tmp_path / "run", **quick)
     finally:
         for handler in set(logging.getLogger("fewbit").handlers) - set(before):
             handler.close()
             logging.getLogger("fewbit").removeHandler(handler)
-    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    log = (tmp_path / "deep" / "log.txt").read_text(encoding="utf-8")
     for row in run.report["linears"]:
-        assert (f"{row['name']} loss " in log) == (row["status"] == "quantized")
+        assert log.count(f"{row['name']} loss ") == (row["status"] == "quantized")
+    with pytest.raises(RunError, match="cannot be written"):
+        setup_logging(tmp_path)
 
 
 def test_a_damaged_weight_stops_the_run_and_is_named(llama, quick, tmp_path):

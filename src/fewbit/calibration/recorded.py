@@ -193,17 +193,30 @@ def build_calib_dataset_inputs(
         raise ConfigError(f"key={key!r} is for recordings; this {type(dataset).__name__} has chosen already")
     total = len(dataset)  # type: ignore[arg-type]  # Dataset does not promise it
     items = [dataset[index] for index in _sample(total, num_samples, seed)]
-    return items if device is None else [_on(item, device) for item in items]
+    if device is None:
+        return items
+    place = device_of(device)
+    return [_on(item, place) for item in items]
 
 
 def _sample(total: int, wanted: int | None, seed: int) -> list[int]:
     """Which of `total` to take, in order; all if there are not as many as wanted."""
     if wanted is not None and (not isinstance(wanted, int) or wanted < 1):
-        raise CalibrationError(f"num_samples must be at least 1, not {wanted!r}")
+        raise CalibrationError(f"num_samples must be a whole number of at least 1, not {wanted!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise CalibrationError(f"seed must be a whole number from 0 to 2^63 − 1, not {seed!r}")
     if wanted is None or wanted >= total:
         return list(range(total))
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return [int(index) for index in order[:wanted].sort().values]
+
+
+def device_of(name: torch.device | str | int) -> torch.device:
+    """A device by what torch calls it; ConfigError for what is none."""
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f'device {name!r} is none; give "cpu", "cuda" or "cuda:0"') from None
 
 
 def _on(value: Any, device: torch.device | str) -> Any:
@@ -218,6 +231,10 @@ def _on(value: Any, device: torch.device | str) -> Any:
 def _sources(files: Files) -> list[Path | Recording]:
     if isinstance(files, Mapping):
         return [files]
+    if not isinstance(files, str | Path | Iterable):
+        raise ConfigError(f"recordings are a directory, files or what DataRecorder.recorded holds, not {files!r}")
+    if isinstance(files, str | Path) and not Path(files).exists():
+        raise CheckpointError(f"there is no file or directory {files}; DataRecorder.save_inputs writes recordings")
     if not isinstance(files, str | Path):
         sources = [source if isinstance(source, Mapping) else Path(source) for source in files]
     elif Path(files).is_dir():

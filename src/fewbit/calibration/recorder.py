@@ -29,6 +29,7 @@ from fewbit.calibration.recorded import (
     POSITION_IDS,
     SUFFIXES,
     Step,
+    device_of,
     write_recording,
 )
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
@@ -50,8 +51,12 @@ class DataRecorder:
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"a DataRecorder is made of a module, not of {type(model).__name__}; load the model first"
+            )
         self.model = model
-        self.device = torch.device(device)
+        self.device = device_of(device)
         self.recorded: dict[str, list[Step]] = {}
         """What was recorded since the last `clear_inputs`: steps by key."""
         self._hooks: dict[str, tuple[str, RemovableHandle]] = {}

@@ -27,12 +27,13 @@ from fewbit.models.linear import multiplies
 from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import carry_over, check_plain
-from fewbit.nn.quantizer import quantize_matrix, round_matrix
+from fewbit.nn.quantizer import METHODS, quantize_matrix, round_matrix
 from fewbit.nn.words import linear_config, with_methods
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 QUANTIZERS = ("input_quantizer", "output_quantizer")
 WORDS = ("w_bits", "a_bits", "w_method", "a_method", "w_group_size", "a_group_size")
 
@@ -72,7 +73,7 @@ class FakeQuant(nn.Module):
         cls,
         module: nn.Module,
         config: QuantizationConfig | str | int | None = None,
-        a_bits: int | None = None,
+        a_bits: int | str | None = None,
         *,
         w_bits: int | None = None,
         w_method: str | None = None,
@@ -89,7 +90,7 @@ class FakeQuant(nn.Module):
 
         Args:
             config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given. (A number
-                is w_bits.)
+                is w_bits, a method's name w_method; then a_bits may be a_method.)
             w_bits, a_bits: without a config: bits of weight and input, 8 unless given; 16 leave a tensor as it is.
             w_method, a_method, w_group_size, a_group_size: granularity of weight and input, the config's or per-token
                 unless given; see nn/words.py.
@@ -100,9 +101,11 @@ class FakeQuant(nn.Module):
         would be lost (nn/exchange.py).
         """
         if isinstance(config, int):
-            if w_bits is not None:
-                raise ConfigError(f"w_bits is given twice: {config} and {w_bits}")
-            config, w_bits = None, config
+            config, w_bits = None, _once("w_bits", config, w_bits)
+        elif isinstance(config, str) and config in METHODS:
+            config, w_method = None, _once("w_method", config, w_method)
+        if isinstance(a_bits, str) and a_bits in METHODS:
+            a_bits, a_method = None, _once("a_method", a_bits, a_method)
         given = (w_bits, a_bits, w_method, a_method, w_group_size, a_group_size)
         words = {name: value for name, value in zip(WORDS, given, strict=True) if value is not None}
         specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
@@ -193,6 +196,10 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
 
     default = linear_config()
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *words: Any, **kwargs: Any) -> None:
+        """A fresh linear. Words may follow `bias` by position, in their order; device and dtype go by name."""
+        super().__init__(in_features, out_features, bias, **dict(zip(WORDS, words, strict=False)), **kwargs)
+
     @classmethod
     def _like(cls, module: Any) -> Self:
         cls._check_kind(module, nn.Linear)
@@ -257,6 +264,13 @@ class FakeQuantConv2d(FakeQuantConv, nn.Conv2d):
     """A fake-quantized nn.Conv2d."""
 
     kind = nn.Conv2d
+
+
+def _once(name: str, value: T, by_name: T | None) -> T:
+    """An argument that was given by position; ConfigError if it is given by name, too."""
+    if by_name is not None:
+        raise ConfigError(f"{name} is given twice: {value} and {by_name}")
+    return value
 
 
 def _resolve(

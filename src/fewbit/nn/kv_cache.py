@@ -83,6 +83,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         return sum(store.nbytes() for layer in self.layers if isinstance(layer, _Quantized) for store in layer.stores)
 
 
+@torch.no_grad()
 def encode(quantizer: HeadsQuantizer, x: Tensor) -> Parts:
     """Keys or values [batch, heads, tokens, channels] as codes packed along the channels, and their own scales."""
     parts = _encode_once(quantizer, x)
@@ -92,6 +93,7 @@ def encode(quantizer: HeadsQuantizer, x: Tensor) -> Parts:
     return parts
 
 
+@torch.no_grad()
 def decode(quantizer: HeadsQuantizer, parts: Parts, channels: int, dtype: torch.dtype) -> Tensor:
     """Inverse of `encode`, up to what quantization loses: [batch, heads, tokens, channels] in `dtype`."""
     x = _decode_once(quantizer, parts, channels).to(dtype)

@@ -19,7 +19,7 @@ from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import carry_over, check_plain
 from fewbit.nn.keeps_dtypes import KeepsDtypes
-from fewbit.nn.quantizer import quantize_matrix, weight_spec
+from fewbit.nn.quantizer import method_name, quantize_matrix, weight_spec
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
@@ -78,7 +78,7 @@ class QuantLinear(KeepsDtypes):
             )
         check_plain(linear)
         if spec is None:
-            if group_size is None and method.replace("_", "-").lower() in ("per-block", "per-group"):
+            if group_size is None and method_name(method) in ("per-block", "per-group"):
                 group_size = 128
             spec = weight_spec(bits, method, group_size, symmetric, **options)
         made = cls(quantize_matrix(linear.weight, spec), linear.bias)

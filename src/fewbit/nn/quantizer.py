@@ -83,7 +83,7 @@ class Quantizer(KeepsDtypes):
         if x.numel() == 0 or not bool(torch.isfinite(x).all()):
             what = "holds NaN or infinity" if x.numel() else "is empty"
             raise ConfigError(f"a tensor of shape {list(x.shape)} that {what} has no scale; give another one")
-        matrix = x.reshape(-1, x.shape[-1])
+        matrix = _matrix(x)
         format = self._quantizer.format(x)
         stored, zero = self._quantizer.find_scale(self._quantizer.split(matrix), format)
         shape = self._scale_shape(x, stored.shape[-1])
@@ -102,9 +102,10 @@ class Quantizer(KeepsDtypes):
         ConfigError if `find_scale` kept scales for other rows (per-token, per-block) or columns (per-channel).
         """
         if self.scale is None or x.numel() == 0 or not x.is_floating_point():
+            _matrix(x)
             quantized: Tensor = self._quantizer(x)
             return quantized
-        matrix = x.reshape(-1, x.shape[-1])
+        matrix = _matrix(x)
         tiles = self._quantizer.split(matrix)
         if tuple(self.scale.shape) != self._scale_shape(x, tiles.shape[-2]):
             raise ConfigError(
@@ -130,6 +131,13 @@ class Quantizer(KeepsDtypes):
         return self.spec.summary
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """[..., M, K] → [rows, K]. ConfigError for a bare number, which has no axis."""
+    if x.ndim == 0:
+        raise ConfigError("a tensor without axes cannot be quantized; give it one, e.g. x.reshape(1)")
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x
+
+
 def make_spec(
     bits: int,
     method: str,
@@ -139,9 +147,7 @@ def make_spec(
     **options: Any,
 ) -> QuantizationSpec:
     """The spec of a matrix whose rows are tokens. ConfigError for words that are unknown or contradict each other."""
-    name = method.replace("_", "-").lower()
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {method!r}{nearest(name, METHODS)}")
+    name = method_name(method)
     if dtype is None:
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= WIDEST:
             raise ConfigError(f"bits must be 2 to {WIDEST}, not {bits!r}; for floats say dtype, e.g. dtype='e4m3'")
@@ -158,6 +164,14 @@ def make_spec(
     return QuantizationSpec(**fields | options)
 
 
+def method_name(method: str) -> str:
+    """One of METHODS for a user's spelling of it (per_token, Per-Token). ConfigError for an unknown word."""
+    name = str(method).replace("_", "-").lower()
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {method!r}{nearest(name, METHODS)}")
+    return name
+
+
 def weight_spec(
     bits: int,
     method: str,
@@ -170,7 +184,7 @@ def weight_spec(
 
     group_size −1 of per-block is the same.
     """
-    name = method.replace("_", "-").lower()
+    name = method_name(method)
     wide = dtype is None and isinstance(bits, int) and bits > CODE_BITS  # nothing to gain from a smaller range
     spec_options = {"observer": "minmax" if wide else "search"} | options
     if group_size == -1 and name in ("per-block", "per-group"):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
-from fewbit.nn.quantizer import make_spec, weight_spec
+from fewbit.nn.quantizer import make_spec, method_name, weight_spec
 
 UNTOUCHED_BITS = 16
 
@@ -68,7 +68,7 @@ def _untouched(bits: int) -> bool:
 
 def _size(method: str, given: int | None, spec: QuantizationSpec) -> int | None:
     """The group size of a method; the spec's own where none is given."""
-    if method.replace("_", "-").lower() not in ("per-block", "per-group"):
+    if method_name(method) not in ("per-block", "per-group"):
         if given is not None:
             raise ConfigError(f"group_size {given} contradicts method {method}; use per-block")
         return None
@@ -77,5 +77,5 @@ def _size(method: str, given: int | None, spec: QuantizationSpec) -> int | None:
 
 def _scales(spec: QuantizationSpec, method: str) -> dict[str, object]:
     """How scales are stored, which stays where groups stay groups; other granularities have plain ones."""
-    grouped = spec.qscheme == "per_group" and method.replace("_", "-").lower() in ("per-block", "per-group")
+    grouped = spec.qscheme == "per_group" and method_name(method) in ("per-block", "per-group")
     return {"scale_type": spec.scale_type} if grouped else {}

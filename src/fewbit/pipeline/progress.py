@@ -10,6 +10,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fewbit.errors import disk_errors_as_sentences
 from fewbit.pipeline.report import peak_memory
 
 logger = logging.getLogger("fewbit")
@@ -116,9 +117,18 @@ def progress_view(show: bool) -> ProgressView:
 
 
 def setup_logging(path: str | Path, level: int = logging.INFO) -> None:
-    """Write fewbit's log, with every layer's quantization error, to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Write fewbit's log, with every layer's quantization error, to a file, whose directory is made if need be.
+
+    RunError if that cannot be written.
+    """
+    with disk_errors_as_sentences(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for other in list(logger.handlers):  # a notebook's cell that runs again
+        if isinstance(other, logging.FileHandler) and other.baseFilename == handler.baseFilename:
+            logger.removeHandler(other)
+            other.close()
     logger.addHandler(handler)
     logger.setLevel(level)
 
