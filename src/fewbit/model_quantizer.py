@@ -8,7 +8,6 @@ convolutions, with static activations calibrated on the data.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from fewbit.nn.exchange import Exchange, carry_over
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
 from fewbit.pipeline.quantize import quantize_model
+from fewbit.scratch import temporary_directory
 
 logger = logging.getLogger("fewbit")
 
@@ -88,8 +88,8 @@ class ModelQuantizer:
         data: Any = "none" if dataloader is None else [_ids_and_mask(item) for item in dataloader]
         if data == []:
             raise CalibrationError("the dataloader gave no batch; calibration needs at least one")
-        with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
-            kept = Path(scratch) / "run" if output is None else output
+        with temporary_directory("model-quantizer") as scratch:
+            kept = scratch / "run" if output is None else output
             directory = quantize_model(model, self.config, kept, calibration=data, progress=False)
             install(model, NativeCheckpoint(directory))
         _say(tuple(untouched(model, _linears(model))))

@@ -225,7 +225,7 @@ OPTIONS = {
     "algorithm": (["--algorithm", "gtpq"], ["unknown algorithm 'gtpq'", "did you mean 'gptq'?"]),
     "export format": (["--export", "compresed-tensors"], ["unknown export format", "did you mean"]),
     "gptq without data": (["--algorithm", "gptq", "--calibration", "none"], ["gptq needs calibration data"]),
-    "missing text": (["--calibration", "no-such-text"], ["calibration text no-such-text cannot be read"]),
+    "missing text": (["--calibration", "no-such-text"], ["text no-such-text cannot be read"]),
     "too long a sequence": (["--sequence-length", 10**6], ["less than one sequence of 1000000", "--sequence-length"]),
     "no samples": (["--num-samples", 0], ["num_samples"]),
     "sequence of one": (["--sequence-length", 1], ["sequence_length"]),

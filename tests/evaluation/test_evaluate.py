@@ -1,6 +1,7 @@
 """Perplexity and the distance to a reference model, against loops of a few lines with transformers."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -155,7 +156,7 @@ def test_text_shorter_than_a_window_is_refused_with_both_numbers(checkpoint, tok
 
 
 def test_text_for_a_module_without_tokenizer_is_refused(random_model, evaluation_file):
-    with pytest.raises(CheckpointError, match="no tokenizer"):
+    with pytest.raises(CalibrationError, match="no tokenizer"):
         fewbit.evaluate(random_model("llama"), evaluation_file)
 
 
@@ -165,8 +166,6 @@ def test_a_directory_that_is_nothing_is_refused(evaluation_file, tmp_path):
 
 
 def test_a_checkpoint_quantized_by_another_method_is_refused_by_its_name(llama, evaluation_file):
-    import json
-
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(CheckpointError, match="quantized with 'awq'"):
@@ -267,3 +266,58 @@ def test_a_reference_survives_an_interruption(checkpoint, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             reference.last_hidden_states(second, torch.device("cpu"), 2**30)
     assert fewbit.evaluate(checkpoint("llama"), first, against=reference) == wanted
+
+
+# --- what is no number, and data in other forms ----------------------------------------------------------------------
+
+
+def overflowing(random_model, name):
+    """A model of which every weight is finite and one is so large that what it computes is not."""
+    model = random_model("llama")
+    with torch.no_grad():
+        model.get_submodule(name).weight.fill_(3e38)
+    return model
+
+
+WHERE = {
+    "model.norm": r"logits of the model hold NaN or infinity \(first for token 0 of window 0\)",
+    "model.layers.1.post_attention_layernorm": r"block 'model.layers.1' gives NaN .*token 0 of sequence 0",
+}
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_numbers_that_are_none_are_an_error_that_names_the_window(random_model, windows, name):
+    broken = overflowing(random_model, name)
+    with pytest.raises(CalibrationError, match=WHERE[name]):
+        fewbit.evaluate(broken, windows)
+    with pytest.raises(CalibrationError, match=WHERE[name]):
+        fewbit.evaluate(broken, windows, against=broken)
+    with pytest.raises(CalibrationError, match=WHERE[name].replace("the model", "the reference")):
+        fewbit.evaluate(random_model("llama"), windows, against=broken)
+
+
+def test_texts_rows_and_ids_in_every_form_give_the_same(random_model, tokenizer, evaluation_file, tmp_path):
+    model, text = random_model("llama"), evaluation_file.read_text(encoding="utf-8")
+    options = EVALUATION | {"tokenizer": tokenizer}
+    plain = fewbit.evaluate(model, evaluation_file, **options)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": 1, "text": text}))
+    for data in (tmp_path / "rows.jsonl", str(tmp_path / "rows.jsonl"), [text], [{"text": text}]):
+        assert fewbit.evaluate(model, data, **options) == plain
+    ids = tokenize([text], tokenizer)[: 3 * LENGTH].view(3, LENGTH)
+    for data in (ids, ids.numpy(), list(ids), ids.tolist(), [{"input_ids": row} for row in ids.tolist()]):
+        assert fewbit.evaluate(model, data, **options) == plain
+
+
+def test_windows_of_ids_have_one_length_and_no_padding(random_model):
+    for data in ([[1, 2, 3], [1, 2]], [{"input_ids": [1, 2, 3], "attention_mask": [0, 1, 1]}]):
+        with pytest.raises(CalibrationError, match="windows of token ids"):
+            fewbit.evaluate(random_model("llama"), data)
+
+
+def test_a_broken_tokenizer_is_no_matter_to_token_ids(llama, windows, evaluation_file, quick, tmp_path):
+    (llama / "tokenizer.json").write_text("{")
+    assert fewbit.evaluate(llama, windows).windows == 3
+    run = fewbit.quantize(llama, output=tmp_path / "run", **quick | {"calibration": windows})
+    assert fewbit.evaluate(run, windows).windows == 3
+    with pytest.raises(CheckpointError, match="tokenizer in"):
+        fewbit.evaluate(llama, evaluation_file)

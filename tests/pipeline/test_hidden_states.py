@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fewbit.pipeline.hidden_states import HiddenStates
+from fewbit.errors import CalibrationError
+from fewbit.pipeline.hidden_states import HiddenStates, check_finite
 
 SHAPES = [(2, 8, 16), (1, 5, 16), (3, 8, 16), (2, 8, 16)]
 BYTES = [4 * 2 * 8 * 16, 4 * 5 * 16, 4 * 3 * 8 * 16, 4 * 2 * 8 * 16]
@@ -86,3 +87,22 @@ def test_files_left_by_a_run_that_died_are_overwritten(tmp_path):
     states = filled(0, tmp_path / "work")
     for index, tensor in enumerate(tensors()):
         assert torch.equal(states.get(index), tensor)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_states_that_are_no_numbers_are_an_error_that_names_the_sequence_and_the_token(value):
+    hidden = torch.zeros(2, 5, 4)
+    check_finite(hidden, "it", 7)
+    hidden[1, 3, 2] = value
+    with pytest.raises(CalibrationError, match=r"it gives NaN or infinity \(first for token 3 of sequence 8\)"):
+        check_finite(hidden, "it", 7)
+    padding = torch.ones(2, 5, dtype=torch.bool)
+    padding[1, 3] = False
+    check_finite(hidden, "it", 7, padding)  # nobody reads what comes out of padding
+
+
+def test_what_was_put_may_change_afterwards(tmp_path):
+    states, hidden = HiddenStates(10**6, tmp_path), torch.ones(1, 2, 3)
+    states.put(0, hidden)
+    hidden.zero_()
+    assert states.get(0).sum() == 6

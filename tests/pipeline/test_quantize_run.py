@@ -12,7 +12,7 @@ from fewbit.calibration.tokens import calibration_set
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.recipe import Config
-from fewbit.errors import ConfigError, RunError
+from fewbit.errors import CalibrationError, ConfigError, RunError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.pipeline.progress import setup_logging
 
@@ -336,3 +336,12 @@ def test_a_run_can_be_read_after_it_was_moved(finished_run, tmp_path):
     original = finished_run("llama")
     moved = shutil.copytree(original, tmp_path / "moved")
     assert_same_weights(original, moved)
+
+
+def test_a_block_that_gives_no_numbers_is_named_with_the_sequence(random_model, quick, tmp_path):
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(3e38)  # its input is finite, its output is not
+    ids = torch.randint(5, 300, (3, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(CalibrationError, match=r"block 'model.layers.1' gives NaN or infinity .*of sequence 0\)"):
+        fewbit.quantize(model, output=tmp_path / "run", **quick | {"calibration": [ids[:1], ids[1:]]})

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fewbit.calibration.rows import holds_ids, texts_of
+from fewbit.calibration.texts import read_rows
 from fewbit.errors import CalibrationError
 
-HUB_PREFIX = "hub:"
+_BESIDE = ("text", "messages", "labels", "token_type_ids", "special_tokens_mask", "length")
+"""Columns of a tokenized dataset that change nothing of what a causal language model computes."""
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 TOKENS_PER_BATCH = 2048  # enough to keep matrix products efficient, few enough to keep a block's activations small
 
-CalibrationData = str | Path | Tensor | Sequence[str] | Sequence[Mapping[str, Tensor]]
-"""A text file, "hub:DATASET", texts, token ids [sequences, tokens], or a dataloader's batches (see `token_batch`)."""
+CalibrationData = str | Path | Tensor | Sequence[str] | Sequence[Mapping[str, Any]]
+"""A file (see `texts`), "hub:DATASET", texts, rows with `text` or `messages` (see `rows`), token ids [sequences,
+tokens], or a dataloader's batches (see `token_batch`)."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,10 @@ def token_batch(item: Any) -> dict[str, Tensor]:
     Ids may be lists; one sequence alone is a batch of one.
     """
     if isinstance(item, Mapping) and "input_ids" in item:
-        return {name: _rows(value) for name, value in item.items() if value is not None}
+        return {name: _rows(value) for name, value in item.items() if value is not None and name not in _BESIDE}
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
         item = item[0]
-    if isinstance(item, Tensor) or (isinstance(item, list) and item):
+    if isinstance(item, Tensor | np.ndarray) or (isinstance(item, list) and item):
         return {"input_ids": _rows(item)}
     raise CalibrationError(f"a batch must be token ids or a mapping with input_ids, not {type(item).__name__}")
 
@@ -75,7 +81,7 @@ def _rows(ids: Any) -> Tensor:
     """Token ids or a mask as [sequences, tokens]."""
     try:
         rows = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise CalibrationError(
             f"a batch holds a {type(ids).__name__} that is no matrix of whole numbers; sequences of unlike lengths "
             "need padding and an attention_mask, or batches of their own"
@@ -84,25 +90,26 @@ def _rows(ids: Any) -> Tensor:
 
 
 def calibration_set(
-    data: CalibrationData | None, tokenizer: Any, num_samples: int, sequence_length: int, seed: int
+    data: CalibrationData | None,
+    tokenizer: Any,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    load_tokenizer: Callable[[], Any] | None = None,
 ) -> CalibrationSet:
     """Turn whatever the user gave into batches of `num_samples` sequences (fewer if the text is shorter).
 
-    `None` is the WikiText-2 excerpt that ships with fewbit. Raises CalibrationError if there is not even one sequence.
+    `None` is the WikiText-2 excerpt that ships with fewbit. `load_tokenizer` gives the tokenizer where `tokenizer` is
+    None and texts need one. Raises CalibrationError if there is not even one sequence.
     """
-    if isinstance(data, Tensor):
-        return CalibrationSet(_batches(checked_ids(data)), "token ids", data.shape[0])
-    if not isinstance(data, str | Path) and data is not None:
-        items: list[Any] = [data] if isinstance(data, Mapping) else list(data)
-        if not all(isinstance(item, str) for item in items):
-            return _ready_batches([token_batch(item) for item in items])
-        texts, source = items, "texts"
-    else:
-        texts, source = read_texts(data)
-    if tokenizer is None:
-        raise CalibrationError("calibration text needs a tokenizer: the model's directory has none, so pass token ids")
-    tokens = tokenize(texts, tokenizer)
-    first = beginning(tokenizer)
+    found, source = rows_of(data)
+    if isinstance(found, Tensor):
+        return CalibrationSet(_batches(checked_ids(found)), source, found.shape[0])
+    if all_ids(found, source):
+        return _ready_batches([token_batch(item) for item in found])
+    tokens, first = stream_of(found, source, tokenizer, load_tokenizer)
+    if first.numel() >= sequence_length:
+        raise CalibrationError(f"a sequence of {sequence_length} has no place for text; give a longer one")
     chosen = choose_windows(tokens, num_samples, sequence_length - first.numel(), seed, source)
     batches = _batches(begin_with(first, chosen))
     rest = tokens[chosen.numel() :]
@@ -111,33 +118,73 @@ def calibration_set(
     return CalibrationSet(batches, source, num_samples)
 
 
-def read_texts(data: str | Path | None) -> tuple[list[str], str]:
-    """Texts and a name for them: a file, "hub:DATASET[:CONFIG]", or None for the text that ships with fewbit."""
-    if data is None:
-        packaged = resources.files("fewbit") / "data" / "calibration.txt"
-        return [packaged.read_text(encoding="utf-8")], "WikiText-2 excerpt shipped with fewbit"
-    if str(data).startswith(HUB_PREFIX):
-        return _hub_texts(str(data).removeprefix(HUB_PREFIX)), str(data)
-    path = Path(data)
+def rows_of(data: Any) -> tuple[Tensor | list[Any], str]:
+    """What a user gave as token ids (a tensor, as it is) or as rows, and a name for it."""
+    if isinstance(data, np.ndarray):
+        data = _rows(data)
+    if isinstance(data, Tensor):
+        return data, "token ids"
+    if data is None or isinstance(data, str | Path):
+        return read_rows(data)
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a table of pandas, whose items are its columns' names
+        data = data.to_dict("records")
+    if isinstance(data, Mapping):
+        data = [data]
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(f"calibration text {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CalibrationError(f"calibration text {path} is not UTF-8 text") from None
-    if not text.strip():
-        raise CalibrationError(f"calibration text {path} is empty")
-    return [text], path.name
+        items = list(data)
+    except TypeError:
+        raise CalibrationError(
+            f"calibration data must be a file, texts, rows or token ids, not {type(data).__name__}"
+        ) from None
+    return items, "texts" if all(isinstance(item, str) for item in items) else "given rows"
+
+
+def stream_of(
+    rows: Sequence[Any], source: str, tokenizer: Any, load_tokenizer: Callable[[], Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows' texts as one stream of token ids [tokens], and the ids [0 or 1] that every window begins with."""
+    if tokenizer is None and load_tokenizer is not None:
+        tokenizer = load_tokenizer()
+    if tokenizer is None:
+        raise CalibrationError(
+            "a text needs a tokenizer, and there is no tokenizer beside the model; pass one, or token ids"
+        )
+    if not hasattr(tokenizer, "eos_token_id"):
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise CalibrationError(f"the tokenizer must be one of transformers', not a {type(tokenizer).__name__}")
+    texts = texts_of(rows, source, tokenizer)
+    if rows and not texts:
+        raise CalibrationError(f"text ({source}) holds only empty texts")
+    try:
+        return tokenize(texts, tokenizer), beginning(tokenizer)
+    except Exception as error:  # a damaged vocabulary is found only here, in a different way by each tokenizer
+        reason = (str(error).splitlines() or [""])[0]
+        raise CalibrationError(
+            f"the tokenizer cannot encode the text ({source}): {type(error).__name__}: {reason}; is it damaged?"
+        ) from None
+
+
+def all_ids(rows: Sequence[Any], source: str) -> bool:
+    """Whether rows are token ids rather than texts; CalibrationError if some are these and some those."""
+    tokens = [holds_ids(row) for row in rows]
+    if any(tokens) and not all(tokens):
+        number = tokens.index(not tokens[0]) + 1
+        raise CalibrationError(
+            f"row {number} of {source} holds {'token ids' if tokens[number - 1] else 'text'} and the first row does "
+            "not; give batches of token ids, or texts"
+        )
+    return bool(tokens) and tokens[0]
 
 
 def tokenize(texts: Iterable[str], tokenizer: Any) -> Tensor:
     """All texts in one stream of token ids [tokens], separated by the end-of-text token if there is one."""
     separator = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    stream: list[int] = []
+    stream = array("q")
     for text in texts:
         if stream:
-            stream += separator
-        stream += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            stream.extend(separator)
+        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     return torch.tensor(stream, dtype=torch.int64)
 
 
@@ -165,7 +212,7 @@ def choose_windows(tokens: Tensor, num_samples: int, length: int, seed: int, sou
     windows = tokens[: tokens.numel() // length * length].view(-1, length)
     if windows.shape[0] == 0:
         raise CalibrationError(
-            f"calibration text ({source}) has {tokens.numel()} tokens, less than one sequence of {length}; "
+            f"text ({source}) has {tokens.numel()} tokens, less than one sequence of {length}; "
             "give more text or a smaller --sequence-length"
         )
     if windows.shape[0] <= num_samples:
@@ -195,22 +242,6 @@ def _batches(ids: Tensor) -> list[dict[str, Tensor]]:
 
 def checked_ids(ids: Tensor) -> Tensor:
     """Token ids [sequences, tokens] as int64 on the CPU; CalibrationError if they are something else."""
-    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+    if ids.ndim != 2 or ids.numel() == 0 or ids.dtype not in _INTEGERS:
         raise CalibrationError(f"token ids must be integers [sequences, tokens], not {ids.dtype} {tuple(ids.shape)}")
     return ids.to("cpu", torch.int64)
-
-
-def _hub_texts(name: str) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CalibrationError(f"hub:{name} needs the datasets library: pip install 'fewbit[hub]'") from None
-    dataset, _, config = name.partition(":")
-    try:
-        rows = load_dataset(dataset, config or None, split="train", streaming=True)
-        texts = [row["text"] for row, _ in zip(rows, range(20_000), strict=False) if row.get("text")]
-    except Exception as error:  # whatever the hub client raises, the user can only check name and network
-        raise CalibrationError(f"dataset {dataset!r} cannot be read from the hub: {error}") from None
-    if not texts:
-        raise CalibrationError(f"dataset {dataset!r} has no column 'text' with text in it")
-    return texts

@@ -11,7 +11,10 @@ import typer
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint, model id, run, or compressed-tensors export.")],
-    text: Annotated[Path, typer.Option(help="Text file; not the one used for calibration.")],
+    text: Annotated[
+        Path,
+        typer.Option(help="Text file, or rows (.jsonl, .json, .csv, .parquet); not the one used for calibration."),
+    ],
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Use only the first windows of the text.")] = None,
     against: Annotated[

@@ -26,7 +26,10 @@ def quantize(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text file, or hub:DATASET; 'none' for rtn without data. Default: the text fewbit ships."),
+        typer.Option(
+            help="Text file, rows with text or messages (.jsonl, .json, .csv, .parquet), or hub:DATASET; 'none' for "
+            "rtn without data. Default: the text fewbit ships."
+        ),
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration sequences (default 128).")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence (default 2048).")] = None,

@@ -6,10 +6,11 @@ by itself, and the mean is over all predicted tokens (window length − 1 per wi
 
 from __future__ import annotations
 
+import logging
 import math
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbit import process
-from fewbit.calibration.tokens import begin_with, beginning, checked_ids, read_texts, tokenize
+from fewbit.calibration.tokens import (
+    CalibrationData,
+    all_ids,
+    begin_with,
+    checked_ids,
+    rows_of,
+    stream_of,
+    token_batch,
+)
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 from fewbit.evaluation import metrics
 from fewbit.evaluation.reference import Reference, last_hidden_states
 from fewbit.evaluation.sources import open_any
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.limits import check_length, check_tokens
 from fewbit.pipeline.arguments import DEFAULT_ACTIVATION_MEMORY, choose_device, load_tokenizer, parse_size
 from fewbit.pipeline.hidden_states import HiddenStates
+from fewbit.scratch import temporary_directory
+
+logger = logging.getLogger("fewbit")
 
 LOGIT_ROWS = 128  # tokens whose logits are in memory at a time: with a vocabulary of 256k, 128 MB
 
@@ -46,15 +59,17 @@ class Evaluation:
     """99th percentile of the KL per token."""
     top1_agreement: float | None = None
     """Share of tokens for which both models prefer the same next token."""
+    warnings: tuple[str, ...] = ()
+    """What makes the numbers doubtful; also logged before the work."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
 
 
 @process.neutral()
 def evaluate(
     model: str | Path | PreTrainedModel,
-    text: str | Path | Tensor,
+    text: CalibrationData,
     *,
     sequence_length: int = 2048,
     max_windows: int | None = None,
@@ -63,8 +78,8 @@ def evaluate(
     device: str = "auto",
     activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
 ) -> Evaluation:
-    """Perplexity of a checkpoint, run, export or module on a text file, in windows of `sequence_length` tokens, or on
-    token ids [windows, tokens].
+    """Perplexity of a checkpoint, run, export or module on a text file (or texts, or rows: whatever calibration takes)
+    in windows of `sequence_length` tokens, or on token ids [windows, tokens].
 
     With `against`, also the distance to that model; a Reference computes its side once for several comparisons.
     Raises FewbitError for unusable input.
@@ -75,39 +90,64 @@ def evaluate(
         raise ConfigError(f"the number of windows must be at least 1, not {max_windows}")
     blockwise = open_any(model)
     reference = against if isinstance(against, Reference | None) else Reference(against)
-    if reference is not None and reference.model.vocabulary != blockwise.vocabulary:
-        sizes = f"{blockwise.vocabulary} and {reference.model.vocabulary}"
+    models = [blockwise] if reference is None else [blockwise, reference.model]
+    sizes = [found.vocabulary for found in models]
+    if len(set(sizes)) > 1:
         raise CheckpointError(
-            f"the models have vocabularies of {sizes} tokens; only models with the same tokens can be compared"
+            f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; only models with the same tokens can "
+            "be compared"
         )
-    if isinstance(text, Tensor):
-        ids = checked_ids(text)[:max_windows]
+    ids = _windows(text, tokenizer, blockwise, sequence_length, max_windows)
+    warnings = _check(models, ids)
+    target = choose_device(device)
+    budget = parse_size(activation_memory) // len(models)
+    with temporary_directory("evaluate") as scratch:
+        hidden = last_hidden_states(blockwise, ids, target, budget, scratch / "states")
+        if reference is None:
+            found = _score(blockwise, hidden, ids, target)
+        else:
+            expected = reference.last_hidden_states(ids, target, budget)
+            found = _compare(blockwise, hidden, reference.model, expected, ids, target)
+    return replace(found, warnings=warnings)
+
+
+def _check(models: list[BlockwiseModel], ids: Tensor) -> tuple[str, ...]:
+    """CalibrationError if the models cannot be fed with `ids` [windows, tokens]; warnings if they should not be."""
+    for model in models:
+        check_tokens(model.skeleton, [{"input_ids": ids}])
+    warnings = tuple(dict.fromkeys(said for model in models for said in check_length(model.skeleton, ids.shape[1])))
+    for warning in warnings:
+        logger.warning(warning)
+    return warnings
+
+
+def _windows(text: Any, tokenizer: Any, model: BlockwiseModel, length: int, most: int | None) -> Tensor:
+    """Token ids [windows, tokens]: as they are given, or the text cut into windows of `length`; `most` of them."""
+    found, source = rows_of(text)
+    if not isinstance(found, Tensor) and all_ids(found, source):
+        found = _stacked(found)
+    if isinstance(found, Tensor):
+        ids = checked_ids(found)[:most]
         if ids.shape[1] < 2:
             raise CalibrationError("windows of one token have no next token to predict; give at least two")
-    else:
-        ids = _windows(text, tokenizer or load_tokenizer(blockwise.source.directory), sequence_length, max_windows)
-    target = choose_device(device)
-    budget = parse_size(activation_memory) // (1 if reference is None else 2)
-    with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
-        hidden = last_hidden_states(blockwise, ids, target, budget, Path(scratch))
-        if reference is None:
-            return _score(blockwise, hidden, ids, target)
-        expected = reference.last_hidden_states(ids, target, budget)
-        return _compare(blockwise, hidden, reference.model, expected, ids, target)
-
-
-def _windows(text: str | Path, tokenizer: Any, length: int, max_windows: int | None) -> Tensor:
-    if tokenizer is None:
-        raise CheckpointError("the model's directory has no tokenizer; give token ids instead of a text")
-    texts, source = read_texts(text)
-    tokens = tokenize(texts, tokenizer)
-    first = beginning(tokenizer)
-    length -= first.numel()
+        return ids
+    tokens, first = stream_of(found, source, tokenizer, partial(load_tokenizer, model.source.directory))
+    length = max(1, length - first.numel())
     count = tokens.numel() // length
-    if count == 0 or max_windows == 0:
+    if count == 0:
         raise CalibrationError(f"text {source} has {tokens.numel()} tokens, less than one window of {length}")
-    count = min(count, max_windows or count)
+    count = min(count, most or count)
     return begin_with(first, tokens[: count * length].view(count, length))
+
+
+def _stacked(rows: list[Any]) -> Tensor:
+    """Token ids of rows as windows [windows, tokens]."""
+    batches = [token_batch(row) for row in rows]
+    if any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches):
+        raise CalibrationError("windows of token ids cannot hold padding in an evaluation; cut them to one length")
+    if len({batch["input_ids"].shape[1:] for batch in batches}) > 1:
+        raise CalibrationError("windows of token ids must have one length in an evaluation; cut or pack them")
+    return torch.cat([batch["input_ids"] for batch in batches])
 
 
 def _pieces(states: HiddenStates, ids: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
@@ -123,8 +163,9 @@ def _score(model: BlockwiseModel, states: HiddenStates, ids: Tensor, device: tor
     losses = torch.empty(ids.shape[0], ids.shape[1] - 1)
     with model.head_loaded(device) as head:
         for window, rows, hidden, targets in _pieces(states, ids):
-            losses[window, rows] = metrics.token_losses(head(hidden)[0], targets.to(device))
-    return _evaluation(losses.flatten(), ids)
+            logits = _finite(head(hidden)[0], window, rows, "the model")
+            losses[window, rows] = metrics.token_losses(logits, targets.to(device))
+    return _evaluation(losses, ids)
 
 
 def _compare(
@@ -138,15 +179,16 @@ def _compare(
     losses, reference_losses, divergence, agreement = torch.empty(4, ids.shape[0], ids.shape[1] - 1).unbind()
     with model.head_loaded(device) as head, reference.head_loaded(device) as reference_head:
         for window, rows, hidden, targets in _pieces(states, ids):
-            logits, expected = head(hidden)[0], reference_head(reference_states.get(window)[:, rows])[0]
+            logits = _finite(head(hidden)[0], window, rows, "the model")
+            reference_hidden = reference_states.get(window)[:, rows]
+            expected = _finite(reference_head(reference_hidden)[0], window, rows, "the reference")
             losses[window, rows] = metrics.token_losses(logits, targets.to(device))
             reference_losses[window, rows] = metrics.token_losses(expected, targets.to(device))
             divergence[window, rows] = metrics.kl_divergence(expected, logits)
             agreement[window, rows] = metrics.same_top1(expected, logits).float()
     kl = divergence.flatten()
-    return _evaluation(
-        losses.flatten(),
-        ids,
+    return replace(
+        _evaluation(losses, ids),
         reference_perplexity=_perplexity(reference_losses),
         kl_mean=kl.mean(dtype=torch.float64).item(),
         kl_p99=kl.quantile(0.99).item() if kl.numel() < 2**24 else kl.kthvalue(int(0.99 * kl.numel())).values.item(),
@@ -154,14 +196,21 @@ def _compare(
     )
 
 
-def _evaluation(losses: Tensor, ids: Tensor, **comparison: float) -> Evaluation:
-    return Evaluation(
-        perplexity=_perplexity(losses),
-        windows=ids.shape[0],
-        sequence_length=ids.shape[1],
-        tokens=losses.numel(),
-        **comparison,
+def _finite(logits: Tensor, window: int, rows: slice, whose: str) -> Tensor:
+    """The logits [rows, vocabulary]; CalibrationError if they hold NaN or infinity."""
+    low, high = logits.aminmax()  # both are NaN if any value is
+    if torch.isfinite(low) and torch.isfinite(high):
+        return logits
+    token = rows.start + int((~logits.isfinite().all(-1)).nonzero()[0])
+    raise CalibrationError(
+        f"the logits of {whose} hold NaN or infinity (first for token {token} of window {window}); is it damaged, or "
+        "are its weights beyond float32?"
     )
+
+
+def _evaluation(losses: Tensor, ids: Tensor) -> Evaluation:
+    """From the losses [windows, tokens − 1]."""
+    return Evaluation(_perplexity(losses), windows=ids.shape[0], sequence_length=ids.shape[1], tokens=losses.numel())
 
 
 def _perplexity(losses: Tensor) -> float:

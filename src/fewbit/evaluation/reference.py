@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from transformers import PreTrainedModel
 from fewbit import process
 from fewbit.evaluation.sources import open_any
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.pipeline.hidden_states import HiddenStates
+from fewbit.pipeline.hidden_states import HiddenStates, check_finite
+from fewbit.scratch import temporary_directory
 
 
 class Reference:
@@ -25,7 +25,7 @@ class Reference:
     @process.neutral()
     def __init__(self, model: str | Path | PreTrainedModel) -> None:
         self.model = open_any(model)
-        self._scratch = tempfile.TemporaryDirectory(prefix="fewbit-")
+        self._scratch = temporary_directory("reference")
         self._ids: Tensor | None = None
         self._states: HiddenStates | None = None
 
@@ -35,7 +35,7 @@ class Reference:
             if self._states is not None:
                 self._states.close()
                 self._states = self._ids = None  # whatever happens now, what is closed is not used again
-            self._states = last_hidden_states(self.model, ids, device, budget, Path(self._scratch.name) / "states")
+            self._states = last_hidden_states(self.model, ids, device, budget, self._scratch.path / "states")
             self._ids = ids.clone()
         return self._states
 
@@ -43,14 +43,17 @@ class Reference:
 def last_hidden_states(
     model: BlockwiseModel, ids: Tensor, device: torch.device, budget: int, scratch: Path
 ) -> HiddenStates:
-    """Output of the last block for each window of `ids` [windows, tokens]."""
+    """Output of the last block for each window of `ids` [windows, tokens]; CalibrationError where it is no number."""
     states = HiddenStates(budget, scratch)
     calls = []
     for index, inputs in enumerate(model.enter([{"input_ids": window.unsqueeze(0)} for window in ids], device)):
+        check_finite(inputs.hidden, "the embedding", index)
         states.put(index, inputs.hidden)
         calls.append(inputs.calls)
     for number in range(len(model)):
         with model.loaded(number, device) as block, torch.no_grad():
             for index in range(len(states)):
-                states.put(index, model.call_block(block, states.get(index).to(device), calls[index][number]))
+                output = model.call_block(block, states.get(index).to(device), calls[index][number])
+                check_finite(output, f"block {model.block_name(number)!r}", index)
+                states.put(index, output)
     return states

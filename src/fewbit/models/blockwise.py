@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from fewbit.checkpoint.configuration import load_config, quantization_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
-from fewbit.errors import ArchitectureError, CalibrationError, CheckpointError
-from fewbit.models import detect, in_memory, linear, stored
+from fewbit.errors import ArchitectureError, CheckpointError
+from fewbit.models import detect, in_memory, limits, linear, stored
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_grown_heap, trim_heap
 from fewbit.models.skeleton import build, outline
@@ -172,14 +172,7 @@ class BlockwiseModel:
         Batches without padding that have the same shape share masks and rotary embeddings.
         """
         parent = self.skeleton.get_submodule(self.architecture.blocks.rpartition(".")[0])
-        tokens = self.vocabulary
-        for batch in batches:
-            ids = batch["input_ids"]
-            if bool(((ids < 0) | (ids >= tokens)).any()):
-                raise CalibrationError(
-                    f"token ids go from {int(ids.min())} to {int(ids.max())}, but the model has the tokens 0 to "
-                    f"{tokens - 1}; is the tokenizer another model's?"
-                )
+        limits.check_tokens(self.skeleton, batches)
         shared: dict[tuple[int, ...], list[BlockCall]] = {}
         with self._outside_loaded(device, skip_head=True):
             for batch in batches:

@@ -6,9 +6,7 @@ import ctypes
 import os
 from functools import cache
 
-WORTH_TRIMMING = (
-    2**25
-)  # bytes that the process has grown by; a trim takes a few ms, and what is used again faults anew
+WORTH_TRIMMING = 2**25  # bytes that the process has grown by; what is used again after a trim faults anew
 _resident_after_trim = 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit.errors import disk_errors_as_sentences
+from fewbit.errors import CalibrationError, disk_errors_as_sentences
 
 
 class HiddenStates:
@@ -63,3 +63,22 @@ class HiddenStates:
 
     def _file(self, index: int) -> Path:
         return self._directory / f"{index:05d}.f32"
+
+
+def check_finite(hidden: Tensor, what: str, first: int, mask: Tensor | None = None) -> None:
+    """CalibrationError, which begins with `what`, if states [batch, tokens, channels] hold NaN or infinity.
+
+    `first` is the number of the batch's first sequence; `mask` [batch, tokens] is True where a token counts.
+    """
+    low, high = hidden.aminmax()  # both are NaN if any value is
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    bad = ~hidden.isfinite().all(-1)  # [batch, tokens]
+    if mask is not None:
+        bad &= mask.to(bad.device)
+    if bad.any():
+        sequence, token = bad.nonzero()[0].tolist()
+        raise CalibrationError(
+            f"{what} gives NaN or infinity (first for token {token} of sequence {first + sequence}); is the model "
+            "damaged, or are its activations beyond float32?"
+        )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from fewbit.calibration.tokens import CalibrationSet, padding_mask
 from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockCall, BlockwiseModel
 from fewbit.nn.attach import detach
-from fewbit.pipeline.hidden_states import HiddenStates
+from fewbit.pipeline.hidden_states import HiddenStates, check_finite
 from fewbit.pipeline.reference import Reference
 
 
@@ -30,6 +31,8 @@ class Passage:
     """Per batch, bool [batch, tokens], which leaves padding out; None if all tokens count."""
     drift_batches: list[int]
     """Numbers of the batches that also pass in full precision."""
+    _first: list[int]
+    """By batch: the number of its first sequence."""
     _calls: list[list[BlockCall]]
     """By batch and block: what a block is called with beside the hidden states."""
     _quantized: HiddenStates
@@ -39,15 +42,16 @@ class Passage:
         """Runs a batch, given by its number, through block `index`, which may be replaced by what `block` is."""
         return self._through(block, index, self._quantized)
 
-    def emit(self, batch: int, output: Tensor) -> None:
-        """A batch has passed the block: what it gave goes into the next."""
+    def emit(self, batch: int, output: Tensor, index: int) -> None:
+        """A batch has passed block `index`: what it gave goes into the next. CalibrationError if that is no number."""
+        check_finite(output, f"block {self.model.block_name(index)!r}", self._first[batch], self.masks[batch])
         self._quantized.put(batch, output)
 
     def cross(self, block: nn.Module, index: int) -> None:
         """Every batch through a block that is done."""
         forward = self.forward(block, index)
         for batch in range(len(self.masks)):
-            self.emit(batch, forward(batch))
+            self.emit(batch, forward(batch), index)
 
     def reference(self, block: nn.Module, index: int, groups: Groups) -> Reference | None:
         """Block `index` in full precision, if drift is measured. `block` still has its own weights now, and may get
@@ -86,13 +90,15 @@ def entered(
     quantized, full = (HiddenStates(share, directory / name) for name in ("quantized", "reference"))
     try:
         calls = []
+        masks = [padding_mask(batch) for batch in calibration.batches]
+        first = list(accumulate((batch["input_ids"].shape[0] for batch in calibration.batches), initial=0))
         for batch, inputs in enumerate(model.enter(list(calibration.batches), device)):
+            check_finite(inputs.hidden, "the embedding", first[batch], masks[batch])
             quantized.put(batch, inputs.hidden)
             if batch in drift_batches:
                 full.put(batch, inputs.hidden)
             calls.append(inputs.calls)
-        masks = [padding_mask(batch) for batch in calibration.batches]
-        yield Passage(model, device, masks, drift_batches, calls, quantized, full)
+        yield Passage(model, device, masks, drift_batches, first, calls, quantized, full)
     finally:
         quantized.close()
         full.close()

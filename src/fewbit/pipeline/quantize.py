@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
 from fewbit.errors import ConfigError
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.limits import check_length, check_tokens
 from fewbit.models.memory import trim_heap
 from fewbit.nn.attach import refuse_quantized
 from fewbit.pipeline.arguments import (
@@ -82,6 +84,10 @@ def quantize_model(
     if check is not None:
         check(plan)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
+    if data is not None:
+        check_tokens(blockwise.skeleton, data.batches)
+        longest = max(batch["input_ids"].shape[1] for batch in data.batches)
+        plan = replace(plan, warnings=plan.warnings + check_length(blockwise.skeleton, longest))
     plan = replace(plan, warnings=plan.warnings + _too_little(plan, config, data))
     search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
     smoother = Smoother(blockwise, plan, config, search) if search is not None else None
@@ -141,8 +147,10 @@ def _calibration(
             )
         return None
     wanted = config.calibration
-    tokenizer = tokenizer or load_tokenizer(model.source.directory)
-    return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed)
+    load = partial(
+        load_tokenizer, model.source.directory
+    )  # only where there is text: a broken one is no matter to ids
+    return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed, load)
 
 
 def _too_little(plan: Plan, config: Config, data: CalibrationSet | None) -> list[str]:

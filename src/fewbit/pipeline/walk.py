@@ -121,7 +121,8 @@ class Walk:
             stages = stages_of(block, groups, decide, scale, samples)
             calibrations = calibration_stops(block, self.model.groups, work.prefix)
             forward = passage.forward(block, index)
-            StagedForward(stages, passage.masks, forward, reference, calibrations).run(passage.emit, strategy)
+            emit = partial(passage.emit, index=index)
+            StagedForward(stages, passage.masks, forward, reference, calibrations).run(emit, strategy)
             rows = self._write(work)
             for linear in self._linears(work.prefix):
                 linear.smoothing = None

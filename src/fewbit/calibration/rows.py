@@ -1,0 +1,93 @@
+"""From rows, as files and datasets have them, to texts: the field `text`, or `messages` through the chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fewbit.errors import CalibrationError
+
+
+def texts_of(rows: Sequence[Any], name: str, tokenizer: Any) -> list[str]:
+    """The text of every row that has some, in their order.
+
+    A row is a text, a mapping with `text` (which goes first) or `messages` (a list of {"role", "content"}), or a list
+    of messages. Raises CalibrationError with the row's number (from 1) for any other.
+    """
+    return [text for number, row in enumerate(rows, 1) if (text := _text(row, f"row {number} of {name}", tokenizer))]
+
+
+def holds_ids(row: Any) -> bool:
+    """Whether a row is tokens, not text: anything but a text, messages, or a mapping without input_ids."""
+    if isinstance(row, Mapping):
+        return "input_ids" in row
+    return not (isinstance(row, str) or _is_conversation(row))
+
+
+def _text(row: Any, what: str, tokenizer: Any) -> str:
+    if isinstance(row, str):
+        return _encodable(row, what)
+    if _is_conversation(row):
+        return _encodable(_rendered(row, what, tokenizer), what)
+    if not isinstance(row, Mapping):
+        raise CalibrationError(f"{what} is a {_kind(row)}; expected a text, or an object with 'text' or 'messages'")
+    if (text := row.get("text")) is not None:
+        if not isinstance(text, str):
+            raise CalibrationError(f"'text' in {what} is a {_kind(text)}, not a text")
+        return _encodable(text, what) if text.strip() else ""
+    if (messages := row.get("messages")) is not None:
+        return _encodable(_rendered(messages, what, tokenizer), what)
+    if "text" in row or "messages" in row:
+        raise CalibrationError(
+            f"{what} has no text: its {'text' if 'text' in row else 'messages'!r} is null; remove it"
+        )
+    columns = ", ".join(repr(str(column)[:40]) for column in list(row)[:12]) or "none"
+    raise CalibrationError(
+        f"{what} has neither 'text' nor 'messages' (its columns: {columns}); rename the column that holds the text to "
+        "text, or make conversations a list of messages with role and content"
+    )
+
+
+def _is_conversation(row: Any) -> bool:
+    return isinstance(row, list | tuple) and bool(row) and isinstance(row[0], Mapping) and "role" in row[0]
+
+
+def _rendered(messages: Any, what: str, tokenizer: Any) -> str:
+    """A conversation as the model was trained to read it, without the token that begins every window anyway."""
+    if isinstance(messages, str):  # as CSV holds them
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise CalibrationError(f"'messages' in {what} is a text that is no JSON") from None
+    messages = list(messages) if isinstance(messages, list | tuple) else messages
+    if not isinstance(messages, list) or not all(
+        isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages
+    ):
+        raise CalibrationError(f"'messages' in {what} is no list of messages with role and content")
+    if not messages:
+        return ""
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(f"{what} holds messages, but the tokenizer has no chat template; give texts instead")
+    try:
+        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
+    except Exception as error:  # templates are programs, which raise what they like
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"the chat template does not take the messages of {what}: {reason}") from None
+    if not isinstance(text, str):
+        raise CalibrationError(f"the chat template makes no text of the messages of {what}")
+    return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
+
+
+def _encodable(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X}"
+        raise CalibrationError(f"{what} holds half a character ({found}), which is no Unicode text") from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", list: "list", tuple: "list", bool: "truth value", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,94 @@
+"""What a model can be fed: the tokens of its vocabulary, and as many positions as it knows. Said before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fewbit.errors import CalibrationError
+
+_TABLES = ("embed_positions", "pos_encoding")  # buffers with one row per position, which some rotary families index
+_STRETCHES = ("linear", "dynamic", "yarn")  # kinds of rope scaling whose factor is not yet in max_position_embeddings
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How many tokens a sequence may have."""
+
+    limit: int
+    hard: bool
+    """Beyond it there is nothing to look up (learned positions); otherwise results only get worse (rotary ones)."""
+
+
+def check_tokens(skeleton: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    """CalibrationError if a batch's input_ids hold what the model has no embedding for."""
+    tokens = skeleton.get_input_embeddings().num_embeddings
+    for number, batch in enumerate(batches):
+        low, high = (int(end) for end in batch["input_ids"].aminmax())
+        if low < 0 or high >= tokens:
+            raise CalibrationError(
+                f"token ids go from {low} to {high} (batch {number}), but the model has the tokens 0 to {tokens - 1}; "
+                "is the tokenizer another model's, or larger than the model's embedding?"
+            )
+
+
+def check_length(skeleton: PreTrainedModel, length: int) -> list[str]:
+    """CalibrationError if a sequence of `length` tokens has more than the positions that the model has learned; a
+    warning if only more than it was trained with."""
+    found = positions(skeleton)
+    if found is None or length <= found.limit:
+        return []
+    advice = f"use a sequence length of at most {found.limit} (--sequence-length)"
+    if found.hard:
+        raise CalibrationError(
+            f"sequences of {length} tokens do not fit the {found.limit} positions that the model has learned; {advice}"
+        )
+    return [
+        f"sequences of {length} tokens are longer than the {found.limit} positions that the model was trained with, "
+        f"where it predicts worse than it can; {advice}"
+    ]
+
+
+def positions(skeleton: PreTrainedModel) -> Positions | None:
+    """What is known of a model's positions; None if it has no limit."""
+    tables = list(_tables(skeleton))
+    if tables:
+        return Positions(min(tables), hard=True)
+    config: Any = skeleton.config
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1 or getattr(config, "alibi", False):
+        return None
+    return Positions(max([limit, *_stretched(getattr(config, "rope_parameters", None), limit)]), hard=False)
+
+
+def _tables(skeleton: PreTrainedModel) -> Iterable[int]:
+    """Rows of every table that is indexed with positions."""
+    words = skeleton.get_input_embeddings()
+    for name, module in skeleton.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and module is not words:
+            described = f"{leaf} {type(module).__name__}".lower()
+            if leaf == "wpe" or "position" in described or "pos_emb" in described:
+                offset = getattr(module, "offset", 0)  # OPT and its kin leave the first rows to padding
+                yield module.num_embeddings - (offset if isinstance(offset, int) else 0)
+        for table in _TABLES:
+            buffer = module._buffers.get(table)
+            if buffer is not None and buffer.ndim == 2:
+                yield buffer.shape[0]
+
+
+def _stretched(rope: Any, limit: int) -> Iterable[int]:
+    """Positions that rope scaling makes of those the model was trained with; one set of parameters, or one per kind of
+    layer."""
+    if not isinstance(rope, Mapping):
+        return
+    for nested in rope.values():
+        yield from _stretched(nested, limit)
+    factor = rope.get("factor")
+    if rope.get("rope_type") in _STRETCHES and isinstance(factor, int | float):
+        yield int((rope.get("original_max_position_embeddings") or limit) * factor)
