@@ -121,6 +121,52 @@ def test_attaching_to_attention(random_model) -> None:
         assert attached[0] or model.config._attn_implementation == "sdpa"
 
 
+class Layer(nn.Module):
+    """With a linear that has a forward of its own: it is run, and it stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.down.forward = lambda x: nn.functional.linear(x, self.down.weight, self.down.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(self.norm(x)))
+
+
+def layers() -> nn.ModuleList:
+    torch.manual_seed(0)
+    made = nn.ModuleList(Layer() for _ in range(2)).bfloat16()
+    made[0].norm.requires_grad_(False)
+    return made
+
+
+HIDDEN = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(2))
+INT4 = fewbit.QuantizationSpec(dtype="int4", qscheme="per_channel")
+SEQUENTIAL = [fewbit.run_gptq_for_sequential_layers, fewbit.run_smooth_quant_for_sequential_layers]
+
+
+@pytest.mark.parametrize("run", SEQUENTIAL, ids=["gptq", "smoothing"])
+@pytest.mark.filterwarnings("ignore:Layer is no layer")
+def test_stacks_of_layers(run) -> None:
+    before: dict[int, dict[str, object]] = {}
+
+    def remembered() -> nn.ModuleList:
+        made = layers()
+        before[id(made)] = snapshot(made)
+        return made
+
+    finished, original = layers(), layers()
+    run(finished, HIDDEN, INT4)
+    changed = {name for name, p in finished.named_parameters() if not torch.equal(p, original.get_parameter(name))}
+    assert {name.partition(".")[0] for name in changed} == {"0", "1"}
+    files = ("sequential", "layer_stack", "staged", "exchange")
+    for made in interrupted(remembered, lambda made: run(made, HIDDEN, INT4), files, every=29):
+        now = snapshot(made)
+        if now != before[id(made)]:
+            assert all(torch.equal(p, finished.get_parameter(name)) for name, p in made.named_parameters())
+        assert "forward" in vars(made[0].down)
+
+
 def test_an_error_in_the_data_takes_back_what_was_done() -> None:
     model = network()
     before = snapshot(model)

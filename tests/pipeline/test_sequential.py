@@ -15,7 +15,7 @@ from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.algorithms import AWQConfig, GPTQConfig, RTNConfig
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import ArchitectureError, CalibrationError, ConfigError
+from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, FewbitError
 from fewbit.models.forward_manager import LayerForwardManager, forward_manager
 from fewbit.pipeline.sequential import SequentialGPTQConfig, run_gptq_for_sequential_layers
 
@@ -337,7 +337,7 @@ def test_dropout_is_off_while_layers_are_calibrated():
     assert all(torch.equal(one[name].weight.codes, other[name].weight.codes) for name in one)
 
 
-def test_an_error_on_the_way_leaves_the_layer_as_it_was():
+def test_an_error_on_the_way_leaves_all_layers_as_they_were():
     layers, original = mlps(dtype=torch.bfloat16), mlps(dtype=torch.bfloat16)
     layers[1].down.bias.data[3] = original[1].down.bias.data[3] = 0.0
 
@@ -347,7 +347,7 @@ def test_an_error_on_the_way_leaves_the_layer_as_it_was():
 
     with pytest.raises(CalibrationError, match="the input of 'down' holds NaN"):
         run_gptq_for_sequential_layers(layers, correlated(), SPEC, forward=LayerForwardManager({"Mlp": broken}))
-    assert not torch.equal(layers[0].up.weight, original[0].up.weight)  # done before
+    assert torch.equal(layers[0].up.weight, original[0].up.weight)
     for (name, parameter), (_, expected) in zip(
         layers[1].named_parameters(), original[1].named_parameters(), strict=True
     ):
@@ -416,3 +416,43 @@ def test_a_weight_that_two_linears_share_is_refused():
     for layers in ([linear_, linear_], [tied]):
         with pytest.raises(ConfigError, match="one weight"):
             run_gptq_for_sequential_layers(layers, torch.randn(1, 8, 32), SPEC)
+
+
+class Experts(nn.Module):
+    """As transformers holds them: one tensor for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(4, 32, 32))
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.out(torch.einsum("bti,eoi->bto", x, self.weight))
+
+
+def test_stacks_of_matrices_are_refused_unless_somebody_says_that_they_stay():
+    layers = [Experts(), Experts()]
+    with pytest.raises(ConfigError, match=r"L\.\*\.weight \(Experts, 2 of 4 × 32 × 32, 79\.5%\).*exclude="):
+        run_gptq_for_sequential_layers(layers, correlated(), SPEC, forward=silent(), prefix="L")
+    for pattern in ("*.weight", "L.?.weight"):
+        results = run_gptq_for_sequential_layers(
+            layers, correlated(), SPEC, forward=silent(), prefix="L", exclude=[pattern]
+        )
+        assert set(results) == {"L.0.out", "L.1.out"}
+
+
+def test_other_matrices_that_stay_are_said(caplog):
+    layer = nn.Sequential(nn.Linear(32, 32), nn.GRU(32, 32))
+    layer[1].forward = lambda x: x
+    run_gptq_for_sequential_layers([layer], correlated(), SPEC, forward=silent())
+    assert "0.1.weight_ih_l0 (GRU, 96 × 32" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_computed_anew_are_refused():
+    layer = nn.Sequential(nn.utils.weight_norm(nn.Linear(32, 32)))
+    with pytest.raises(ConfigError, match=r"0\.0 \(Linear\) is computed anew"):
+        run_gptq_for_sequential_layers([layer], correlated(), SPEC, forward=silent())
+    layer[0] = nn.Linear(32, 32, device="meta")
+    with pytest.raises(FewbitError, match="meta device"):
+        run_gptq_for_sequential_layers([layer], correlated(), SPEC, forward=silent())

@@ -139,19 +139,7 @@ def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) 
     That is a forward of its own, a parametrization, a weight that is computed anew in every forward, and whatever it
     holds besides weight, bias and what `known` names.
     """
-    refuse_elsewhere(module, name)
-    what = f"{name or 'the module'} ({type(module).__name__})"
-    if parametrize.is_parametrized(module):
-        raise ConfigError(
-            f"{what} is parametrized; make that permanent first "
-            "(torch.nn.utils.parametrize.remove_parametrizations), or exclude it"
-        )
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ConfigError(
-            f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent "
-            "first (remove_weight_norm, prune.remove), or exclude the module"
-        )
+    what = check_weight(module, name)
     if "forward" in vars(module) and not hasattr(module, _DISPATCH):
         raise ConfigError(
             f"{what} has a forward of its own, which its quantized counterpart would not run; take it off "
@@ -168,6 +156,27 @@ def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) 
         raise ConfigError(
             f"{what} has hooks on its state dict, which fit no quantized one; take them off, or exclude the module"
         )
+
+
+def check_weight(module: nn.Module, name: str = "") -> str:
+    """FewbitError if the weight is not the parameter that it seems to be, so that other values would not last.
+
+    Returns the words that name the module.
+    """
+    refuse_elsewhere(module, name)
+    what = f"{name or 'the module'} ({type(module).__name__})"
+    if parametrize.is_parametrized(module):
+        raise ConfigError(
+            f"{what} is parametrized; make that permanent first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or exclude it"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ConfigError(
+            f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent "
+            "first (remove_weight_norm, prune.remove), or exclude the module"
+        )
+    return what
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.matching import matches
 from fewbit.config.spec import SCALE_DTYPES, QuantizationSpec
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
+from fewbit.models import in_memory
 from fewbit.models.architecture import Groups
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
 from fewbit.models.linear import linear_of
+from fewbit.models.untouched import Untouched, sentence, untouched
+from fewbit.nn.exchange import Exchange, check_weight
 from fewbit.pipeline.reference import Reference
+
+logger = logging.getLogger("fewbit")
 
 Inputs = Tensor | Sequence[Tensor | Item]
 """Batches of the first layer's input [batch, tokens, channels]; with keyword arguments as the items of a
@@ -60,9 +66,11 @@ def open_stack(
 ) -> Stack:
     """Layers and inputs for quantization by `spec`. FewbitError for what cannot be honoured."""
     spec.check_stored("the layers' weights")
-    stack = list(layers)
+    stack = [in_memory.unwrapped(layer) for layer in layers]
     root = f"{prefix}." if prefix else ""
-    linears = _linears(stack, root, exclude)
+    left = _no_linears(stack, root)
+    linears = _linears(stack, root, exclude, left)
+    _say_what_stays([one for one in left if not any(_covers(pattern, one) for pattern in exclude)])
     _check_shapes(stack, linears, spec)
     batches = _batches(inputs)
     _check_rotations(stack, batches)
@@ -89,7 +97,9 @@ def _batches(inputs: Inputs) -> list[Batch]:
     return batches
 
 
-def _linears(layers: Sequence[nn.Module], root: str, exclude: Sequence[str]) -> list[dict[str, str]]:
+def _linears(
+    layers: Sequence[nn.Module], root: str, exclude: Sequence[str], left: Sequence[Untouched]
+) -> list[dict[str, str]]:
     """Per layer {name inside the layer: full name} of its linears. ConfigError for a pattern that matches none."""
     found = [
         {
@@ -105,18 +115,45 @@ def _linears(layers: Sequence[nn.Module], root: str, exclude: Sequence[str]) -> 
     owners: dict[int, str] = {}
     for layer, names in zip(layers, found, strict=True):
         for name, full in names.items():
+            if not any(matches(pattern, full) for pattern in exclude):
+                check_weight(linear_of(layer, name), full)
             if (first := owners.setdefault(id(linear_of(layer, name).weight), full)) != full:
                 raise ConfigError(
                     f"{first!r} and {full!r} have one weight, which cannot be quantized for two inputs; give "
                     "them copies"
                 )
     for pattern in exclude:
-        if not any(matches(pattern, full) for full in everything):
+        if not any(matches(pattern, full) for full in everything) and not any(_covers(pattern, one) for one in left):
             raise ConfigError(f"exclude: {pattern!r} matches no linear{nearest(pattern, everything)[:300]}")
     return [
         {name: full for name, full in names.items() if not any(matches(pattern, full) for pattern in exclude)}
         for names in found
     ]
+
+
+def _no_linears(layers: Sequence[nn.Module], root: str) -> list[Untouched]:
+    """Matrices of the layers that are no linears, by their full names."""
+    stack = nn.ModuleList(layers)
+    linears = [name for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
+    return [replace(one, name=root + one.name) for one in untouched(stack, linears)]
+
+
+def _covers(pattern: str, one: Untouched) -> bool:
+    """Whether an exclude pattern means this tensor, its module, or one that this is in."""
+    parts = one.name.split(".")
+    return any(matches(pattern, ".".join(parts[:end])) for end in range(2, len(parts) + 1))
+
+
+def _say_what_stays(left: Sequence[Untouched]) -> None:
+    """ConfigError for stacks of matrices, such as experts in one tensor; a warning for others."""
+    stacked = [one for one in left if len(one.shape) == 3 and min(one.shape) > 1 and not one.kind.startswith("Conv")]
+    if stacked:
+        raise ConfigError(
+            f"{sentence(stacked)}; stacks of matrices (experts in one tensor) cannot be quantized here, so say "
+            "that they stay: exclude=[…] with their names or wildcards"
+        )
+    if left:
+        logger.warning(sentence(left))
 
 
 def _check_shapes(layers: Sequence[nn.Module], linears: Sequence[Mapping[str, str]], spec: QuantizationSpec) -> None:
@@ -191,36 +228,25 @@ class Pass:
 
 
 @contextmanager
-def computing(layer: nn.Module) -> Iterator[None]:
-    """The layer in float32 (float64 stays) and without dropout; afterwards its tensors have their dtypes again."""
-    tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.is_floating_point() and x.element_size() < 4]
-    dtypes = [x.dtype for x in tensors]
-    training = {module: module.training for module in layer.modules()}
-    for x in tensors:
-        x.data = x.data.float()
-    layer.eval()
-    try:
-        yield
-    finally:
-        for x, dtype in zip(tensors, dtypes, strict=True):
-            x.data = x.data.to(dtype)
-        for module, flag in training.items():
-            module.training = flag
+def computing(layer: nn.Module, linears: Iterable[nn.Linear] = (), changes: Exchange | None = None) -> Iterator[None]:
+    """The layer in float32 (float64 stays) and without dropout; afterwards it is as it was, whatever happens.
 
-
-@contextmanager
-def replacing_weights(linears: Iterable[nn.Linear]) -> Iterator[None]:
-    """New weights may be given to the linears; if all goes well, their old parameters take the values over."""
-    parameters = {linear: linear.weight for linear in linears}
-    try:
+    The `linears` may be given other weights inside: these go into `changes`, in the dtypes that the old ones have.
+    """
+    old = {linear: (linear.weight, linear.weight.dtype) for linear in linears}
+    for_now = Exchange()
+    for x in (*layer.parameters(), *layer.buffers()):
+        if x.is_floating_point() and x.element_size() < 4:
+            for_now.data(x, x.data.float())
+    for module in layer.modules():
+        for_now.item(vars(module), "training", False)
+    for linear in old:
+        for_now.item(linear._parameters, "weight", linear.weight)
+    with for_now.for_now():
         yield
-    except BaseException:
-        for linear, parameter in parameters.items():
-            linear.weight = parameter
-        raise
-    for linear, parameter in parameters.items():
-        parameter.data = linear.weight.data
-        linear.weight = parameter
+        for linear, (parameter, dtype) in old.items():
+            if changes is not None and linear.weight is not parameter:
+                changes.data(parameter, linear.weight.data.to(dtype))
 
 
 def stored_dtype(weight_dtype: torch.dtype) -> torch.dtype:

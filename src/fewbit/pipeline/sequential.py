@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
+from fewbit import process
 from fewbit.config.algorithms import CodeConfig, GPTQConfig, RTNConfig
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
@@ -25,8 +25,9 @@ from fewbit.models.forward_manager import LayerForwardManager, forward_manager
 from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
 from fewbit.models.probe import shared_inputs
+from fewbit.nn.exchange import Exchange
 from fewbit.nn.quantizer import weight_spec
-from fewbit.pipeline.layer_stack import Inputs, Pass, computing, open_stack, replacing_weights, stored_dtype
+from fewbit.pipeline.layer_stack import Inputs, Pass, computing, open_stack, stored_dtype
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
 from fewbit.pipeline.staged import StagedForward, Strategy
 from fewbit.pipeline.stages import Stage
@@ -62,6 +63,7 @@ class SequentialGPTQConfig:
         return GPTQConfig(damping=self.damp, block_size=self.blocksize)
 
 
+@process.neutral()
 def run_gptq_for_sequential_layers(
     layers: Iterable[nn.Module],
     inputs: Inputs,
@@ -77,12 +79,14 @@ def run_gptq_for_sequential_layers(
 
     Args:
         layers: modules in the order of execution, with weights of any float dtype. Afterwards their linears hold
-            dequantized weights in the same dtype, in the same parameters.
+            dequantized weights in the same dtype, in the same parameters. All layers change at once, at the end, so
+            that they are as they were if anything is raised; until then old and new weights are in memory.
         inputs: what goes into the first layer; see `Inputs`. They are not changed.
         spec: how weights are quantized: a spec, the name of a weight-only scheme, or a SequentialGPTQConfig, which
             has the options of the method, too.
         config: the method and its options; GPTQ by default.
-        exclude: names or wildcards of linears that stay as they are, such as routers ("*.gate").
+        exclude: names or wildcards of linears that stay as they are, such as routers ("*.gate"). Other matrices stay,
+            too, with a warning; stacks of them (experts in one tensor) have to be named here.
         prefix: put before the names of the result, which are INDEX.LINEAR otherwise ("model.layers" makes
             "model.layers.0.self_attn.q_proj").
         strategy: "staged" holds the forwards of all batches in memory, "replay" that of one: same result.
@@ -94,16 +98,24 @@ def run_gptq_for_sequential_layers(
     weights, algorithm = _resolved(spec, config)
     stack = open_stack(layers, inputs, weights, exclude, prefix)
     results: dict[str, LinearResult] = {}
+    changes = Exchange()
     for layer, names in zip(stack.layers, stack.linears, strict=True):
-        results |= _quantize_layer(Pass(layer, stack.batches, forward), names, weights, algorithm, strategy)
+        results |= _quantize_layer(Pass(layer, stack.batches, forward), names, weights, algorithm, strategy, changes)
         trim_heap()
+    changes.commit()
     return results
 
 
 def _quantize_layer(
-    run: Pass, names: Mapping[str, str], spec: QuantizationSpec, algorithm: CodeConfig, strategy: Strategy
+    run: Pass,
+    names: Mapping[str, str],
+    spec: QuantizationSpec,
+    algorithm: CodeConfig,
+    strategy: Strategy,
+    changes: Exchange,
 ) -> dict[str, LinearResult]:
-    """One layer's linears, given as {name inside the layer: full name}; the batches go on to the next layer."""
+    """One layer's linears, given as {name inside the layer: full name}; the batches go on to the next layer. The new
+    weights go into `changes`."""
     linears = {name: linear_of(run.layer, name) for name in names}
     dtypes = {name: linear.weight.dtype for name, linear in linears.items()}
     results: dict[str, LinearResult] = {}
@@ -121,7 +133,7 @@ def _quantize_layer(
             if result.fallback is not None:
                 logger.warning("%s fell back: %s", names[name], result.fallback)
 
-    with computing(run.layer), replacing_weights(linears.values()), torch.no_grad():
+    with computing(run.layer, linears.values(), changes):
         groups = shared_inputs(run.layer, linears, [partial(run.forward, index) for index in range(len(run.batches))])
         reached = {name for group in groups for name in group}
         groups += tuple((name,) for name in linears if name not in reached)  # rounded to nearest, and reported

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fewbit import process
 from fewbit.algorithms.scale_search import ScaleSearch, is_cut, search_scales
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import AWQConfig, ScaleSearchConfig, SmoothQuantConfig
@@ -32,6 +33,7 @@ from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
 from fewbit.models.probe import shared_inputs
 from fewbit.models.scalings import scalings_of_block
+from fewbit.nn.exchange import Exchange
 from fewbit.nn.words import with_methods
 from fewbit.pipeline.layer_stack import Inputs, Pass, computing, open_stack, stored_dtype
 
@@ -85,6 +87,7 @@ class SequentialSmoothQuantConfig:
         return SmoothQuantConfig(duo_scale=self.duo_scale)
 
 
+@process.neutral()
 def run_smooth_quant_for_sequential_layers(
     layers: Iterable[nn.Module],
     inputs: Inputs,
@@ -97,6 +100,8 @@ def run_smooth_quant_for_sequential_layers(
     forward: LayerForwardManager = forward_manager,
 ) -> dict[str, ScaleSearch]:
     """Scale the channels between the layers' modules in place, so that quantization costs less.
+
+    All layers change at once, at the end: they are as they were if anything is raised.
 
     Args:
         layers: modules in the order of execution, with weights of any float dtype.
@@ -122,30 +127,39 @@ def run_smooth_quant_for_sequential_layers(
     sample = 0 if quantization.input_tensors is None else search.sample_tokens
     known: dict[tuple[object, ...], tuple[Scaling, ...]] = {}
     results: dict[str, ScaleSearch] = {}
+    changes = Exchange()
     for index, (layer, names) in enumerate(zip(stack.layers, stack.linears, strict=True)):
         run = Pass(layer, stack.batches, forward)
-        with computing(layer), torch.no_grad():
+        with computing(layer):
             every = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
             kind = (type(layer), *((name, p.shape) for name, p in layer.named_parameters()))
             if kind not in known:
                 known[kind] = _scalings(run, every, search)
             statistics = _gathered(run, known[kind], sample)
-        with torch.no_grad():
-            for scaling in known[kind]:
-                readers = [name for name in scaling.readers if name in names]
-                cut = any(is_cut(quantization.weight, linear_of(layer, name).weight.shape) for name in readers)
-                if not readers or cut or scaling not in statistics:
-                    continue
-                found = _scaled(layer, scaling, readers, statistics.pop(scaling), quantization, search, gptq_follows)
-                name = f"{stack.root}{index}.{scaling.producer}"
-                results[name] = found
-                gain = found.loss / found.loss_before if found.loss_before else 1.0
-                logger.info("%s alpha %s loss × %.3f", name, found.alpha, gain)
+        parameters = dict(layer.named_parameters())
+        tensors = {name: parameter.data for name, parameter in parameters.items()}
+        before = dict(tensors)
+        for scaling in known[kind]:
+            readers = [name for name in scaling.readers if name in names]
+            cut = any(is_cut(quantization.weight, linear_of(layer, name).weight.shape) for name in readers)
+            if not readers or cut or scaling not in statistics:
+                continue
+            found = _scaled(
+                layer, tensors, scaling, readers, statistics.pop(scaling), quantization, search, gptq_follows
+            )
+            name = f"{stack.root}{index}.{scaling.producer}"
+            results[name] = found
+            gain = found.loss / found.loss_before if found.loss_before else 1.0
+            logger.info("%s alpha %s loss × %.3f", name, found.alpha, gain)
+        for name, tensor in tensors.items():
+            if tensor is not before[name]:
+                changes.data(parameters[name], tensor)
         trim_heap()
     if not results:
         raise ConfigError(
             "no norm or linear was found in these layers whose output channels could be scaled for those who read them"
         )
+    changes.commit()
     return results
 
 
@@ -217,6 +231,7 @@ def _gathered(run: Pass, scalings: Iterable[Scaling], sample: int) -> dict[Scali
 
 def _scaled(
     layer: nn.Module,
+    tensors: dict[str, Tensor],
     scaling: Scaling,
     readers: Sequence[str],
     statistics: Statistics,
@@ -224,8 +239,7 @@ def _scaled(
     search: ScaleSearchConfig,
     gptq_follows: bool,
 ) -> ScaleSearch:
-    """Search one scale and fold it into the layer's tensors, in their own dtype."""
-    tensors = {name: parameter.data for name, parameter in layer.named_parameters()}
+    """Search one scale and fold it into `tensors`, the layer's parameters by their names, in their own dtype."""
     weights = [tensors[f"{name}.weight"] for name in readers]
     producer = tensors[f"{scaling.producer}.weight"]
     rows, spec = producer.shape[0], quantization.weight
@@ -254,9 +268,7 @@ def _scaled(
     if found.alpha is None:
         return found
     changed, columns = folding.fold(tensors, scaling, per_row(found.scale), heads)
-    for name, parameter in layer.named_parameters():
-        if name in changed:
-            parameter.data = changed[name]
+    tensors |= {name: tensor for name, tensor in changed.items() if name in tensors}
     return replace(found, scale=columns.float())
 
 
@@ -306,12 +318,9 @@ def _head_dim(layer: nn.Module) -> int:
 @contextmanager
 def _replaced(layer: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[None]:
     """Some of a layer's tensors replaced, whoever runs it."""
-    parameters = {name: parameter for name, parameter in layer.named_parameters() if name in changed}
-    before = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = changed[name]
+    for_now = Exchange()
+    for name, parameter in layer.named_parameters():
+        if name in changed:
+            for_now.data(parameter, changed[name])
+    with for_now.for_now():
         yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = before[name]

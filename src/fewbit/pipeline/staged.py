@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fewbit.errors import ArchitectureError
 from fewbit.models.linear import Linear
+from fewbit.nn.exchange import Exchange
 from fewbit.pipeline.reference import Reference
 from fewbit.pipeline.stages import ATTENTION, WEIGHTS, CalibrationStop, Stage, Stop
 
@@ -145,18 +146,14 @@ class StagedForward:
     @contextmanager
     def _wrapped(self) -> Iterator[None]:
         """Linears and quantizers suspend the forward that comes to them."""
-        linears = [(stage, name, linear) for stage in self._stages for name, linear in stage.members.items()]
-        for stage, name, linear in linears:
-            linear.__dict__["forward"] = _suspending(stage, name, linear)
+        for_now = Exchange()
+        for stage in self._stages:
+            for name, linear in stage.members.items():
+                for_now.item(vars(linear), "forward", _suspending(stage, name, linear))
         for stop in self._calibrations:
-            stop.quantizer.observer = _parking(stop)
-        try:
+            for_now.item(vars(stop.quantizer), "observer", _parking(stop))
+        with for_now.for_now():
             yield
-        finally:
-            for _, _, linear in linears:
-                del linear.forward  # the class's own forward is visible again
-            for stop in self._calibrations:
-                stop.quantizer.observer = None
 
 
 def _suspending(stage: Stage, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
