@@ -194,6 +194,7 @@ def _say(left: Sequence[Untouched]) -> None:
         logger.warning(sentence(left))
 
 
+@process.neutral()
 def _ids_and_mask(item: Any) -> dict[str, Tensor]:
     """A batch as the walk takes it; whatever else a dataloader gives (labels) is left out."""
     batch = token_batch(item)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_masks_for_generate
 
 from fewbit.errors import ArchitectureError, ConfigError
+from fewbit.models.hooks import removed_at_the_end
 
 LayerForward = Callable[..., Any]
 """fn(layer, inputs, **kwargs) -> the block's output, or something whose first tensor it is."""
@@ -151,11 +152,9 @@ def _last_output(layer: nn.Module) -> Iterator[list[Tensor]]:
     def note(_layer: nn.Module, _args: Any, output: Any) -> None:
         found[:] = [output] if isinstance(output, Tensor) else []
 
-    hook = layer.register_forward_hook(note)
-    try:
+    with removed_at_the_end() as hooks:
+        hooks.append(layer.register_forward_hook(note))
         yield found
-    finally:
-        hook.remove()
 
 
 def _is_first_row(output: Tensor, whole: Tensor) -> bool:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from fewbit.models.architecture import Groups
+from fewbit.models.hooks import removed_at_the_end
 from fewbit.models.linear import linear_of
 
 
@@ -49,15 +50,11 @@ def _calls(block: nn.Module, names: Collection[str], forward: Callable[[], objec
                 return
         seen.append((x, version, [name]))
 
-    hooks = [
-        linear_of(block, name).register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
-        for name in names
-    ]
-    try:
+    with removed_at_the_end() as hooks:
+        for name in names:
+            linear = linear_of(block, name)
+            hooks.append(linear.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0])))
         forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [list(dict.fromkeys(members)) for _, _, members in seen]
 
 

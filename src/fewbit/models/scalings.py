@@ -22,6 +22,7 @@ from fewbit.errors import ConfigError, nearest
 from fewbit.models.architecture import Groups, Scaling
 from fewbit.models.blockwise import BlockInputs, BlockwiseModel
 from fewbit.models.folding import channel_map, fold
+from fewbit.models.hooks import removed_at_the_end
 
 TOLERANCE = 1e-4  # of the block's contribution; a reader that was left out changes it by a large part
 OTHERS_TRIED = 4  # parameters that may or may not be readers: all their subsets are tried
@@ -236,12 +237,10 @@ def _watched(probe: _Probe) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return note
 
     owners = {name.rpartition(".")[0] for name in probe.tensors}
-    hooks = [probe.block.get_submodule(name).register_forward_hook(watch(name)) for name in owners]
-    try:
+    with removed_at_the_end() as hooks:
+        for name in owners:
+            hooks.append(probe.block.get_submodule(name).register_forward_hook(watch(name)))
         probe.forward({})
-    finally:
-        for hook in hooks:
-            hook.remove()
     return made, read
 
 

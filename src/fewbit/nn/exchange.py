@@ -75,7 +75,10 @@ class Exchange:
                     self.item(parent._modules, name, made[child])
 
     def data(self, tensor: Tensor, values: Tensor) -> None:
-        """A parameter or buffer, which stays the same object, holds other values (same shape, dtype and device)."""
+        """A parameter or buffer, which stays the same object, holds other values (same shape and device)."""
+        if tensor.is_inference() and not values.is_inference():  # made in inference mode, it can hold no others
+            with torch.inference_mode():
+                values = values.clone()
         self._steps.append(partial(_set_data, tensor, values))
         self._back.append(partial(_set_data, tensor, tensor.data))
 

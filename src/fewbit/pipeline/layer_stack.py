@@ -244,9 +244,10 @@ def computing(layer: nn.Module, linears: Iterable[nn.Linear] = (), changes: Exch
         for_now.item(linear._parameters, "weight", linear.weight)
     with for_now.for_now():
         yield
-        for linear, (parameter, dtype) in old.items():
-            if changes is not None and linear.weight is not parameter:
-                changes.data(parameter, linear.weight.data.to(dtype))
+        new = {p: linear.weight.data.to(dtype) for linear, (p, dtype) in old.items() if linear.weight is not p}
+    if changes is not None:  # collected only now that the parameters have their own values again
+        for parameter, values in new.items():
+            changes.data(parameter, values)
 
 
 def stored_dtype(weight_dtype: torch.dtype) -> torch.dtype:

@@ -29,6 +29,7 @@ from fewbit.errors import ConfigError
 from fewbit.models import folding
 from fewbit.models.architecture import Scaling
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, forward_manager
+from fewbit.models.hooks import removed_at_the_end
 from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
 from fewbit.models.probe import shared_inputs
@@ -211,19 +212,13 @@ def _gathered(run: Pass, scalings: Iterable[Scaling], sample: int) -> dict[Scali
         counts = mask is not None and x.shape[:-1].numel() == mask.numel()
         statistics[scaling].add(x, mask.reshape(x.shape[:-1]).to(x.device) if counts and mask is not None else None)
 
-    hooks = [
-        linear_of(run.layer, scaling.readers[0]).register_forward_pre_hook(
-            lambda _module, args, scaling=scaling: note(scaling, args[0])
-        )
-        for scaling in scalings
-    ]
-    try:
+    with removed_at_the_end() as hooks:
+        for scaling in scalings:
+            reader = linear_of(run.layer, scaling.readers[0])
+            hooks.append(reader.register_forward_pre_hook(lambda _module, x, scaling=scaling: note(scaling, x[0])))
         for index, batch in enumerate(run.batches):
             mask = batch.mask
             run.emit(index, run.forward(index))
-    finally:
-        for hook in hooks:
-            hook.remove()
     for scaling, found in statistics.items():
         found.finish(scaling.readers[0])
     return statistics
