@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
+import shlex
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 import typer
 
 from fewbit.errors import FewbitError, is_disk_full
 from fewbit.version import __version__
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of the signal."""
+WRITING = ("export", "demo_model")
 VERBS = ("quantize", "export", "verify", "evaluate", "inspect", "schemes", "demo_model")
 
 
@@ -46,21 +54,65 @@ def _version(wanted: bool) -> None:
 
 def main() -> None:
     """Entry point: what a user can mend is one sentence on stderr and exit code 2."""
+    _print_what_the_terminal_can()
     try:
+        if not _has_working_directory():
+            _fail("the working directory is not there any more; change into another one")
         build_app()()
     except FewbitError as error:
-        _fail(" ".join(str(error).split()))
+        _fail(str(error))
     except OSError as error:
-        if not is_disk_full(error):
-            if error.filename is None:
-                raise
-            _fail(f"{error.filename}: {error.strerror}")
-        _fail(f"the disk is full: {error.filename or 'a file'} could not be written; free some space and try again")
+        where = error.filename or "a file"
+        if is_disk_full(error):
+            _fail(f"the disk is full: {where} could not be written; free some space and try again")
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("the memory does not suffice; close other programs, or use a machine with more of it")
+    except SystemExit as left:
+        if left.code == INTERRUPTED:
+            _say(_interrupted(sys.argv[1:]))
+        raise
     except KeyboardInterrupt:
-        typer.echo("fewbit: interrupted; the same command with --resume continues the run", err=True)
-        sys.exit(130)
+        _say(_interrupted(sys.argv[1:]))
+        sys.exit(INTERRUPTED)
 
 
-def _fail(sentence: str) -> None:
-    typer.echo(f"fewbit: {sentence}", err=True)
+def _interrupted(arguments: list[str]) -> str:
+    """What a person who pressed Ctrl-C wants to know: what was kept, and how to go on."""
+    verb = arguments[0].replace("-", "_") if arguments else ""
+    if verb in VERBS and verb != "quantize":
+        kept = "what it writes is there as a whole or not at all" if verb in WRITING else "nothing was lost"
+        return f"interrupted; {kept}; start again with: {shlex.join(['fewbit', *arguments])}"
+    from fewbit.cli.quantize import interrupted
+
+    return interrupted(arguments)
+
+
+def _print_what_the_terminal_can() -> None:
+    """A terminal may know ASCII only, and file names hold bytes that are no text: a question mark, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _has_working_directory() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def _fail(sentence: str) -> NoReturn:
+    _say(sentence)
     sys.exit(2)
+
+
+def _say(sentence: str) -> None:
+    with suppress(OSError, ValueError):  # nobody listens
+        typer.echo(f"fewbit: {' '.join(sentence.split())}", err=True)

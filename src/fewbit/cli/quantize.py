@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,13 +85,35 @@ def quantize(
     typer.echo(f"report     {output / 'report.json'}")
 
 
+def interrupted(arguments: list[str]) -> str:
+    """What is left of a run that was interrupted, and the command that goes on with it."""
+    from fewbit.checkpoint.journal import Journal
+    from fewbit.errors import FewbitError
+
+    again = ["fewbit", *arguments]
+    given = [value for value in again if value.startswith("--output=")]
+    after = [again[at + 1] for at, value in enumerate(again[:-1]) if value == "--output"]
+    output = Path(after[-1] if after else given[-1].removeprefix("--output=") if given else ".")
+    try:
+        blocks = len(Journal(output).blocks()) if (output / "fewbit.json").exists() else 0
+    except (FewbitError, OSError):
+        blocks = 0
+    if blocks == 0 and "--resume" not in again:
+        again += ["--resume"] * (output / "fewbit.json").exists()
+        return f"interrupted before a block was finished; start again with: {shlex.join(again)}"
+    kept = "1 finished block is" if blocks == 1 else f"{blocks} finished blocks are"
+    go_on = again if "--resume" in again else [*again, "--resume"]
+    return f"interrupted; {kept} kept in {output}; go on with: {shlex.join(go_on)}"
+
+
 def _print_summary(report: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     totals = report["totals"]
     algorithms = " + ".join(config["name"] for config in report["recipe"]["algo_config"])
-    table = Table(title=f"{report['run']['model']} · {algorithms}", title_justify="left")
+    table = Table(title=escape(f"{report['run']['model']} · {algorithms}"), title_justify="left")
     for column in ("linear", "count", "loss mean", "loss worst", "worst in block", "bits/weight", "seconds"):
         table.add_column(column, justify="left" if column == "linear" else "right")
     quantized = [row for row in report["linears"] if row["status"] == "quantized"]
@@ -100,7 +123,7 @@ def _print_summary(report: dict[str, Any]) -> None:
         worst = max(rows, key=lambda row: row["loss"])
         weights = sum(row["weights"] for row in rows)
         table.add_row(
-            kind,
+            escape(kind),
             str(len(rows)),
             f"{sum(row['loss'] for row in rows) / len(rows):.2e}",
             f"{worst['loss']:.2e}",

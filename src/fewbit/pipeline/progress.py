@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -75,7 +77,7 @@ class TerminalProgress(SilentProgress):
         self._bar.update(self._task, completed=block + 1)
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text)
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
         self._bar.stop()
@@ -84,8 +86,8 @@ class TerminalProgress(SilentProgress):
 class PlainProgress(SilentProgress):
     """One line per block, for logs and pipes."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
         self._started = time.monotonic()
         self._blocks = 0
         self._kept = 0
@@ -105,7 +107,13 @@ class PlainProgress(SilentProgress):
         )
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        stream = self._stream
+        if stream is None:
+            return
+        encoding = stream.encoding or "utf-8"
+        with suppress(OSError, ValueError):  # a pipe that nobody reads any more is no reason to lose a run
+            stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+            stream.flush()
 
 
 def progress_view(show: bool) -> ProgressView:
@@ -113,7 +121,7 @@ def progress_view(show: bool) -> ProgressView:
     if not show:
         return SilentProgress()
     console = Console(stderr=True)
-    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+    return TerminalProgress(console) if console.is_terminal else PlainProgress(sys.stderr)
 
 
 def setup_logging(path: str | Path, level: int = logging.INFO) -> None:
