@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import fewbit
 from fewbit.config.schemes import SCHEMES
-from fewbit.export.compressed_tensors.readers import NOTES
+from fewbit.export import engines_of_scheme
+from fewbit.export.compressed_tensors.engines import RULES
 from fewbit.numerics.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
@@ -251,7 +252,7 @@ def test_the_table_of_schemes_says_what_they_are() -> None:
         size = 16 if spec.scale_type == "microexponent" else spec.group_size
         assert size is None or re.search(rf"\b{size}\b", weight)
         assert bits == f"{scheme.bits_per_weight:.3f}"
-        assert (layout, engines) == (scheme.layout or "–", scheme.engines or "–")
+        assert (layout, engines) == (scheme.layout or "–", engines_of_scheme(scheme) or "–")
 
 
 def test_the_table_of_element_formats_says_what_they_are() -> None:
@@ -263,4 +264,4 @@ def test_the_table_of_element_formats_says_what_they_are() -> None:
 
 def test_what_readers_do_otherwise_is_told() -> None:
     page = " ".join((ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split())
-    assert [note for note in NOTES.values() if note not in page] == []
+    assert [rule.note for rule in RULES if rule.note not in page] == []

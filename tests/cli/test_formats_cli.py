@@ -8,6 +8,7 @@ import yaml
 
 import fewbit
 from fewbit.config.schemes import KV_SUITES, SCHEMES
+from fewbit.export import engines_of_cache, engines_of_scheme
 
 
 @pytest.fixture
@@ -99,11 +100,11 @@ def test_schemes_shows_exports_layouts_and_engines(cli):
         assert (inputs.dtype in rows[name]) if inputs else ("–" in rows[name])
         assert scheme.layout in rows[name]
         assert all(export in rows[name] for export in scheme.exports)
-        assert (scheme.engines or "fewbit evaluate") in rows[name]
+        assert (engines_of_scheme(scheme) or "fewbit evaluate") in rows[name]
     for name, suite in KV_SUITES.items():
         assert suite.spec.summary in rows[name]
         assert all(export in rows[name] for export in suite.exports)
-        assert (suite.engines or "QuantizedCache") in rows[name]
+        assert (engines_of_cache(suite) or "QuantizedCache") in rows[name]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ def schemes() -> None:
     from rich.table import Table
 
     from fewbit.config.schemes import KV_SUITES, SCHEMES
+    from fewbit.export import engines_of_cache, engines_of_scheme
 
     table = Table(box=None)
     for column in ("scheme", "weight", "input", "bits/weight", "exports", "layout", "engines"):
@@ -23,15 +24,16 @@ def schemes() -> None:
             f"{scheme.bits_per_weight:.3f}",
             ", ".join(scheme.exports) or "–",
             scheme.layout or "–",
-            scheme.engines or "fewbit evaluate",
+            engines_of_scheme(scheme) or "fewbit evaluate",
         )
-    console = Console(width=None if Console().is_terminal else 170)
+    console = Console(width=None if Console().is_terminal else 240)
     console.print(table)
     caches = Table(box=None)
     for column in ("KV cache", "key and value", "exports", "engines"):
         caches.add_column(column)
     for suite in KV_SUITES.values():
-        engines = suite.engines or "fewbit evaluate, QuantizedCache"
+        engines = engines_of_cache(suite) or "fewbit evaluate, QuantizedCache"
         caches.add_row(suite.name, suite.spec.summary, ", ".join(suite.exports) or "–", engines)
     console.print(caches)
     console.print("Names compose: W4A8KV4-g64 is W4A8 with a 4-bit KV cache and groups of 64 (-g-1: per channel).")
+    console.print("What is in brackets is said in full in docs/formats.md and in fewbit-export.json of each export.")

@@ -17,7 +17,6 @@ from fewbit.numerics.scale_format import ScaleType
 DEFAULT_GROUP_SIZE = 128
 TYPICAL_SHAPE = (4096, 4096)
 """Of the weight whose bits are quoted: with one scale per channel they depend on it, a little."""
-VLLM = "vLLM, transformers"
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Scheme:
     name: str
     config: QuantizationConfig
     exports: tuple[str, ...] = ("compressed-tensors",)
-    engines: str = VLLM
     layout: str = "pack-quantized"
     """compressed-tensors' name for how the weights lie."""
 
@@ -90,7 +88,7 @@ _ROWS = [
     Scheme("W8A8", _config(INT8_CHANNEL, TOKEN_INT8), layout="int-quantized"),
     Scheme("W8A8_STATIC", _config(INT8_CHANNEL, TENSOR_INT8), layout="int-quantized"),
     Scheme("W4A8", _config(_grouped(4), TOKEN_INT8)),
-    Scheme("W4A4", _config(_grouped(4), TOKEN_INT4), engines="transformers"),
+    Scheme("W4A4", _config(_grouped(4), TOKEN_INT4)),
     Scheme("W4AFP8", _config(_grouped(4), TOKEN_FP8)),
     Scheme("FP8", _config(FP8_TENSOR, TENSOR_FP8), layout="float-quantized"),
     Scheme("FP8_DYNAMIC", _config(FP8_CHANNEL, TOKEN_FP8), layout="float-quantized"),
@@ -99,7 +97,7 @@ _ROWS = [
     Scheme("NVFP4A16", _config(NVFP4), layout="nvfp4-pack-quantized"),
     Scheme("MXFP4", _config(_mx("e2m1"), _mx_input("e2m1")), layout="mxfp4-pack-quantized"),
     Scheme("MXFP4A16", _config(_mx("e2m1")), layout="mxfp4-pack-quantized"),
-    Scheme("MXFP6", _config(_mx("e2m3"), _mx_input("e2m3")), engines="transformers", layout="mxfp6-pack-quantized"),
+    Scheme("MXFP6", _config(_mx("e2m3"), _mx_input("e2m3")), layout="mxfp6-pack-quantized"),
     Scheme("MXFP8", _config(_mx("e4m3"), _mx_input("e4m3")), layout="mxfp8-quantized"),
     Scheme(
         "MXINT8",
@@ -108,13 +106,11 @@ _ROWS = [
         ),
         NONE,
         "",
-        "",
     ),
     Scheme(
         "MX9",
         _config(QuantizationSpec(dtype="mx9"), QuantizationSpec(dtype="mx9", observer="minmax", is_dynamic=True)),
         NONE,
-        "",
         "",
     ),
     Scheme(
@@ -122,13 +118,11 @@ _ROWS = [
         _config(QuantizationSpec(dtype="mx6"), QuantizationSpec(dtype="mx6", observer="minmax", is_dynamic=True)),
         NONE,
         "",
-        "",
     ),
     Scheme(
         "BFP16",
         _config(QuantizationSpec(dtype="bfp16"), QuantizationSpec(dtype="bfp16", observer="minmax", is_dynamic=True)),
         NONE,
-        "",
         "",
     ),
 ]
@@ -144,7 +138,6 @@ class CacheSuite:
     spec: QuantizationSpec
     """Of keys and values."""
     exports: tuple[str, ...] = ()
-    engines: str = ""
 
     @property
     def attention(self) -> AttentionConfig:
@@ -153,7 +146,7 @@ class CacheSuite:
 
 _SUITES = [
     CacheSuite("KV8", _input("int8", "per_token", is_dynamic=True)),
-    CacheSuite("KVFP8", _input("e4m3", "per_tensor"), ("compressed-tensors",), VLLM),
+    CacheSuite("KVFP8", _input("e4m3", "per_tensor"), ("compressed-tensors",)),
     CacheSuite("KV4", _input("uint4", "per_group", group_size=32, symmetric=False, is_dynamic=True)),
 ]
 KV_SUITES: dict[str, CacheSuite] = {suite.name: suite for suite in _SUITES}

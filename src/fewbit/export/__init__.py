@@ -10,6 +10,7 @@ from typing import Protocol
 from fewbit import process
 from fewbit.checkpoint.files import replacing_directory
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
+from fewbit.config.schemes import CacheSuite, Scheme
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError, nearest
 from fewbit.export import compressed_tensors
@@ -18,7 +19,17 @@ from fewbit.export.verification import ORIGIN, Verification, read_origin, write_
 Specs = Mapping[str, QuantizationSpec]
 Shapes = Mapping[str, tuple[int, int]]
 
-__all__ = ["EXPORTERS", "Exporter", "Verification", "export", "export_directory", "exporter", "verify"]
+__all__ = [
+    "EXPORTERS",
+    "Exporter",
+    "Verification",
+    "engines_of_cache",
+    "engines_of_scheme",
+    "export",
+    "export_directory",
+    "exporter",
+    "verify",
+]
 
 
 class Check(Protocol):
@@ -75,6 +86,19 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
         target.write(checkpoint, beside)
         write_origin(beside, Path(output), Path(run), format, target.notes(weights, activations))
     return Path(output)
+
+
+def engines_of_scheme(scheme: Scheme) -> str:
+    """Engines that load an export of a scheme, each with what it needs or does otherwise in brackets."""
+    weight, inputs = scheme.config.weight, scheme.config.input_tensors
+    if not scheme.exports or weight is None:
+        return ""
+    return compressed_tensors.engines_for({"m.weight": weight}, {} if inputs is None else {"m.input": inputs})
+
+
+def engines_of_cache(suite: CacheSuite) -> str:
+    """The same of a KV cache."""
+    return compressed_tensors.engines_for({}, {"m.key": suite.spec, "m.value": suite.spec}) if suite.exports else ""
 
 
 def export_directory(run: str | Path, format: str) -> Path:

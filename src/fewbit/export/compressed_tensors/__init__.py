@@ -4,17 +4,18 @@ layouts.py      a weight's codes and scales as the format's tensors, and back
 scheme.py       specs in the format's words, and back; which layout a weight has
 config.py       the quantization_config of config.json; what is refused
 activations.py  static scales of activations and KV cache as tensors, and back
-sharing.py      fused linears have one global scale
-readers.py      what is to be known about loading an export
+sharing.py      fused linears have one scale
+targets.py      which modules a config group is for
+engines.py      what engines make of an export: rules with their sources (contents.py: what they ask)
 write.py, read.py, verify.py
 """
 
 from __future__ import annotations
 
 from fewbit.export.compressed_tensors.config import NAME, check, quantization_config
+from fewbit.export.compressed_tensors.engines import engines_for, notes
 from fewbit.export.compressed_tensors.layouts import LAYOUTS
 from fewbit.export.compressed_tensors.read import CompressedTensorsSource
-from fewbit.export.compressed_tensors.readers import notes
 from fewbit.export.compressed_tensors.scheme import layout_for
 from fewbit.export.compressed_tensors.verify import verify
 from fewbit.export.compressed_tensors.write import write
@@ -24,6 +25,7 @@ __all__ = [
     "NAME",
     "CompressedTensorsSource",
     "check",
+    "engines_for",
     "layout_for",
     "notes",
     "quantization_config",
