@@ -371,3 +371,9 @@ def test_calibration_of_a_network_leaves_its_mode_and_its_running_statistics():
     fewbit.ModelQuantizer(config).quantize_model(network, [torch.randn(2, 3, 8, 8)])
     assert torch.equal(network[1].running_mean, mean)
     assert [module.training for module in network] == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("given", [None, {"scheme": "W8A16"}, "W8A16"], ids=str)
+def test_what_is_no_config_is_refused(given):
+    with pytest.raises(ConfigError, match=r"takes a Config, not .*; Config\.from_dict makes one"):
+        ModelQuantizer(given)

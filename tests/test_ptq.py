@@ -313,6 +313,9 @@ def test_a_function_may_choose_the_modules():
     linears = [name for name, module in by_pattern.named_modules() if isinstance(module, nn.Linear)]
     quantize_(by_pattern, modules=linears)
     assert [type(module) for module in by_function.modules()] == [type(module) for module in by_pattern.modules()]
+    by_class = network()
+    quantize_(by_class, torch.int8, modules=nn.Linear, exclude=None)
+    assert [type(module) for module in by_class.modules()] == [type(module) for module in by_pattern.modules()]
     with pytest.raises(ConfigError, match="leaves nothing to quantize"):
         quantize_(network(), modules=lambda module, name: False)
 

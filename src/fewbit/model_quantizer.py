@@ -44,6 +44,12 @@ class ModelQuantizer:
 
     config: Config
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):
+            raise ConfigError(
+                f"a ModelQuantizer takes a Config, not {type(self.config).__name__}; Config.from_dict makes one"
+            )
+
     def quantize_model(
         self, model: nn.Module, dataloader: Iterable[Any] | None = None, output: str | Path | None = None
     ) -> nn.Module:

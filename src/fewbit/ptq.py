@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fewbit import process
@@ -96,10 +97,10 @@ class PTQReport:
 @process.neutral()
 def quantize_(
     model: nn.Module,
-    weights: str | QuantizationSpec | None = "int8",
-    activations: str | QuantizationSpec | None = None,
-    exclude: str | Sequence[str] | ModuleFilter = (),
-    modules: str | Sequence[str] | ModuleFilter = "*",
+    weights: str | torch.dtype | QuantizationSpec | None = "int8",
+    activations: str | torch.dtype | QuantizationSpec | None = None,
+    exclude: str | Sequence[str] | ModuleFilter | None = (),
+    modules: str | Sequence[str] | ModuleFilter | None = "*",
 ) -> PTQReport:
     """Fake-quantize the linears and convolutions of `model`, in place.
 
@@ -108,13 +109,16 @@ def quantize_(
             a scale per output channel; fewer bits one for 128 neighbours (or 64, 32, a channel, if that does not fit).
         activations: "int8", "fp8" …: inputs, one static scale per tensor, found by `calibrate`. A QuantizationSpec
             says anything else, e.g. is_dynamic=True with per_token, which needs no calibration.
-        exclude: names, wildcards or "re:" patterns of modules that stay as they are, e.g. "lm_head"; or a function.
-        modules: patterns of modules to quantize, or a function (module, name) that says whether; all others stay.
+        exclude: names, wildcards or "re:" patterns of modules that stay as they are, e.g. "lm_head"; or as below.
+        modules: patterns, a class, or a function (module, name) that says which modules to quantize; others stay.
 
     Returns a report with a row for each quantized module, and what else there is. ConfigError if a pattern matches
     nothing, a spec does not fit a module, a module has something that would be lost (a forward of its own …), or
     nothing would be quantized; the model is unchanged then. Hooks go along.
     """
+    weights, activations = (
+        str(given) if isinstance(given, torch.dtype) else given for given in (weights, activations)
+    )
     if weights is None and activations is None:
         raise ConfigError("nothing to quantize: name weights, activations or both")
     model = in_memory.unwrapped(model)
@@ -123,8 +127,8 @@ def quantize_(
         raise ConfigError(f"the model is itself a {type(model).__name__}: use FakeQuantLinear.from_module(model, …)")
     if not found:
         raise ConfigError(f"{type(model).__name__} has no linears or convolutions (or is quantized already)")
-    left_out = _matching(exclude, found, "exclude")
-    chosen = _matching(modules, found, "modules")
+    left_out = _matching(() if exclude is None else exclude, found, "exclude")
+    chosen = _matching("*" if modules is None else modules, found, "modules")
     excluded = tuple(name for name in found if name in left_out or name not in chosen)
     made: dict[str, FakeQuant] = {}
     rows = []
@@ -241,7 +245,9 @@ def freeze(model: nn.Module) -> nn.Module:
 def _matching(
     patterns: str | Sequence[str] | ModuleFilter, modules: Mapping[str, nn.Module], argument: str
 ) -> set[str]:
-    """Names that a pattern or function covers; ConfigError for a pattern that covers none."""
+    """Names that a pattern, function or class covers; ConfigError for a pattern that covers none."""
+    if isinstance(patterns, type):
+        return {name for name, module in modules.items() if isinstance(module, patterns)}
     if callable(patterns):
         return {name for name, module in modules.items() if patterns(module, name)}
     names: set[str] = set()
