@@ -186,3 +186,15 @@ def test_the_largest_magnitudes_are_those_of_all_tokens_that_count_however_they_
     columns = torch.rand(16) + 0.5
     assert torch.equal(whole.scaled(columns).largest, whole.largest / columns)
     assert collect(16, (x[:0], mask[:0])).largest is None
+
+
+def test_of_equal_tokens_the_first_are_kept_however_they_are_batched():
+    x = inputs(1, 200, 4)[0].bfloat16().float().clamp(-1, 1)  # many have a largest value of one
+    kept = []
+    for size in (200, 37, 1):
+        statistics = Statistics.empty(4, sample=64)
+        for part in x.split(size):
+            statistics.add(part)
+        kept.append(statistics.finish("linear"))
+    assert all(torch.equal(each.outliers, kept[0].outliers) for each in kept)
+    assert all(torch.equal(each.sample, kept[0].sample) for each in kept)

@@ -17,6 +17,7 @@ output. That error needs no forward. With Δ = Q(W·s)/s − W, e = Q(X/s) − X
     ‖e (W·s)ᵀ‖²    more where activations are quantized, on a sample of tokens: rounding of activations depends on
                    the single token and cannot be had from H. The error of the weights still comes from H, which has
                    seen all tokens; the two are uncorrelated but for the little that e repeats of X, so they add up.
+                   Where ranges are static, scale and range are found on other tokens than e (input_error.py).
 
 AWQ counts the weights alone. Where activations are quantized too, it takes no scale with which both together lose.
 
@@ -30,15 +31,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fewbit.algorithms.input_error import Scored, scored_tokens
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import ScaleSearchConfig, SmoothQuantConfig
-from fewbit.config.spec import ACCUMULATING_OBSERVERS, QuantizationSpec
-from fewbit.nn.activation import ActivationQuantizer
+from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import matmul, scales
 from fewbit.numerics.scale_format import nearest_power_of_two
 from fewbit.numerics.scales import GridRule
@@ -115,11 +116,12 @@ def search_scales(
     moment = statistics.moment
     targets = _targets(weights, specs, dtype, rows)
     smooth = isinstance(config, SmoothQuantConfig)
-    activation = _activation(statistics, input_spec)
-    objective = _Objective(targets, moment, column_costs(moment) if compensated else None, activation)
+    scored = scored_tokens(statistics, input_spec)
+    sizes = [None if each.fitted is None else _channel_size(each.fitted, smooth) for each in scored]
+    objective = _Objective(targets, moment, column_costs(moment) if compensated else None, scored)
 
     none = torch.ones_like(moment[0])
-    of_weights, of_inputs = objective.weights(none), objective.inputs(none)
+    of_weights, of_inputs = objective.weights(none), objective.inputs([none] * len(scored))
     before = of_weights + of_inputs if smooth else of_weights
     best = ScaleSearch(none, before, before)
     worth_it = WORTH_IT_COMPENSATED if compensated else WORTH_IT
@@ -129,22 +131,26 @@ def search_scales(
         x = statistics.largest
     w = torch.stack([_column_size(*pair, smooth) for pair in zip(weights, specs, strict=True)]).amax(0)
 
-    def loss_of(scale: Tensor) -> float:
-        """Of a scale; infinite if it is no better than the best so far, or costs the inputs too much."""
+    def loss_of(scale: Tensor, of_tokens: list[Tensor]) -> float:
+        """Of a scale, given those like it for each set of tokens; infinite if it is no better than the best so far, or
+        costs the inputs too much."""
         loss = objective.weights(scale)
         if loss >= enough:  # the inputs' error can only add to it
             return math.inf
-        both = loss + objective.inputs(scale)
+        both = loss + objective.inputs(of_tokens)
         if smooth:
             return both
         return math.inf if config.alpha is None and both > of_weights + of_inputs else loss
 
-    for alpha, duo, scale in _candidates(x, w, config, tie):
-        if power_of_two:
-            scale = nearest_power_of_two(scale)
-        loss = loss_of(scale)
+    for alpha, duo in _exponents(config):
+        scale = _scale(x, w, alpha, duo, config, tie, power_of_two)
+        if scale is None:
+            return best
+        like = [scale if size is None else _scale(size, w, alpha, duo, config, tie, power_of_two) for size in sizes]
+        of_tokens = [none if each is None else each for each in like]
+        loss = loss_of(scale, of_tokens)
         if loss < enough and stored is not None and not torch.equal(taken := stored(scale), scale):
-            loss, wanted = loss_of(taken), loss
+            loss, wanted = loss_of(taken, [stored(each) for each in of_tokens]), loss
             if config.alpha is not None and loss > DISTORTED * max(wanted, before):
                 continue
             scale = taken
@@ -179,10 +185,18 @@ def column_costs(moment: Tensor) -> Tensor:
     return costs
 
 
-def _candidates(
-    x: Tensor, w: Tensor, config: ScaleSearchConfig, tie: Tensor | None
-) -> Iterator[tuple[float, bool, Tensor]]:
-    """(α, duo, s [in]): 1 in the geometric mean.
+def _exponents(config: ScaleSearchConfig) -> Iterator[tuple[float, bool]]:
+    """(α, duo) of all scales that are tried."""
+    alphas = [step / (config.n_grid - 1) for step in range(config.n_grid)] if config.alpha is None else [config.alpha]
+    for duo in (True, False) if config.duo_scale == "both" else (bool(config.duo_scale),):
+        for alpha in alphas:
+            yield alpha, duo
+
+
+def _scale(
+    x: Tensor, w: Tensor, alpha: float, duo: bool, config: ScaleSearchConfig, tie: Tensor | None, power_of_two: bool
+) -> Tensor | None:
+    """s [in] of one pair of exponents, 1 in the geometric mean; None if no channel carries anything.
 
     Channels that carry (nearly) nothing keep 1, however small it is: one of 1e-30 would have a scale to match and move
     the mean of all others.
@@ -193,15 +207,18 @@ def _candidates(
     carried = x.double() * w
     live = carried > NEARLY_DEAD * carried.mean()
     if not bool(live.any()):
-        return
+        return None
     log_x, log_w = x[live].log(), w[live].log()
-    alphas = [step / (config.n_grid - 1) for step in range(config.n_grid)] if config.alpha is None else [config.alpha]
-    for duo in (True, False) if config.duo_scale == "both" else (bool(config.duo_scale),):
-        for alpha in alphas:
-            log_s = alpha * log_x - (1 - alpha) * log_w if duo else alpha * log_x
-            scale = torch.ones_like(x)
-            scale[live] = (log_s - log_s.mean()).exp()
-            yield alpha, duo, scale.clamp_(config.scale_clamp_min, 1 / config.scale_clamp_min)
+    log_s = alpha * log_x - (1 - alpha) * log_w if duo else alpha * log_x
+    scale = torch.ones_like(x)
+    scale[live] = (log_s - log_s.mean()).exp()
+    scale.clamp_(config.scale_clamp_min, 1 / config.scale_clamp_min)
+    return nearest_power_of_two(scale) if power_of_two else scale
+
+
+def _channel_size(tokens: Tensor, smooth: bool) -> Tensor:
+    """How large each channel is in some tokens [tokens, in]: at most for SmoothQuant, on average for AWQ. [in]"""
+    return tokens.abs().amax(0) if smooth else tokens.square().mean(0).sqrt()
 
 
 def _mean_of_tied(x: Tensor, tie: Tensor) -> Tensor:
@@ -327,48 +344,6 @@ def _targets(
 
 
 @dataclass(frozen=True)
-class _Activation:
-    sample: Tensor
-    """[tokens, in]."""
-    spec: QuantizationSpec
-    stands_for: Tensor
-    """[tokens] weight of each token's squared error."""
-
-    def deviation(self, scale: Tensor) -> Tensor:
-        """e = Q(x/s) − x/s of the sample [tokens, in]."""
-        scaled = self.sample / scale
-        quantized: Tensor = ActivationQuantizer(self.spec)(scaled)
-        return quantized.sub_(scaled)
-
-
-def _activation(statistics: Statistics, spec: QuantizationSpec | None) -> _Activation | None:
-    """The sample with each token's weight: how many it stands for, relative to its own size. None if there is none.
-
-    What a block adds to a token is normalized by the token's size before anything reads it, so an error counts by what
-    it is relative to the token. Counted as it is, the error of a few huge tokens would decide alone.
-    """
-    sample, outliers = statistics.sample, statistics.outliers
-    if spec is None or sample is None:
-        return None
-    weights = torch.full((sample.shape[0],), statistics.tokens / sample.shape[0], device=sample.device)
-    if outliers is not None:
-        sample = torch.cat([sample, outliers])
-        weights = torch.cat([weights, torch.ones(outliers.shape[0], device=sample.device)])
-    energy = sample.square().sum(1)
-    mean = (energy * weights).sum() / weights.sum()
-    scoring = _scoring_spec(spec)
-    return _Activation(
-        sample, scoring, weights * mean / energy.clamp(min=1e-6 * mean + torch.finfo(torch.float32).tiny)
-    )
-
-
-def _scoring_spec(spec: QuantizationSpec) -> QuantizationSpec:
-    """The same grid with a range that the sample tells: a static scale is not known before its input is scaled."""
-    slow = (*ACCUMULATING_OBSERVERS, "mse")
-    return replace(spec, is_dynamic=True, observer="minmax" if spec.observer in slow else spec.observer)
-
-
-@dataclass(frozen=True)
 class _Objective:
     """What a scale costs: estimated squared errors of the outputs."""
 
@@ -376,7 +351,8 @@ class _Objective:
     moment: Tensor
     costs: Tensor | None
     """p of the columns where GPTQ follows."""
-    activation: _Activation | None
+    scored: list[Scored]
+    """Tokens of the input that tell what its quantization costs."""
 
     def weights(self, scale: Tensor) -> float:
         """By the error of the weights."""
@@ -391,12 +367,12 @@ class _Objective:
             total += float(error) * target.stands_for
         return total
 
-    def inputs(self, scale: Tensor) -> float:
-        """By the error of the inputs; 0 where they are not quantized."""
-        if self.activation is None:
-            return 0.0
-        noise, total = self.activation.deviation(scale), 0.0
-        for target in self.targets:
-            spread = matmul.linear(noise, target.rows * scale)
-            total += float((spread.square_().sum(1) @ self.activation.stands_for).double()) * target.stands_for
+    def inputs(self, scales: Sequence[Tensor]) -> float:
+        """By the error of the inputs, with the scale of each set of tokens; 0 where they are not quantized."""
+        total = 0.0
+        for tokens, scale in zip(self.scored, scales, strict=True):
+            noise = tokens.deviation(scale)
+            for target in self.targets:
+                spread = matmul.linear(noise, target.rows * scale)
+                total += float((spread.square_().sum(1) @ tokens.stands_for).double()) * target.stands_for
         return total

@@ -80,7 +80,8 @@ class Statistics:
             self._stride *= 2
         rows = rows if self.outliers is None else torch.cat([self.outliers, rows])
         count = min(rows.shape[0], max(1, self.wanted_sample // 8))
-        self.outliers = rows[rows.abs().amax(1).topk(count).indices.sort().values].clone()
+        largest = rows.abs().amax(1).sort(descending=True, stable=True).indices[:count]  # of equal ones the first
+        self.outliers = rows[largest.sort().values].clone()
 
     def finish(self, name: str) -> Statistics:
         """Mirror H; CalibrationError if `name`'s inputs held NaN or infinity."""
