@@ -169,7 +169,7 @@ class BlockwiseModel:
     def enter(self, batches: list[Mapping[str, Tensor]], device: torch.device | str = "cpu") -> Iterator[BlockInputs]:
         """What the blocks are called with for each batch ({"input_ids": [batch, tokens], maybe "attention_mask"}).
 
-        Batches without padding that have the same shape share masks and rotary embeddings.
+        Batches of the same shape in which every token counts share masks and rotary embeddings.
         """
         parent = self.skeleton.get_submodule(self.architecture.blocks.rpartition(".")[0])
         limits.check_tokens(self.skeleton, batches)
@@ -177,8 +177,10 @@ class BlockwiseModel:
         with self._outside_loaded(device, skip_head=True):
             for batch in batches:
                 inputs = self._record(parent, {name: tensor.to(device) for name, tensor in batch.items()})
-                if "attention_mask" not in batch:
-                    inputs.calls = shared.setdefault(tuple(batch["input_ids"].shape), inputs.calls)
+                mask = batch.get("attention_mask")
+                if mask is None or bool(mask.all()):
+                    key = (*batch["input_ids"].shape, mask is None)
+                    inputs.calls = shared.setdefault(key, inputs.calls)
                 yield inputs
 
     @contextmanager
@@ -276,12 +278,17 @@ class _LastBlockReachedError(Exception):
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Move every tensor of a nested structure of keyword arguments."""
-    if isinstance(value, Tensor):
-        return value.to(device)
+    return map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def map_tensors(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """A nested structure in which every tensor (or what is of another `kind`) is what `change` makes of it."""
+    if isinstance(value, kind):
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_tensors(item, change, kind) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(map_tensors(item, change, kind) for item in value)
     return value
 
 

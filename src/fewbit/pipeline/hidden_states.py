@@ -35,9 +35,8 @@ class HiddenStates:
         size = hidden.numel() * 4
         if index not in self._shapes:
             self._shapes[index] = tuple(hidden.shape)
-            if self.bytes_in_memory + size <= self._budget:
+            if self.reserve(size):
                 self._memory[index] = torch.empty(hidden.shape, dtype=torch.float32, device="cpu")
-                self.bytes_in_memory += size
             else:
                 self.bytes_on_disk += size
         if index in self._memory:
@@ -47,6 +46,12 @@ class HiddenStates:
         with disk_errors_as_sentences(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             self._file(index).write_bytes(values.data)  # tofile's error would not say why
+
+    def reserve(self, size: int) -> bool:
+        """Take `size` bytes of the budget, if there are so many left; also for what else has to be in memory."""
+        fits = self.bytes_in_memory + size <= self._budget
+        self.bytes_in_memory += size if fits else 0
+        return fits
 
     def get(self, index: int) -> Tensor:
         """States of one batch [batch, tokens, channels], until others are put in their place."""

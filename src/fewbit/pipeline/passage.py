@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fewbit.calibration.tokens import CalibrationSet, padding_mask
 from fewbit.models.architecture import Groups
-from fewbit.models.blockwise import BlockCall, BlockwiseModel
+from fewbit.models.blockwise import BlockwiseModel
 from fewbit.nn.attach import detach
 from fewbit.pipeline.hidden_states import HiddenStates, check_finite
+from fewbit.pipeline.recorded_calls import RecordedCalls
 from fewbit.pipeline.reference import Reference
 
 
@@ -33,7 +34,7 @@ class Passage:
     """Numbers of the batches that also pass in full precision."""
     _first: list[int]
     """By batch: the number of its first sequence."""
-    _calls: list[list[BlockCall]]
+    _calls: RecordedCalls
     """By batch and block: what a block is called with beside the hidden states."""
     _quantized: HiddenStates
     _full: HiddenStates
@@ -70,7 +71,7 @@ class Passage:
 
     def _through(self, block: nn.Module, index: int, states: HiddenStates) -> Callable[[int], Tensor]:
         def forward(batch: int) -> Tensor:
-            return self.model.call_block(block, states.get(batch).to(self.device), self._calls[batch][index])
+            return self.model.call_block(block, states.get(batch).to(self.device), self._calls.get(batch, index))
 
         return forward
 
@@ -89,7 +90,7 @@ def entered(
     share = memory // (2 if drift_batches else 1)
     quantized, full = (HiddenStates(share, directory / name) for name in ("quantized", "reference"))
     try:
-        calls = []
+        calls = RecordedCalls(quantized, directory / "calls")
         masks = [padding_mask(batch) for batch in calibration.batches]
         first = list(accumulate((batch["input_ids"].shape[0] for batch in calibration.batches), initial=0))
         for batch, inputs in enumerate(model.enter(list(calibration.batches), device)):
@@ -97,7 +98,7 @@ def entered(
             quantized.put(batch, inputs.hidden)
             if batch in drift_batches:
                 full.put(batch, inputs.hidden)
-            calls.append(inputs.calls)
+            calls.append(inputs.calls, padded=masks[batch] is not None)
         yield Passage(model, device, masks, drift_batches, first, calls, quantized, full)
     finally:
         quantized.close()

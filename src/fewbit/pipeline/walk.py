@@ -78,7 +78,15 @@ class Walk:
         if self._drift_batches(calibration):
             per_token *= 2  # the forward in full precision waits beside the other
         positions = sum(batch["input_ids"].numel() for batch in calibration.batches)  # padding takes memory, too
-        return "staged" if positions * per_token <= self.activation_memory else "replay"
+        masks = self._mask_bytes(calibration)
+        return "staged" if positions * per_token + masks <= self.activation_memory else "replay"
+
+    def _mask_bytes(self, calibration: CalibrationSet) -> int:
+        """What the masks of all padded batches take: [batch, 1, tokens, tokens] of truth values, or of numbers where
+        attention is computed step by step; a suspended forward holds its own."""
+        size = 4 if getattr(self.model.skeleton.config, "_attn_implementation", None) == "eager" else 1
+        padded = [batch["input_ids"] for batch in calibration.batches if "attention_mask" in batch]
+        return sum(size * ids.numel() * ids.shape[1] for ids in padded)
 
     def _drift_batches(self, calibration: CalibrationSet) -> list[int]:
         algorithm = self.config.codes
