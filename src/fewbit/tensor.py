@@ -15,6 +15,8 @@ from fewbit.numerics import scales
 from fewbit.numerics.packing import pack, unpack
 from fewbit.numerics.scale_format import ScaleFormat
 
+PIECE = 2**17  # elements that are worked on at a time: few enough for the cache
+
 
 @dataclass(frozen=True)
 class QuantTensor:
@@ -66,10 +68,24 @@ class QuantTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(codes − zero_point) · scale, computed in float32 and rounded once to `dtype`. [out, in]"""
-        tiling = self.spec.tiling
-        tiles = tiling.split(self.codes)
-        values = scales.decode(tiles, self.scale_value, self.zero_point, self.spec.format)
-        return tiling.merge(values, *self.shape).to(dtype)
+        values = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for rows, tiles in self.spec.tiling.pieces(self.shape[0], self.shape[1], PIECE):
+            values[rows] = self._values(rows, tiles)
+        return values
+
+    def squared_error(self, weight: Tensor) -> Tensor:
+        """Σ (dequantized − weight)² of each row of `weight` [out, in]: float64 [out]."""
+        errors = []
+        for rows, tiles in self.spec.tiling.pieces(self.shape[0], self.shape[1], PIECE):
+            norm = torch.linalg.vector_norm(self._values(rows, tiles).sub_(weight[rows]), dim=-1)
+            errors.append(norm.double().square_())
+        return torch.cat(errors)
+
+    def _values(self, rows: slice, tiles: slice) -> Tensor:
+        """Some rows dequantized, float32; `tiles` are the rows of their scales."""
+        tiling, codes = self.spec.tiling, self.codes[rows]
+        scale, zero = self.scale_value[tiles], None if self.zero_point is None else self.zero_point[tiles]
+        return tiling.merge(scales.decode(tiling.split(codes), scale, zero, self.spec.format), *codes.shape)
 
     def unsigned_codes(self) -> Tensor:
         """Codes shifted to start at 0 (the offset is −smallest code): uint8 [out, in], what is packed."""
@@ -172,20 +188,23 @@ def quantize(
     weight: Tensor, spec: QuantizationSpec, format: ScaleFormat, scale: Tensor, zero_point: Tensor | None = None
 ) -> QuantTensor:
     """Round a float weight [out, in] to the nearest codes of a given grid; `scale` as it is stored in `format`."""
-    tiling = spec.tiling
-    tiles = tiling.split(weight)
-    codes = scales.encode(tiles, format.value(scale), zero_point, spec.format, spec.round_method)
-    return QuantTensor(tiling.merge(codes, *weight.shape), scale, zero_point, spec, format.unit)
+    tiling, value = spec.tiling, format.value(scale)
+    codes = torch.empty(weight.shape, dtype=spec.format.code_dtype, device=weight.device)
+    for rows, tiles in tiling.pieces(weight.shape[0], weight.shape[1], PIECE):
+        zero = None if zero_point is None else zero_point[tiles]
+        found = scales.encode(tiling.split(weight[rows]), value[tiles], zero, spec.format, spec.round_method)
+        codes[rows] = tiling.merge(found, *weight[rows].shape)
+    return QuantTensor(codes, scale, zero_point, spec, format.unit)
 
 
 def _to_unsigned(codes: Tensor, spec: QuantizationSpec) -> Tensor:
     if not spec.format.is_integer or not spec.format.is_signed:
         return codes
-    return (codes.to(torch.int16) - int(spec.format.smallest)).to(torch.uint8)
+    return codes.view(torch.uint8) - int(spec.format.smallest)  # modulo 256
 
 
 def from_unsigned(codes: Tensor, spec: QuantizationSpec) -> Tensor:
     """Unsigned codes (starting at 0) → the format's own codes."""
     if not spec.format.is_integer or not spec.format.is_signed:
         return codes
-    return (codes.to(torch.int16) + int(spec.format.smallest)).to(torch.int8)
+    return (codes + (256 + int(spec.format.smallest))).view(torch.int8)  # modulo 256

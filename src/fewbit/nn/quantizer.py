@@ -236,4 +236,5 @@ def _grid(weight: Tensor, spec: QuantizationSpec, name: str) -> tuple[Tensor, Sc
 
 def scale_format(matrix: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> ScaleFormat:
     """How the scales of `matrix` are stored, with the second level that its largest magnitude needs."""
-    return spec.scale_format(dtype, spec.unit(float(matrix.abs().max())))
+    largest = float(matrix.abs().max()) if spec.scale_type == "e4m3" else 1.0
+    return spec.scale_format(dtype, spec.unit(largest))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 RoundMethod = Literal["half_even", "round", "floor"]
 FLOAT32_MANTISSA = 23
+NATIVE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # whose bits are the codes
 CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CODE_BITS = 8
 """Of the widest codes that are stored."""
@@ -116,10 +117,20 @@ class NumberFormat:
             code = torch.where(isnan, self.nan_code, code)
         return code.to(torch.uint8)
 
+    def codes(self, values: Tensor) -> Tensor:
+        """Codes of float32 values of the format itself (what `round_` gives), without NaN: `encode`, but faster."""
+        if self.is_integer:
+            return values.to(self.code_dtype)
+        if self.name in NATIVE_DTYPES:
+            return values.to(NATIVE_DTYPES[self.name]).view(torch.uint8)
+        return self.encode(values)
+
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `codes` in `dtype`."""
         if self.is_integer or self.is_cast:
             return codes.to(dtype)
+        if self.name in NATIVE_DTYPES:
+            return codes.view(NATIVE_DTYPES[self.name]).to(dtype)
         return _code_table(self.name).to(codes.device, dtype)[codes.long()]
 
 

@@ -23,9 +23,12 @@ def packed_length(length: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes [..., n] (any integer dtype, 0 ≤ code < 2^bits) → int32 words [..., ceil(n·bits/32)]."""
     _check_bits(bits)
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+    unsigned = codes.dtype == torch.uint8
+    if codes.numel() and ((not unsigned and int(codes.min()) < 0) or int(codes.max()) >= 2**bits):
         raise ValueError(f"codes must lie in [0, {2**bits}) to be packed in {bits} bits")
     length = codes.shape[-1]
+    if bits in (1, 2, 4, 8):
+        return _pack_evenly(codes.to(torch.uint8), bits)[..., : packed_length(length, bits)].contiguous()
     lanes = torch.nn.functional.pad(codes, (0, -length % LANES)).unflatten(-1, (-1, LANES))  # [..., n/32, 32]
     words = torch.zeros(*lanes.shape[:-1], bits, dtype=torch.int32, device=codes.device)
     for lane in range(LANES):  # 32 vectorized steps whatever the size of the tensor
@@ -35,6 +38,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > WORD_BITS:
             words[..., word + 1] |= value >> (WORD_BITS - shift)
     return words.flatten(-2)[..., : packed_length(length, bits)].contiguous()
+
+
+def _pack_evenly(codes: Tensor, bits: int) -> Tensor:
+    """`pack` of uint8 codes whose width divides a byte: neighbours become one number of twice the width."""
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % LANES)).contiguous()
+    while bits < 8:
+        pairs = codes.view(torch.int16)  # little-endian: the first one is the low byte
+        codes = (pairs | (pairs >> (8 - bits))).to(torch.uint8)
+        bits *= 2
+    return codes.view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:

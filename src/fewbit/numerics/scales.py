@@ -130,9 +130,11 @@ def encode(tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat,
     steps = tiles.float() / scale.unsqueeze(-1)
     if zero is not None:
         steps += zero.unsqueeze(-1)
-    if bool(steps.isnan().any()) and fmt.nan_code is None:
-        raise ValueError(f"NaN cannot be encoded as {fmt.name}")
-    return fmt.encode(fmt.round_(steps, rounding))
+    if bool(steps.isnan().any()):
+        if fmt.nan_code is None:
+            raise ValueError(f"NaN cannot be encoded as {fmt.name}")
+        return fmt.encode(fmt.round_(steps, rounding))
+    return fmt.codes(fmt.round_(steps, rounding))
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> Tensor:

@@ -28,7 +28,7 @@ from fewbit.numerics.scale_format import PAIRS
 if TYPE_CHECKING:
     from fewbit.numerics.scales import GridRule
 
-PIECE = 2**16  # elements scored at a time: small enough for the cache, whatever the number of candidates
+PIECE = 2**17  # elements scored at a time: few enough for the cache, whatever the number of candidates
 FEW = 256  # elements, up to which the error is jagged
 COARSE, COARSE_OF_FEW = 0.86, 0.93  # share of the range to the next
 REFINE, REFINE_OF_FEW = (0.07, 0.035, 0.0175, 0.00875), (0.046, 0.023, 0.0115)
@@ -107,7 +107,7 @@ def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> 
         """Try a scale with a zero point and its neighbours, as far as the grid may have moved; returns the best."""
         nonlocal best, best_zero, best_error
         error = rule.error(tiles, scale, zero, importance)
-        stride = 2 ** max(0, rule.fmt.bits - 4)
+        stride = 2 ** min(4, max(0, rule.fmt.bits - 4))
         while stride:
             for sign in (-stride, stride):
                 beside = (zero + sign).clamp_(smallest, largest)

@@ -16,7 +16,7 @@ from fewbit.config.algorithms import CodeConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.nn.quantizer import scale_format
 from fewbit.numerics.second_moment import quadratic_form
-from fewbit.tensor import QuantTensor
+from fewbit.tensor import PIECE, QuantTensor, quantize
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,45 @@ def quantize_stage(
                 seconds=seconds * member.weight.shape[0] / weight.shape[0],
             )
     return results
+
+
+def round_stage(members: list[Member]) -> dict[str, LinearResult]:
+    """Round the linears of a stage to nearest, without data; weights of any float dtype."""
+    results: dict[str, LinearResult] = {}
+    for batch in _alike(members):
+        spec, dtype = batch[0].spec, batch[0].dtype
+        largest = 1.0
+        if spec.scale_type == "e4m3":
+            largest = max(float(member.weight.abs().max()) for member in batch)
+        format = spec.scale_format(dtype, spec.unit(largest))
+        shared = None
+        if len(batch) > 1 and spec.tiling.rows != 1:  # one scale for all
+            whole = torch.cat([member.weight for member in batch])
+            shared = spec.grid_rule(format).find(spec.tiling.split(whole))
+            del whole
+        for member in batch:
+            started = time.perf_counter()
+            weight = _first_stage(member.weight, member)
+            stored, zero = shared or spec.grid_rule(format).find(spec.tiling.split(weight))
+            found = quantize(weight, spec, format, stored, zero)
+            results[member.name] = LinearResult(
+                weight=found,
+                tokens=0,
+                error=float(found.squared_error(member.weight).sum()),
+                energy=_energy(member.weight),
+                damping=None,
+                fallback=None,
+                seconds=time.perf_counter() - started,
+            )
+    return results
+
+
+def _energy(weight: Tensor) -> float:
+    """‖W‖²."""
+    rows = max(1, PIECE // weight.shape[1])
+    return sum(
+        float(torch.linalg.vector_norm(part.float(), dim=-1).double().square_().sum()) for part in weight.split(rows)
+    )
 
 
 def _alike(members: list[Member]) -> Iterable[list[Member]]:

@@ -28,7 +28,7 @@ from fewbit.pipeline.progress import ProgressView
 from fewbit.pipeline.report import linear_row
 from fewbit.pipeline.run_directory import RunDirectory
 from fewbit.pipeline.smoothing import Smoother
-from fewbit.pipeline.stage_quantizer import Member, quantize_stage
+from fewbit.pipeline.stage_quantizer import Member, quantize_stage, round_stage
 from fewbit.pipeline.staged import StagedForward, Strategy
 from fewbit.pipeline.stages import Stage, calibration_stops, stages_of
 
@@ -144,8 +144,9 @@ class Walk:
                 self.progress.block_done(index, None)
                 continue
             work = BlockWork(index, self.model.prefix(index))
-            decide = partial(self._quantize, work=work, scaling=None)
-            with self.model.loaded(index, self.device) as block:
+            decide = partial(self._round, work=work)
+            read = partial(self.model.source.read, self.model.block_tensors(index))  # in the dtypes that are stored
+            with self.model.loaded(index, self.device, read) as block:
                 for stage in stages_of(block, self.plan.block_groups[index], decide):
                     stage.finish()
                 rows += self._write(work)
@@ -183,6 +184,14 @@ class Walk:
             if result.fallback is not None:
                 logger.warning("%s fell back: %s", name, result.fallback)
                 self.progress.note(f"{name}: {result.fallback}")
+
+    def _round(self, stage: Stage, work: BlockWork) -> None:
+        """Quantize a stage without data. Nothing runs through it afterwards."""
+        self.progress.stage(work.index, " ".join(name.rpartition(".")[2] for name in stage.members))
+        for name, result in round_stage(self._members(stage, work)).items():
+            work.results[name] = result
+            self._quantize_bias(name, stage.members[name.removeprefix(work.prefix)], work)
+            logger.info("%s loss %.4e seconds %.2f", name, result.loss, result.seconds)
 
     def _members(self, stage: Stage, work: BlockWork) -> list[Member]:
         """What there is to quantize at a stage."""
