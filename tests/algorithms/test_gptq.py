@@ -351,3 +351,18 @@ def test_weights_of_any_size_are_quantized(name, rows, columns, tokens, monkeypa
     assert loss(weight, x.T @ x, found) <= loss(weight, x.T @ x, plain)
     nothing = torch.zeros_like(weight)
     assert (gptq(nothing, x.T @ x, spec, format_of(spec, nothing), GPTQConfig()).weight.dequantize() == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["int3", "int4"])
+def test_one_scale_per_row_is_found_by_what_errors_cost_in_the_end(dtype):
+    """Not by diag(H): a column with huge inputs is cheap if its neighbours can make up for it."""
+    weight, moment = correlated()
+    loud = torch.ones(128)
+    loud[:4] = 30.0  # multiples of one signal, together with their neighbours
+    moment = moment * loud * loud.unsqueeze(1)
+    weight = weight.clone()
+    weight[:, 0] *= 4
+    spec = QuantizationSpec(dtype=dtype, qscheme="per_channel")
+    blind = replace(spec, observer="mse")
+    found = {s.observer: gptq(weight, moment, s, format_of(s, weight), GPTQConfig(refits=0)) for s in (spec, blind)}
+    assert loss(weight, moment, found["search"]) < loss(weight, moment, found["mse"])

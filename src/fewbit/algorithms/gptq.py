@@ -18,6 +18,8 @@ drift of the inputs (see `drifted`):
 3. Codes are found again on the fitted grid, now that it is fixed with the columns in any order (by falling diag(H);
    groups stay where they are, so no g_idx), and each row keeps the better result. Then the scales are fitted again.
 
+Grids that are fixed before the loop (a scale per channel, blocks) are searched by the same Σ ((w_j − v_j) / U_jj)².
+
 In the end each row is compared with itself rounded to nearest, by the true loss, so it is never worse than that.
 Scales are always scored as they are stored. All of it works on columns as rows (Wᵀ, contiguous) and on many output
 channels at once; leaves of a few columns are updated one by one, everything beyond them by matrix products.
@@ -59,6 +61,12 @@ class Factor:
     precision: Tensor
     """1/U_jj²: what a squared error of column j costs once later columns have made up for it."""
     damping: float
+
+    @property
+    def cost(self) -> Tensor:
+        """`precision` in the order of the weight's columns. (diag(H) is what an error costs that no column makes
+        up for.)"""
+        return torch.empty_like(self.precision).index_copy_(0, self.order, self.precision)
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,8 @@ def gptq(
     follows_drift = drift is not None and config.drift > 0
     if drift is not None and follows_drift:
         weight = drifted(weight, drift, choosing, config.drift)
-    nearest = _rounded(weight, moment, spec, scale)
-    fixed = None if by_group else _grid_of_rows(nearest, rule)
+    nearest = quantize(weight, spec, scale, *_scales(weight, importance(moment), spec, rule))
+    fixed = None if by_group else _grid_of_rows(weight, choosing.cost, spec, rule)
     ridge = solving.damping * float(moment.diagonal().mean(dtype=torch.float64))
     parts = []
     rows_at_once = max(64, CHUNK_ELEMENTS // weight.shape[1])
@@ -331,17 +339,17 @@ def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
             w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
 
 
-def _rounded(weight: Tensor, moment: Tensor, spec: QuantizationSpec, scale: ScaleFormat) -> QuantTensor:
-    """The weight rounded to nearest, on grids by the spec's rule."""
-    weights = spec.tiling.split(importance(moment).expand_as(weight)) if spec.observer == "search" else None
-    return quantize(weight, spec, scale, *spec.grid_rule(scale).find(spec.tiling.split(weight), weights))
+def _scales(weight: Tensor, cost: Tensor, spec: QuantizationSpec, rule: GridRule) -> tuple[Tensor, Tensor | None]:
+    """Scales as they are stored and zero points, by the spec's rule; `cost` [in] of a squared error in each column."""
+    costs = spec.tiling.split(cost.expand_as(weight)) if spec.observer == "search" else None
+    return rule.find(spec.tiling.split(weight), costs)
 
 
-def _grid_of_rows(nearest: QuantTensor, rule: GridRule) -> Grid:
-    """Grids [groups, rows] of a quantized weight, for every row its own."""
-    rows = nearest.shape[0]
-    tile_rows, _ = nearest.spec.tiling.tile(*nearest.shape)
-    grid = Grid.stored(rule, nearest.scale, nearest.zero_point)
+def _grid_of_rows(weight: Tensor, cost: Tensor, spec: QuantizationSpec, rule: GridRule) -> Grid:
+    """Grids [groups, rows] that are fixed before the loop, for every row its own."""
+    rows = weight.shape[0]
+    tile_rows, _ = spec.tiling.tile(*weight.shape)
+    grid = Grid.stored(rule, *_scales(weight, cost, spec, rule))
     return grid.map(lambda x: x.repeat_interleave(tile_rows, 0)[:rows].T.contiguous())
 
 
