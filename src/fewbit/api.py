@@ -15,7 +15,7 @@ from fewbit.calibration.tokens import CalibrationData
 from fewbit.config.algorithms import AlgorithmConfig, algorithm_configs
 from fewbit.config.recipe import Config
 from fewbit.config.schemes import parse_scheme
-from fewbit.export import Verification, export_directory, exporter, verify
+from fewbit.export import Verification, already_there, export_directory, exporter, verify
 from fewbit.export import export as export_run
 from fewbit.pipeline.arguments import DEFAULT_ACTIVATION_MEMORY
 from fewbit.pipeline.plan import Plan
@@ -85,7 +85,9 @@ def quantize(
         sequence_length=sequence_length,
         seed=seed,
     )
-    targets = [exporter(name) for name in export]
+    targets = [exporter(name) for name in dict.fromkeys(export)]
+    for target in targets if resume else ():
+        already_there(output, target.name, finished=False)  # what is in the way is said before the work
 
     def check(plan: Plan) -> None:
         for target in targets:
@@ -105,7 +107,7 @@ def quantize(
     )
     run = Run(directory)
     for target in targets:
-        if not (resume and export_directory(directory, target.name).exists()):
+        if not already_there(directory, target.name):
             run.export(target.name)
     return run
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.generation import GenerationConfig
 from fewbit.checkpoint.configuration import CONFIG_FILE, first_line, read_config
 from fewbit.errors import CheckpointError, RunError, printable
 from fewbit.files import read_json_object, replacing, write_json
-from fewbit.scratch import is_scratch
+from fewbit.scratch import is_scratch, temporary_directory
 
 RESERVED = frozenset(
     ("fewbit.json", "journal.jsonl", "report.json", "outside.safetensors", "blocks", "exports", "work", ".lock",
@@ -95,7 +94,7 @@ def saved_side_files(
     notes = []
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
+    with temporary_directory("config") as scratch:
         directory = Path(scratch)
         try:
             if model.is_remote_code():

@@ -49,7 +49,7 @@ def quantize(
     from fewbit.api import quantize as run_quantization
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
-    from fewbit.export import export_directory
+    from fewbit.export import already_there, export_directory
     from fewbit.export.verification import read_origin
     from fewbit.pipeline.progress import setup_logging
 
@@ -59,7 +59,7 @@ def quantize(
         )
     if log is not None:
         setup_logging(log)
-    there = {name for name in export or [] if resume and export_directory(output, name).exists()}
+    there = {name for name in export or [] if resume and already_there(output, name, finished=False)}
     run = run_quantization(
         model,
         scheme,

@@ -12,9 +12,10 @@ from fewbit.checkpoint.files import replacing_directory
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.config.schemes import CacheSuite, Scheme
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import CheckpointError, ConfigError, nearest
+from fewbit.errors import CheckpointError, ConfigError, RunError, nearest
 from fewbit.export import compressed_tensors
-from fewbit.export.verification import ORIGIN, Verification, read_origin, write_origin
+from fewbit.export.verification import ORIGIN, Verification, is_complete, read_origin, write_origin
+from fewbit.scratch import is_scratch
 
 Specs = Mapping[str, QuantizationSpec]
 Shapes = Mapping[str, tuple[int, int]]
@@ -23,6 +24,7 @@ __all__ = [
     "EXPORTERS",
     "Exporter",
     "Verification",
+    "already_there",
     "engines_of_cache",
     "engines_of_scheme",
     "export",
@@ -84,7 +86,8 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
     checkpoint.check_files()
     with replacing_directory(Path(output), last=ORIGIN) as beside:
         target.write(checkpoint, beside)
-        write_origin(beside, Path(output), Path(run), format, target.notes(weights, activations))
+        notes = target.notes(weights, activations)
+        write_origin(beside, Path(output), Path(run), format, notes, checkpoint.fingerprint())
     return Path(output)
 
 
@@ -99,6 +102,25 @@ def engines_of_scheme(scheme: Scheme) -> str:
 def engines_of_cache(suite: CacheSuite) -> str:
     """The same of a KV cache."""
     return compressed_tensors.engines_for({}, {"m.key": suite.spec, "m.value": suite.spec}) if suite.exports else ""
+
+
+def already_there(run: str | Path, format: str, finished: bool = True) -> bool:
+    """Whether the run, `finished` or still to be, has an export of this format where exports are put.
+
+    RunError if there is something else: an export that is not complete, or one of what the run was before.
+    """
+    directory = export_directory(run, format)
+    if not directory.is_dir() or not any(not is_scratch(path.name) for path in directory.iterdir()):
+        return False
+    advice = "move it away or remove it, and run the command again"
+    try:
+        if not is_complete(directory):
+            raise CheckpointError("files are missing")
+    except CheckpointError:
+        raise RunError(f"{directory} is no complete export of this run; {advice}") from None
+    if finished and read_origin(directory).fingerprint != NativeCheckpoint(run).fingerprint():
+        raise RunError(f"{directory} was made from what the run was before; {advice}")
+    return True
 
 
 def export_directory(run: str | Path, format: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.errors import VerificationError, printable
 from fewbit.export.verification import ORIGIN, Origin, digest_of
 from fewbit.files import read_json_object
+from fewbit.scratch import temporary_directory
 
 _HARMLESS = (".md", ".txt.asc", ".png", ".jpg", ".jpeg", ".svg", ".pdf")
 """Ends of names of what people put beside a model for other people."""
@@ -38,7 +38,7 @@ def check_beside(
         _check_regular(directory / name)
     if CONFIG_FILE not in origin.files:
         raise VerificationError(f"{directory / ORIGIN} names no {CONFIG_FILE}; export the run again")
-    with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
+    with temporary_directory("beside") as scratch:
         again = Path(scratch)
         copy_side_files(run, again, changes)
         for name in sorted(origin.files):

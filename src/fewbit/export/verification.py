@@ -35,16 +35,20 @@ class Verification:
 
 @dataclass(frozen=True)
 class Origin:
-    """Format of an export, where the run it was made from was then, what to know when loading it, and the digests of
-    its files that hold no weights."""
+    """Format of an export, where the run it was made from was then, what to know when loading it, the digests of its
+    files that hold no weights, the sizes of those that do, and the fingerprint of the run."""
 
     format: str
     run: Path
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
-def write_origin(directory: Path, final: Path, run: Path, format: str, notes: Sequence[str] = ()) -> None:
+def write_origin(
+    directory: Path, final: Path, run: Path, format: str, notes: Sequence[str] = (), fingerprint: str = ""
+) -> None:
     """Note in an export, now in `directory` and soon in `final`, which run it was made from."""
     where = os.path.relpath(run.resolve(), final.resolve())
     files = {
@@ -52,7 +56,18 @@ def write_origin(directory: Path, final: Path, run: Path, format: str, notes: Se
         for path in sorted(directory.rglob("*"))
         if path.is_file() and not is_weight(path.name)
     }
-    noted: dict[str, Any] = {"format": format, "notes": list(notes), "files": files}
+    weights = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and is_weight(path.name)
+    }
+    noted: dict[str, Any] = {
+        "format": format,
+        "notes": list(notes),
+        "files": files,
+        "weights": weights,
+        "fingerprint": fingerprint,
+    }
     write_json(directory / ORIGIN, {"run": where} | noted | {"digest": _fields_digest(noted)})
 
 
@@ -62,11 +77,27 @@ def read_origin(directory: Path) -> Origin:
     if not directory.is_dir() or not os.path.lexists(file):
         raise CheckpointError(f"{directory} is no fewbit export (it has no {ORIGIN})")
     found = read_json_object(file)
-    noted = {name: found.get(name) for name in ("format", "notes", "files")}
+    noted = {name: found.get(name) for name in ("format", "notes", "files", "weights", "fingerprint")}
     run = found.get("run")
     if not isinstance(run, str) or "\0" in run or found.get("digest") != _fields_digest(noted):
         raise CheckpointError(f"{file} is not what this version of fewbit wrote; export the run again")
-    return Origin(str(noted["format"]), directory / run, tuple(found["notes"]), dict(found["files"]))
+    return Origin(
+        str(noted["format"]),
+        directory / run,
+        tuple(found["notes"]),
+        dict(found["files"]),
+        dict(found["weights"]),
+        str(noted["fingerprint"]),
+    )
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every file that an export was written with is there. CheckpointError if it says not which."""
+    origin = read_origin(directory)
+    sizes = ((directory / name, size) for name, size in origin.weights.items())
+    return all((directory / name).is_file() for name in origin.files) and all(
+        file.is_file() and file.stat().st_size == size for file, size in sizes
+    )
 
 
 def digest_of(file: Path) -> str:

