@@ -106,6 +106,7 @@ class TestBadInput:
             ({"inputs": replace(STATIC, scale_type="float")}, "input_tensors int8 per_tensor: use a static"),
             ({"outputs": replace(STATIC, is_dynamic=True)}, "output_tensors .* use a static"),
             ({"inputs": replace(STATIC, dtype="uint8", symmetric=False)}, "input_tensors .* use a static"),
+            ({"inputs": replace(STATIC, dtype="int16")}, "input_tensors: int16 can be rounded to .* but not stored"),
         ],
     )
     def test_what_is_no_shift_is_refused(self, options, sentence):
@@ -115,3 +116,8 @@ class TestBadInput:
     def test_scales_must_be_known(self):
         with pytest.raises(CalibrationError, match="input_tensors has no scale yet"):
             IntegerLinear.from_module(fake(32, 96))
+
+
+def test_a_plain_linear_is_refused():
+    with pytest.raises(ConfigError, match="made of a FakeQuantLinear, not of Linear"):
+        IntegerLinear.from_module(nn.Linear(2, 2))

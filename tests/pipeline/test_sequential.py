@@ -266,7 +266,8 @@ def test_the_two_ways_to_write_a_configuration_are_one():
 
 
 @pytest.mark.parametrize(
-    ("method", "shape"), [("per-tensor", (1, 1)), ("per-channel", (64, 1)), ("per-block", (64, 2))]
+    ("method", "shape"),
+    [("per-tensor", (1, 1)), ("per-channel", (64, 1)), ("per-token", (64, 1)), ("per-block", (64, 2))],
 )
 def test_methods_say_what_shares_a_scale(method, shape):
     results = run_gptq_for_sequential_layers(
@@ -363,6 +364,8 @@ def test_an_error_on_the_way_leaves_all_layers_as_they_were():
         ({"spec": "W8A8"}, ConfigError, "W8A8 does not quantize weights alone"),
         ({"spec": "W4A61"}, ConfigError, "W4A61"),
         ({"spec": 4}, ConfigError, "not int"),
+        ({"spec": GPTQConfig()}, ConfigError, "GPTQConfig says nothing of bits; give a spec before it"),
+        ({"spec": QuantizationSpec(dtype="int12", qscheme="per_channel")}, ConfigError, "int12 .* but not stored"),
         ({"spec": SPEC, "config": AWQConfig()}, ConfigError, "GPTQConfig or RTNConfig, not AWQConfig"),
         ({"spec": SequentialGPTQConfig(), "config": GPTQConfig()}, ConfigError, "leave config out"),
         ({"spec": SPEC, "exclude": ["*.gate"]}, ConfigError, r"exclude: '\*\.gate' matches no linear"),

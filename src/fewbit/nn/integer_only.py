@@ -69,6 +69,8 @@ class IntegerLinear(nn.Module):
         scale_type "pof2". It computes what the module computes, exactly, where the module's float sums are exact
         (|Σ| < 2^24 in float32) and its bias lies on the grid; a bias elsewhere is rounded to it.
         """
+        if not isinstance(module, FakeQuantLinear):
+            raise ConfigError(f"an integer-only linear is made of a FakeQuantLinear, not of {type(module).__name__}")
         weight = module.quantized_weight()
         if weight is None:
             raise ConfigError("an integer-only linear needs a quantized weight; name a spec for weight")
@@ -137,6 +139,7 @@ def _shiftable(quantizer: ActivationQuantizer | None, field: str) -> ActivationQ
     if quantizer is None:
         raise ConfigError(f"an integer-only linear needs quantized in- and outputs; name a spec for {field}")
     spec = quantizer.spec
+    spec.check_stored(field)
     pure = spec.format.is_integer and spec.symmetric and spec.scale_type == "pof2" and not spec.residual
     if not pure or spec.is_dynamic or spec.qscheme != "per_tensor" or spec.round_method != "half_even":
         raise ConfigError(f"{field} {spec.summary}: use a static, symmetric per_tensor integer with scale_type pof2")

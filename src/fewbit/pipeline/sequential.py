@@ -159,6 +159,10 @@ def _resolved(
         return QuantizationConfig(weight=spec).weight or spec, algorithm  # says what a weight's spec cannot be
     name = spec if isinstance(spec, str) else "the config"
     chosen = scheme_config(spec) if isinstance(spec, str) else spec
+    if isinstance(chosen, GPTQConfig | RTNConfig):
+        raise ConfigError(
+            f"{type(chosen).__name__} says nothing of bits; give a spec before it, or a SequentialGPTQConfig for both"
+        )
     if not isinstance(chosen, QuantizationConfig):
         raise ConfigError(
             f"spec is a QuantizationSpec, a scheme's name or a SequentialGPTQConfig, not {type(spec).__name__}"
