@@ -377,3 +377,32 @@ def test_calibration_of_a_network_leaves_its_mode_and_its_running_statistics():
 def test_what_is_no_config_is_refused(given):
     with pytest.raises(ConfigError, match=r"takes a Config, not .*; Config\.from_dict makes one"):
         ModelQuantizer(given)
+
+
+def test_a_layer_in_two_places_is_refused_by_name(random_model):
+    model = random_model("llama")
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj are one Linear"
+    ):
+        quantized(model, {"scheme": "W8A8"} | RTN)
+
+
+def test_what_stays_as_it_is_is_logged(random_model, caplog):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 3), nn.Flatten(), nn.Linear(256, 10))
+    quantized(net, static(), [IMAGES])
+    assert "1.weight (ConvTranspose2d, 8 × 4 × 3 × 3," in caplog.text
+    caplog.clear()
+    moe = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4}
+    quantized(random_model("qwen2_moe", **moe), {"scheme": "W8A8"} | RTN)
+    assert "mlp.experts.gate_up_proj (Qwen2MoeExperts" in caplog.text
+
+
+def test_a_dispatched_model_stays_dispatched(random_model):
+    from accelerate import dispatch_model
+
+    models = random_model("llama"), dispatch_model(random_model("llama"), {"": "cpu"}, force_hooks=True)
+    for model in models:
+        quantized(model, {"scheme": "W8A8"} | RTN)
+    assert hasattr(models[1].model.layers[0].mlp.up_proj, "_hf_hook")
+    assert torch.equal(*map(logits_of, models))

@@ -367,3 +367,54 @@ def test_a_weight_that_is_computed_is_refused():
     linear = prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5)
     with pytest.raises(ConfigError, match="computed"):
         quantize_(nn.Sequential(linear), weights="int4")
+
+
+def test_hooks_of_a_module_are_those_of_its_counterparts():
+    model, plain = (nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 4)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(3, 2, 2, 2)
+    handles = [model[0].register_forward_hook(lambda _m, _x, y: 2 * y), model[2].register_forward_pre_hook(_halved)]
+    for step in (lambda net: quantize_(net, "int8"), freeze):
+        step(model)
+        step(plain)
+        torch.testing.assert_close(model(x), plain(x))
+        assert not torch.equal(model[0](x), plain[0](x))
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model[0](x), plain[0](x))
+
+
+def _halved(_module, args):
+    return (args[0] / 2,)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_module_that_would_lose_something_is_refused_by_name_and_may_be_excluded():
+    def own(module):
+        module.forward = lambda x: x
+
+    for change in (own, nn.utils.spectral_norm, lambda module: module.register_buffer("gain", torch.ones(1))):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        change(model[1])
+        with pytest.raises(ConfigError, match=r"1 \(Linear\)"):
+            quantize_(model, "int8")
+        assert type(model[0]) is nn.Linear
+        assert [row.name for row in quantize_(model, "int8", exclude="1").rows] == ["0"]
+
+
+def test_what_cannot_be_quantized_is_reported_with_its_share():
+    model = nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 2), "out": nn.Linear(8, 8, bias=False)})
+    model.table = nn.Parameter(torch.ones(8, 8))
+    skipped = quantize_(model, "int8").skipped
+    assert "ConvTranspose2d" in skipped["up"]
+    assert "32.7% of the parameters" in skipped["table"]
+
+
+def test_a_compiled_model_is_quantized_inside():
+    model = nn.Sequential(nn.Linear(32, 8))
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 32)
+    before = compiled(x)
+    quantize_(compiled, "int4")
+    assert isinstance(model[0], FakeQuantLinear)
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), before)

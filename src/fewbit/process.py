@@ -63,6 +63,8 @@ def neutral(default_device: bool = True) -> Iterator[None]:
 
     Args:
         default_device: False leaves it as it is, for what calls a user's own modules: their forward may count on it.
+
+    torch has one default dtype for all threads. Where it is another than float32, other threads see float32 meanwhile.
     """
     with ExitStack() as stack:
         stack.enter_context(_shared())

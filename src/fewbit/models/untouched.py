@@ -80,10 +80,12 @@ def sentence(found: Collection[Untouched]) -> str:
         for (pattern, kind, shape), members in largest
     ]
     more = f" and {len(kinds) - 8} more kinds" if len(kinds) > 8 else ""
-    return (
-        f"{len(found)} tensors that are no linears stay as they are, {sum(one.share for one in found):.1%} of the "
-        f"parameters: {', '.join(kinds[:8])}{more}"
+    what = (
+        "1 tensor that is no linear stays as it is"
+        if len(found) == 1
+        else (f"{len(found)} tensors that are no linears stay as they are")
     )
+    return f"{what}, {sum(one.share for one in found):.1%} of the parameters: {', '.join(kinds[:8])}{more}"
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
