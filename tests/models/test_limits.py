@@ -41,7 +41,7 @@ KNOWN = [
 @pytest.mark.parametrize(("kind", "fields", "limit", "hard"), KNOWN)
 def test_positions_are_those_of_the_tables_or_of_the_config(kind, fields, limit, hard):
     made = model(kind, **fields)
-    assert positions(made) == Positions(limit, hard)
+    assert positions(made, made.base_model_prefix) == Positions(limit, hard)
     if hard:  # and it is so: as many work, one more does not
         with torch.no_grad():
             made(torch.zeros(1, limit, dtype=torch.int64))
@@ -50,7 +50,13 @@ def test_positions_are_those_of_the_tables_or_of_the_config(kind, fields, limit,
 
 
 def test_a_model_with_alibi_has_no_limit():
-    assert positions(model("bloom", vocab_size=99, hidden_size=32, n_head=2, n_layer=1)) is None
+    assert positions(model("bloom", vocab_size=99, hidden_size=32, n_head=2, n_layer=1), "transformer") is None
+
+
+def test_positions_of_pictures_are_no_positions_of_text():
+    made = model("llama", **ROTARY)
+    made.vision_tower = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(9, 4)})
+    assert positions(made, "model") == Positions(64, hard=False)
 
 
 def ids(length, batch=1):

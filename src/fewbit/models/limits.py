@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbit.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from fewbit.models.blockwise import BlockwiseModel
 
 _TABLES = ("embed_positions", "pos_encoding")  # buffers with one row per position, which some rotary families index
 _STRETCHES = ("linear", "dynamic", "yarn")  # kinds of rope scaling whose factor is not yet in max_position_embeddings
@@ -36,10 +39,10 @@ def check_tokens(skeleton: PreTrainedModel, batches: Iterable[Mapping[str, Tenso
             )
 
 
-def check_length(skeleton: PreTrainedModel, length: int) -> list[str]:
+def check_length(model: BlockwiseModel, length: int) -> list[str]:
     """CalibrationError if a sequence of `length` tokens has more than the positions that the model has learned; a
     warning if only more than it was trained with."""
-    found = positions(skeleton)
+    found = positions(model.skeleton, model.architecture.blocks.rpartition(".")[0])
     if found is None or length <= found.limit:
         return []
     advice = f"use a sequence length of at most {found.limit} (--sequence-length)"
@@ -53,9 +56,12 @@ def check_length(skeleton: PreTrainedModel, length: int) -> list[str]:
     ]
 
 
-def positions(skeleton: PreTrainedModel) -> Positions | None:
-    """What is known of a model's positions; None if it has no limit."""
-    tables = list(_tables(skeleton))
+def positions(skeleton: PreTrainedModel, decoder: str) -> Positions | None:
+    """What is known of a model's positions; None if it has no limit.
+
+    `decoder` is the name of the module that holds the blocks: tables elsewhere are those of pictures or sounds.
+    """
+    tables = list(_tables(skeleton, decoder))
     if tables:
         return Positions(min(tables), hard=True)
     config: Any = skeleton.config
@@ -66,10 +72,10 @@ def positions(skeleton: PreTrainedModel) -> Positions | None:
     return Positions(max([limit, *_stretched(getattr(config, "rope_parameters", None), limit)]), hard=False)
 
 
-def _tables(skeleton: PreTrainedModel) -> Iterable[int]:
+def _tables(skeleton: PreTrainedModel, decoder: str) -> Iterable[int]:
     """Rows of every table that is indexed with positions."""
     words = skeleton.get_input_embeddings()
-    for name, module in skeleton.named_modules():
+    for name, module in skeleton.get_submodule(decoder).named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and module is not words:
             described = f"{leaf} {type(module).__name__}".lower()

@@ -87,7 +87,7 @@ def quantize_model(
     if data is not None:
         check_tokens(blockwise.skeleton, data.batches)
         longest = max(batch["input_ids"].shape[1] for batch in data.batches)
-        plan = replace(plan, warnings=plan.warnings + check_length(blockwise.skeleton, longest))
+        plan = replace(plan, warnings=plan.warnings + check_length(blockwise, longest))
     plan = replace(plan, warnings=plan.warnings + _too_little(plan, config, data))
     search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
     smoother = Smoother(blockwise, plan, config, search) if search is not None else None
