@@ -42,12 +42,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def _pack_evenly(codes: Tensor, bits: int) -> Tensor:
     """`pack` of uint8 codes whose width divides a byte: neighbours become one number of twice the width."""
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % LANES)).contiguous()
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % LANES)).contiguous()
+    words = padded.shape[-1] * bits // WORD_BITS
+    codes = padded.view(-1)  # of one row the strides may be anything, and views of other widths mind them
     while bits < 8:
         pairs = codes.view(torch.int16)  # little-endian: the first one is the low byte
         codes = (pairs | (pairs >> (8 - bits))).to(torch.uint8)
         bits *= 2
-    return codes.view(torch.int32)
+    return codes.view(torch.int32).view(*padded.shape[:-1], words)
 
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
