@@ -12,7 +12,7 @@ from fewbit.algorithms.rtn import rtn
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics.scale_format import ScaleFormat, unit_for
-from fewbit.numerics.second_moment import quadratic_form
+from fewbit.numerics.second_moment import importance, quadratic_form
 
 BF16, FP32 = ScaleFormat("float", torch.bfloat16), ScaleFormat("float", torch.float32)
 SYMMETRIC = QuantizationSpec(dtype="int4", group_size=32)
@@ -366,3 +366,21 @@ def test_one_scale_per_row_is_found_by_what_errors_cost_in_the_end(dtype):
     blind = replace(spec, observer="mse")
     found = {s.observer: gptq(weight, moment, s, format_of(s, weight), GPTQConfig(refits=0)) for s in (spec, blind)}
     assert loss(weight, moment, found["search"]) < loss(weight, moment, found["mse"])
+
+
+@pytest.mark.parametrize("observer", ["search", "mse"])
+@pytest.mark.parametrize("dtype", ["int2", "int3", "int4"])
+def test_one_scale_per_row_is_as_good_as_textbook_gptq_with_scales_by_brute_force(dtype, observer):
+    weight, moment = correlated(rows=64)
+    spec = QuantizationSpec(dtype=dtype, qscheme="per_channel", observer=observer)
+    rule, largest = spec.grid_rule(BF16), weight.abs().amax(1) / 2 ** (spec.bits - 1)
+    weights = importance(moment) if observer == "search" else None
+    tried = [rule.scale.round(sign * largest * share) for sign in (1, -1) for share in torch.linspace(0.1, 1.3, 160)]
+    errors = torch.stack([rule.error(weight, scale, None, weights) for scale in tried])
+    scale = torch.stack(tried).gather(0, errors.argmin(0, keepdim=True))
+    module = import_module("fewbit.algorithms.gptq")
+    problem = module._Problem(weight, moment, 0.0, weight.shape[1], rule)
+    grid = module.Grid(scale, None, spec.format, spec.round_method)
+    levels = module.solve(problem, factored(moment, 128, "activation", 0.01), grid, 128).levels
+    textbook = float(quadratic_form(levels * scale.T - weight, moment).sum())
+    assert loss(weight, moment, gptq(weight, moment, spec, BF16, GPTQConfig())) < 1.02 * textbook

@@ -122,7 +122,7 @@ def gptq(
     if drift is not None and follows_drift:
         weight = drifted(weight, drift, choosing, config.drift)
     nearest = quantize(weight, spec, scale, *_scales(weight, importance(moment), spec, rule))
-    fixed = None if by_group else _grid_of_rows(weight, choosing.cost, spec, rule)
+    fixed = None if by_group else _fixed_grid(weight, choosing.cost, nearest, rule)
     ridge = solving.damping * float(moment.diagonal().mean(dtype=torch.float64))
     parts = []
     rows_at_once = max(64, CHUNK_ELEMENTS // weight.shape[1])
@@ -345,12 +345,18 @@ def _scales(weight: Tensor, cost: Tensor, spec: QuantizationSpec, rule: GridRule
     return rule.find(spec.tiling.split(weight), costs)
 
 
-def _grid_of_rows(weight: Tensor, cost: Tensor, spec: QuantizationSpec, rule: GridRule) -> Grid:
-    """Grids [groups, rows] that are fixed before the loop, for every row its own."""
+def _fixed_grid(weight: Tensor, cost: Tensor, nearest: QuantTensor, rule: GridRule) -> Grid:
+    """Grids [groups, rows] that are fixed before the loop, for every row its own: those of rounding to nearest.
+
+    If rows have their own and they are searched, then by what errors cost in the end (`cost` [in]), instead of by
+    diag(H): a column with huge inputs is cheap if its neighbours can make up for it.
+    """
+    spec, stored, zero = nearest.spec, nearest.scale, nearest.zero_point
+    if rule.rule == "search" and spec.tiling.rows == 1:
+        stored, zero = _scales(weight, cost, spec, rule)
     rows = weight.shape[0]
     tile_rows, _ = spec.tiling.tile(*weight.shape)
-    grid = Grid.stored(rule, *_scales(weight, cost, spec, rule))
-    return grid.map(lambda x: x.repeat_interleave(tile_rows, 0)[:rows].T.contiguous())
+    return Grid.stored(rule, stored, zero).map(lambda x: x.repeat_interleave(tile_rows, 0)[:rows].T.contiguous())
 
 
 def _better(weight: Tensor, moment: Tensor, found: QuantTensor, nearest: QuantTensor) -> tuple[QuantTensor, Tensor]:
