@@ -71,6 +71,11 @@ def is_affine(linear: Linear) -> bool:
     return not linear.weight.symmetric
 
 
+def has_gaps_in_old_versions(linear: Linear) -> bool:
+    """Whether codes do not fill words of 32 bits, so that their packing has changed over time."""
+    return bool(32 % linear.weight.bits)
+
+
 def has_inputs(linear: Linear) -> bool:
     return linear.inputs is not None
 

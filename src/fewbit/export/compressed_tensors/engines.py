@@ -23,6 +23,7 @@ from fewbit.export.compressed_tensors.contents import (
     contents,
     formats,
     fp8_cache,
+    has_gaps_in_old_versions,
     has_inputs,
     int4_by_fp8,
     is_affine,
@@ -213,6 +214,15 @@ RULES: tuple[Rule, ...] = (
         "transformers", LIMITED, some(of_layouts(NVFP4, MXFP4, MXFP6, MXFP8)),
         "transformers decodes FP4, FP6 and MX weights to bfloat16; load with dtype=torch.bfloat16 only",
         "tests/export/test_transformers.py",
+    ),
+    Rule(
+        "transformers", LIMITED, some(of_layouts(MXFP6)),
+        "transformers loads MXFP6 with compressed-tensors 0.20 and later only", "tests/export/test_versions.py",
+    ),
+    Rule(
+        "transformers", LIMITED, some(of_layouts(PACKED), has_gaps_in_old_versions),
+        "transformers loads packed weights of 3, 5, 6 and 7 bits with compressed-tensors 0.18 and later only: 0.17 "
+        "packs them with gaps", "tests/export/test_versions.py",
     ),
     Rule(
         "transformers", LIMITED, some(of_layouts(PACKED), is_affine),
