@@ -299,6 +299,13 @@ def test_an_export_that_was_moved_is_verified_when_the_run_is_named(copied, tmp_
     assert verify(moved, run)[0].quantized == 14
 
 
+def test_a_run_is_verified_against_itself_only(exported, tmp_path):
+    run, _ = exported("W4A16")
+    with pytest.raises(ConfigError, match="is a run itself"):
+        verify(run, tmp_path)
+    assert verify(run, run)
+
+
 def test_an_export_moved_together_with_its_run_needs_no_name(copied, tmp_path):
     run, directory = copied("W3A16_ASYM")
     moved = run.rename(tmp_path / "archive")

@@ -136,6 +136,8 @@ def verify(directory: str | Path, run: str | Path | None = None) -> list[Verific
     """
     directory = Path(directory)
     if (directory / MANIFEST).exists():
+        if run is not None and Path(run).resolve() != directory.resolve():
+            raise ConfigError(f"{directory} is a run itself, whose exports are verified; leave --run {run} out")
         exports = [path for path in sorted((directory / "exports").glob("[!.]*")) if path.is_dir()]
         if not exports:
             raise CheckpointError(
