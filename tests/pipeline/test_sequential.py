@@ -280,15 +280,18 @@ def test_padding_does_not_count(model):
     ids = prompts(1, 2)[0]
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
-    padded = record(model, [{"input_ids": ids, "attention_mask": mask}])
-    other = copy.deepcopy(model)
+    found = []
+    for padding in (0, 7):
+        padded = record(model, [{"input_ids": torch.where(mask.bool(), ids, padding), "attention_mask": mask}])
+        layers = copy.deepcopy(model.model.layers)
+        found.append(run_gptq_for_sequential_layers(layers, padded, SPEC))
     alone = record(model, [{"input_ids": ids[:1, 20:]}, {"input_ids": ids[1:]}])
-    results = run_gptq_for_sequential_layers(model.model.layers, padded, SPEC)
-    expected = run_gptq_for_sequential_layers(other.model.layers, alone, SPEC)
-    for name, result in results.items():
+    expected = run_gptq_for_sequential_layers(copy.deepcopy(model.model.layers), alone, SPEC)
+    for name, result in found[0].items():
+        assert torch.equal(result.weight.codes, found[1][name].weight.codes)
         assert result.tokens == expected[name].tokens == 2 * TOKENS - 20
-        assert result.error == pytest.approx(expected[name].error, rel=0.05)
-        assert (result.weight.codes == expected[name].weight.codes).float().mean() > 0.95
+        if name.startswith("0.self_attn.q"):  # behind it, sums in another order have rounded some codes otherwise
+            assert result.error == pytest.approx(expected[name].error, rel=0.01)
 
 
 def test_linears_can_be_left_as_they_are():
