@@ -81,8 +81,11 @@ class NumberFormat:
         """Nearest representable value of each element, saturating. Float in, float32 out; `x` is left alone."""
         return self.round_(x.float().clone(), method)
 
-    def round_(self, x: Tensor, method: RoundMethod = "half_even") -> Tensor:
-        """`round` in place, for float32 `x` without NaN: the inner loop of every search, so a few plain passes."""
+    def round_(self, x: Tensor, method: RoundMethod = "half_even", signed_zero: bool = True) -> Tensor:
+        """`round` in place, for float32 `x` without NaN: the inner loop of every search, so a few plain passes.
+
+        Without `signed_zero`, −0 may become 0, which saves one.
+        """
         if self.is_integer:
             return round_steps_(x, method).clamp_(self.smallest, self.largest)
         if self.is_cast:
@@ -95,9 +98,11 @@ class NumberFormat:
         quantum.clamp_(min=lowest).mul_(2.0**-self.mantissa_bits)
         if method != "half_even" or self.kind == "exponent":
             return round_steps_(x.div_(quantum), method).mul_(quantum).clamp_(self.smallest, self.largest)
-        # a sum with 1.5 · 2^23 quanta has no room for less than one of them, and is itself rounded half to even
-        rounded = x.add(quantum, alpha=1.5 * 2.0**FLOAT32_MANTISSA).sub_(quantum, alpha=1.5 * 2.0**FLOAT32_MANTISSA)
-        return torch.copysign(rounded, x, out=x)  # −0 stays −0
+        # A sum with 1.5 · 2^23 quanta has no room for less than one of them, and is itself rounded half to even
+        much = 1.5 * 2.0**FLOAT32_MANTISSA
+        if not signed_zero:
+            return x.add_(quantum, alpha=much).sub_(quantum, alpha=much)
+        return torch.copysign(x.add(quantum, alpha=much).sub_(quantum, alpha=much), x, out=x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of the nearest representable values: round half to even, saturating at the ends.

@@ -112,7 +112,7 @@ class GridRule:
         by = scale.unsqueeze(-1)
         steps = tiles * by.reciprocal()
         if zero is None:
-            self.fmt.round_(steps, self.rounding)
+            self.fmt.round_(steps, self.rounding, signed_zero=False)
         else:
             offset = zero.float().unsqueeze(-1)
             self.fmt.round_(steps.add_(offset), self.rounding).sub_(offset)

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 PIECE = 2**17  # elements scored at a time: few enough for the cache, whatever the number of candidates
 FEW = 256  # elements, up to which the error is jagged
-COARSE, COARSE_OF_FEW = 0.86, 0.93  # share of the range to the next
-REFINE, REFINE_OF_FEW = (0.07, 0.035, 0.0175, 0.00875), (0.046, 0.023, 0.0115)
+# Share of the range to the next, and then the steps around the best
+COARSE = (0.86, (0.07, 0.035, 0.0175, 0.00875))
+COARSE_OF_FEW = (0.9, (0.05, 0.025, 0.0125))
+FINE = (0.93, (0.046, 0.023, 0.0115))
 LEAST_MARGIN = 0.4
 # Floats are as precise an octave up, where they have the exponents; which of its scales suits the largest elements
 # best is tried. A finer grid helps only elements that are hardly normal.
@@ -149,8 +151,10 @@ def _search_microexponents(rule: GridRule, tiles: Tensor, importance: Tensor | N
 
 def _steps(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[float, tuple[float, ...]]:
     """How coarse a search begins, and how it is refined. The error is jagged where few elements decide it."""
+    if importance is not None and not rule.fmt.is_integer:
+        return FINE
     few = tiles.shape[-1] <= FEW or importance is not None or not rule.fmt.is_integer
-    return (COARSE_OF_FEW, REFINE_OF_FEW) if few else (COARSE, REFINE)
+    return COARSE_OF_FEW if few else COARSE
 
 
 def shares(ratio: float, floor: Tensor, start: float = 1.0) -> Iterator[Tensor]:
