@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
+import fewbit
 from fewbit.errors import ArchitectureError, CheckpointError
 from fewbit.models.architecture import ATTENTION_AND_GATED_MLP
 from fewbit.models.blockwise import BlockwiseModel
@@ -287,3 +288,22 @@ def test_an_encoder_is_refused_with_what_can_be_done():
     model = BertForMaskedLM(BertConfig(vocab_size=300, **sizes))
     with pytest.raises(ArchitectureError, match="BertEncoder, which holds the blocks"):
         BlockwiseModel.from_module(model)
+
+
+OTHERS = {
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32},  # embeddings narrower than the blocks
+    "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96},  # blocks called by position
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "falcon": {"ffn_hidden_size": 96},
+    "cohere": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_families_that_are_not_listed_compute_what_transformers_computes(kind, random_model):
+    model = random_model(kind, **OTHERS[kind])
+    ids = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad():
+        logits = model(ids).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert fewbit.evaluate(model, ids).perplexity == pytest.approx(losses.exp().item(), rel=1e-4)

@@ -8,6 +8,7 @@ embeddings, …) is recorded while its own Python runs.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,8 +193,10 @@ class BlockwiseModel:
 
         def head(hidden: Tensor) -> Tensor:
             given = hidden.to(device)
+            width = self.skeleton.get_input_embeddings().embedding_dim  # another than the blocks' in some families
+            embedded = given if width == given.shape[-1] else given.new_zeros(*given.shape[:-1], width)
             with self._blocks_replaced(lambda _index, _hidden, _call: self._answer(given)):
-                out = self.skeleton(inputs_embeds=given, use_cache=False).logits
+                out = self.skeleton(inputs_embeds=embedded, use_cache=False).logits
             return out.float()  # type: ignore[no-any-return]
 
         with self._outside_loaded(device, skip_head=False):
@@ -235,12 +238,14 @@ class BlockwiseModel:
         """Every block's forward becomes stand_in(index, hidden states, keyword arguments)."""
 
         def forward_of(index: int) -> Callable[..., Any]:
+            names = _positional(self.blocks[index])
+
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-                if args:
+                if len(args) > len(names):
                     raise ArchitectureError(
                         f"blocks of {self.architecture.name} get positional arguments, which have no name to record"
                     )
-                return stand_in(index, hidden_states, kwargs)
+                return stand_in(index, hidden_states, dict(zip(names, args, strict=False)) | kwargs)
 
             return forward
 
@@ -270,6 +275,13 @@ class BlockwiseModel:
                 _set(self.skeleton, name, torch.empty_like(tensors[name], device="meta"))
             tensors.clear()
             trim_heap()
+
+
+def _positional(block: nn.Module) -> list[str]:
+    """Names of what a block's forward can be given by position, behind the hidden states."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = inspect.signature(type(block).forward).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind in kinds][2:]  # self, hidden states
 
 
 class _LastBlockReachedError(Exception):
