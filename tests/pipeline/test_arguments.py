@@ -54,12 +54,9 @@ def pipe(file):
 def test_a_tokenizer_that_cannot_be_read_stops_texts_and_not_token_ids(damage, llama, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
     damage(llama / "tokenizer.json")
-    if damage is code:  # transformers' own class reads the files
-        assert load_tokenizer(llama)("ba").input_ids
-    else:
-        with pytest.raises(CheckpointError, match="tokenizer") as caught:
-            load_tokenizer(llama)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="tokenizer") as caught:
+        load_tokenizer(llama)
+    assert "\n" not in str(caught.value)
     ids = torch.arange(24).view(2, 12)
     assert fewbit.evaluate(llama, ids).tokens == 22
     run = fewbit.quantize(llama, output=tmp_path / "run", calibration="none", **QUICK)
