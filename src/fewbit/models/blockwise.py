@@ -99,7 +99,8 @@ class BlockwiseModel:
         made.module = model
         made.config = copy.deepcopy(model.config)  # what is saved beside the weights says what the user's model said
         for part in (made.config, made.config.get_text_config()):
-            part.tie_word_embeddings = part.tie_word_embeddings and not own
+            if own and getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
         return made
 
     @cached_property
