@@ -307,3 +307,12 @@ def test_families_that_are_not_listed_compute_what_transformers_computes(kind, r
         logits = model(ids).logits
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert fewbit.evaluate(model, ids).perplexity == pytest.approx(losses.exp().item(), rel=1e-4)
+
+
+def test_a_configuration_that_the_models_own_code_stumbles_over_is_a_sentence(checkpoint, tmp_path):
+    directory = shutil.copytree(checkpoint("qwen2"), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    changed = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None}
+    (directory / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ArchitectureError, match="fails with this configuration: "):
+        fewbit.evaluate(directory, torch.arange(20).view(2, 10))

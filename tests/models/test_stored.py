@@ -146,7 +146,8 @@ class TestUnexpected:
 @pytest.mark.parametrize(
     "fields",
     [{"hidden_size": 10**9}, {"vocab_size": 10**9}, {"num_attention_heads": 3}, {"num_key_value_heads": 7},
-     {"num_hidden_layers": 300}, {"head_dim": 10**8}, {"intermediate_size": -4}, {"hidden_act": "nonsense"}],
+     {"num_hidden_layers": 300}, {"head_dim": 10**8}, {"intermediate_size": -4}, {"hidden_act": "nonsense"},
+     {"initializer_range": math.nan}, {"rms_norm_eps": "small"}],
     ids=str,
 )  # fmt: skip
 def test_a_configuration_that_does_not_fit_what_is_stored_is_a_sentence_in_seconds(fields, llama):

@@ -29,6 +29,7 @@ _DTYPES = {
 }  # fmt: skip
 NAMED_WEIGHTS = "transformers_weights"
 """Field of config.json that names the file of the weights, or its index."""
+_LONGEST_NAME = 200  # characters; file systems allow 255 bytes a step
 _PIECE = 2**22  # elements of an 8-bit tensor that are looked at at a time
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -183,8 +184,8 @@ def _inside(directory: Path, name: Any, owner: str) -> Path:
     """The file of a name that `owner` gives. CheckpointError for one that is missing or outside of the directory.
 
     A file may be a link (in the hub's cache all are), its folder none that leads out."""
-    if not isinstance(name, str) or "\0" in name:
-        raise CheckpointError(f"{directory / owner} is damaged: {name!r} is no file name")
+    if not isinstance(name, str) or "\0" in name or len(name) > _LONGEST_NAME:
+        raise CheckpointError(f"{directory / owner} is damaged: {printable(name)[:60]!r} is no file name")
     file = directory / name
     steps = PurePath(name).parts
     if (

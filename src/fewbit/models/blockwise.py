@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fewbit.checkpoint.configuration import load_config, quantization_of
+from fewbit.checkpoint.configuration import first_line, load_config, quantization_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
-from fewbit.errors import ArchitectureError, CheckpointError
+from fewbit.errors import ArchitectureError, CheckpointError, FewbitError
 from fewbit.models import detect, in_memory, limits, linear, stored
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_grown_heap, trim_heap
@@ -232,6 +232,12 @@ class BlockwiseModel:
                 parent(**batch, use_cache=False)
             except _LastBlockReachedError:
                 return BlockInputs(first[0], calls)
+            except FewbitError:
+                raise
+            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+                raise ArchitectureError(
+                    f"{type(parent).__name__} of transformers fails with this configuration: {first_line(error)}"
+                ) from error
         raise ArchitectureError(f"{type(parent).__name__} did not call all blocks of {self.architecture.blocks}")
 
     @contextmanager

@@ -32,20 +32,15 @@ MOST_BUFFERS = 2**31  # bytes of what is computed instead of stored (rotary freq
 def build(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The model of `config`, by default a causal language model. ArchitectureError if there is none."""
     kind = model_class or class_of(config)
-    with _building(), empty_parameters():
+    with _as_sentence(kind), _building(), empty_parameters():
         return _make(kind, config)
 
 
 def outline(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The same on the meta device altogether. ArchitectureError for a configuration that transformers cannot build."""
     kind = model_class or class_of(config)
-    try:
-        with _building(), torch.device("meta"):
-            made = _make(kind, config)
-    except Exception as error:  # sizes that do not fit each other make modules raise anything
-        raise ArchitectureError(
-            f"config.json describes no model that {kind.__name__} can be built as: {first_line(error)}"
-        ) from None
+    with _as_sentence(kind), _building(), torch.device("meta"):
+        made = _make(kind, config)
     if (size := sum(buffer.nbytes for buffer in made.buffers())) > MOST_BUFFERS:
         raise CheckpointError(
             f"config.json describes a {kind.__name__} whose buffers alone take {size / 1e9:.0f} GB; mend it"
@@ -97,6 +92,16 @@ def _make(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMo
         return make(config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
     except ValueError:  # some families have no such attention (or none at all)
         return make(config, dtype=torch.float32, attn_implementation="eager")
+
+
+@contextmanager
+def _as_sentence(kind: type[PreTrainedModel]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # sizes that do not fit each other make modules raise anything
+        raise ArchitectureError(
+            f"config.json describes no model that {kind.__name__} can be built as: {first_line(error)}"
+        ) from None
 
 
 @contextmanager
