@@ -180,7 +180,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise CalibrationError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+        raise CalibrationError(f"reading {path} needs pyarrow: pip install 'fewbit[parquet]'") from None
     size = 0
     try:
         with parquet.ParquetFile(path) as file:
