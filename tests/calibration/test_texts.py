@@ -75,7 +75,7 @@ def test_parquet_gives_them_too(tmp_path):
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(CalibrationError, match="pip install pyarrow"):
+    with pytest.raises(CalibrationError, match=r"pip install .fewbit\[parquet\]"):
         read_rows(written(tmp_path, "t.parquet", b"PAR1"))
 
 
