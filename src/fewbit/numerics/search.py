@@ -32,7 +32,7 @@ PIECE = 2**17  # elements scored at a time: few enough for the cache, whatever t
 FEW = 256  # elements, up to which the error is jagged
 # Share of the range to the next, and then the steps around the best
 COARSE = (0.86, (0.07, 0.035, 0.0175, 0.00875))
-COARSE_OF_FEW = (0.9, (0.05, 0.025, 0.0125))
+COARSE_OF_FEW = (0.9, (0.05, 0.025, 0.0125, 0.00625))
 FINE = (0.93, (0.046, 0.023, 0.0115))
 LEAST_MARGIN = 0.4
 # Floats are as precise an octave up, where they have the exponents; which of its scales suits the largest elements
