@@ -28,7 +28,7 @@ _PIECE = 2**20  # bytes that are hashed while they are in the cache
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write `tensors` into `file`; returns the file's SHA-256. TypeError for a dtype that it cannot hold."""
+    """Write `tensors` into `file`; returns the file's digest. TypeError for a dtype that it cannot hold."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"safetensors cannot hold {name!r}: it has the dtype {tensor.dtype}")
@@ -57,10 +57,15 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 piece = stored_bytes[start : start + _PIECE]
                 digest.update(piece)
                 opened.write(piece)
-    return digest.hexdigest()
+    return f"{digest.hexdigest()}:{8 + len(text) + end}"
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 and length of a file."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return f"{hashlib.file_digest(opened, 'sha256').hexdigest()}:{file.stat().st_size}"
+
+
+def has_digest(file: Path, digest: str) -> bool:
+    """Whether `digest` is that of a file. One of another length, maybe without end, is not read."""
+    return file.is_file() and str(file.stat().st_size) == digest.rpartition(":")[2] and file_digest(file) == digest

@@ -55,7 +55,7 @@ def test_an_export_of_what_the_run_was_before_is_named(again, monkeypatch):
     run = again()
     monkeypatch.setattr("fewbit.api.quantize_model", lambda *given, **options: run.directory)
     block = Journal(run.directory).blocks()[0]
-    Journal(run.directory).add_block(0, "0" * 64, block.linears)
+    Journal(run.directory).add_block(0, "0" * 64 + ":1", block.linears)
     with pytest.raises(RunError, match="was made from what the run was before"):
         again()
 

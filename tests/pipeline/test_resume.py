@@ -314,7 +314,7 @@ def test_blocks_after_one_that_came_out_otherwise_are_made_anew(copied, checkpoi
     part = copied / "blocks" / "00000.safetensors"
     part.unlink()
     journal = Journal(copied)
-    journal.add_block(0, "0" * 64, journal.blocks()[0].linears)
+    journal.add_block(0, "0" * 64 + ":1", journal.blocks()[0].linears)
     fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick | {"progress": True})
     said = capsys.readouterr().err
     assert "block 0 came out otherwise than before" in said

@@ -19,7 +19,7 @@ from fewbit.scratch import Scratch, is_scratch, lock_directory, sweep
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Write tensors atomically; same tensors and metadata, same bytes. Returns the file's SHA-256."""
+    """Write tensors atomically; same tensors and metadata, same bytes. Returns the file's digest."""
     with replacing(path) as beside:
         return write_tensors(beside, tensors, metadata)
 

@@ -1,7 +1,7 @@
 """What a run has finished, and the digest of every file it finished: the truth on a resume and for whoever reads it.
 
-    {"block": 3, "sha256": "…", "linears": [report rows], "check": "…"}     after the block's file is in place
-    {"file": "outside.safetensors", "sha256": "…", "check": "…"}            of what lies outside the blocks
+    {"block": 3, "digest": "…", "linears": [report rows], "check": "…"}     after the block's file is in place
+    {"file": "outside.safetensors", "digest": "…", "check": "…"}            of what lies outside the blocks
 
 Lines are only added; the last one on a block or file counts. `check` is a digest of the line's other fields, so that a
 line that was cut off or changed counts as not written: its block is quantized again.
@@ -22,7 +22,7 @@ from fewbit.files import read_bytes
 
 JOURNAL = "journal.jsonl"
 _LIMIT = 2**30
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}:[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Journal:
 
     def add_block(self, number: int, digest: str, linears: list[dict[str, Any]]) -> None:
         """Note a block whose file is in place."""
-        self._add({"block": number, "sha256": digest, "linears": linears})
+        self._add({"block": number, "digest": digest, "linears": linears})
 
     def add_file(self, name: str, digest: str) -> None:
         """Note a file beside the blocks that is in place."""
         if self.files().get(name) != digest:
-            self._add({"file": name, "sha256": digest})
+            self._add({"file": name, "digest": digest})
 
     def blocks(self) -> dict[int, FinishedBlock]:
         """By their numbers."""
@@ -97,7 +97,7 @@ def fields_digest(fields: dict[str, Any]) -> str:
 
 
 def _digest(entry: dict[str, Any]) -> str | None:
-    digest = entry.get("sha256")
+    digest = entry.get("digest")
     return digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
 
 

@@ -161,7 +161,10 @@ def _why_not_copy(path: Path, root: Path, blobs: Path | None) -> str | None:
     if path.name.startswith("."):
         return "hidden"
     if path.is_symlink():
-        aim = path.resolve()
+        try:
+            aim = path.resolve()
+        except (OSError, RuntimeError):  # links in a circle
+            return "a link to nothing"
         if not (aim.is_relative_to(root) or (blobs is not None and aim.is_relative_to(blobs))):
             return "a link that leads out of the directory"
     try:

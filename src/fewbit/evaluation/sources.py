@@ -26,6 +26,7 @@ def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
     directory = resolve_directory(model)
     if (directory / MANIFEST).exists():
         run = NativeCheckpoint(directory)
+        run.check_files()
         return _with_activations(BlockwiseModel.from_directory(directory, run), run.activations())
     quantization = quantization_of(read_config(directory), directory)
     if quantization is None:

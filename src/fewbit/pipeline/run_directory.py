@@ -14,7 +14,7 @@ from fewbit.checkpoint.journal import JOURNAL, FinishedBlock, Journal
 from fewbit.checkpoint.native import MANIFEST, block_file, read_manifest, write_manifest
 from fewbit.errors import CheckpointError, RunError, disk_errors_as_sentences
 from fewbit.pipeline.report import REPORT
-from fewbit.safetensors_file import file_digest
+from fewbit.safetensors_file import file_digest, has_digest
 from fewbit.scratch import Lock, Scratch, is_scratch, lock_file, sweep
 
 LOCK = ".lock"
@@ -130,7 +130,7 @@ class RunDirectory:
             file = block_file(self._place, number)
             if not file.is_file():
                 note(f"warning: {file.name} is gone and is made anew")
-            elif file_digest(file) != block.digest:
+            elif not has_digest(file, block.digest):
                 note(f"warning: {file.name} is damaged (it is not what the run wrote) and is made anew")
             else:
                 finished[number] = block.linears
