@@ -212,7 +212,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     raise CheckpointError(f"{file}: tensor {name!r} has the unsupported dtype {part.get_dtype()}")
                 infos[name] = TensorInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
             return infos
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # a file of terabytes cannot even be mapped
         with file.open("rb") as raw:
             start = raw.read(4)
         if start[:2] == b"PK" or start[:1] == b"\x80":

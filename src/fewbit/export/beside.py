@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 from fewbit.checkpoint.configuration import CONFIG_FILE
 from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.errors import VerificationError, printable
-from fewbit.export.verification import ORIGIN, Origin, digest_of
+from fewbit.export.verification import ORIGIN, Origin
 from fewbit.files import read_json_object
 from fewbit.scratch import temporary_directory
 
@@ -48,7 +49,7 @@ def check_beside(
 
 
 def _compare(found: Path, expected: Path) -> None:
-    if digest_of(found) == digest_of(expected):
+    if filecmp.cmp(found, expected, shallow=False):  # the length first, so that none without end is read
         return
     if found.suffix == ".json":
         if fault := difference(read_json_object(found), read_json_object(expected)):

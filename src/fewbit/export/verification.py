@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fewbit.checkpoint.files import write_json
+from fewbit.checkpoint.journal import fields_digest
 from fewbit.checkpoint.side_files import is_weight
 from fewbit.errors import CheckpointError, VerificationError
 from fewbit.files import read_json_object
+from fewbit.safetensors_file import file_digest
 
 ORIGIN = "fewbit-export.json"
 
@@ -52,7 +52,7 @@ def write_origin(
     """Note in an export, now in `directory` and soon in `final`, which run it was made from."""
     where = os.path.relpath(run.resolve(), final.resolve())
     files = {
-        path.relative_to(directory).as_posix(): digest_of(path)
+        path.relative_to(directory).as_posix(): file_digest(path)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and not is_weight(path.name)
     }
@@ -68,7 +68,7 @@ def write_origin(
         "weights": weights,
         "fingerprint": fingerprint,
     }
-    write_json(directory / ORIGIN, {"run": where} | noted | {"digest": _fields_digest(noted)})
+    write_json(directory / ORIGIN, {"run": where} | noted | {"digest": fields_digest(noted)})
 
 
 def read_origin(directory: Path) -> Origin:
@@ -79,7 +79,7 @@ def read_origin(directory: Path) -> Origin:
     found = read_json_object(file)
     noted = {name: found.get(name) for name in ("format", "notes", "files", "weights", "fingerprint")}
     run = found.get("run")
-    if not isinstance(run, str) or "\0" in run or found.get("digest") != _fields_digest(noted):
+    if not isinstance(run, str) or "\0" in run or found.get("digest") != fields_digest(noted):
         raise CheckpointError(f"{file} is not what this version of fewbit wrote; export the run again")
     return Origin(
         str(noted["format"]),
@@ -98,16 +98,6 @@ def is_complete(directory: Path) -> bool:
     return all((directory / name).is_file() for name in origin.files) and all(
         file.is_file() and file.stat().st_size == size for file, size in sizes
     )
-
-
-def digest_of(file: Path) -> str:
-    """SHA-256 of a regular file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _fields_digest(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

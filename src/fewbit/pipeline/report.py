@@ -3,7 +3,7 @@ environment; the recipe."""
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 import resource
 import sys
@@ -17,6 +17,7 @@ import transformers
 from fewbit.config.recipe import Config
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError
+from fewbit.files import read_json_object
 from fewbit.pipeline.plan import LinearPlan, Plan
 from fewbit.pipeline.stage_quantizer import LinearResult
 from fewbit.version import __version__
@@ -111,10 +112,6 @@ def peak_memory() -> int:
 
 def read_report(directory: Path) -> dict[str, Any]:
     """report.json of a finished run."""
-    try:
-        report: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} has no {REPORT}: it is no run, or it is not finished (use --resume)"
-        ) from None
-    return report
+    if not os.path.lexists(directory / REPORT):
+        raise CheckpointError(f"{directory} has no {REPORT}: it is no run, or it is not finished (use --resume)")
+    return read_json_object(directory / REPORT)
