@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fewbit.errors import CalibrationError
+from fewbit.errors import CalibrationError, first_line
 
 
 def texts_of(rows: Sequence[Any], name: str, tokenizer: Any) -> list[str]:
@@ -72,8 +72,9 @@ def _rendered(messages: Any, what: str, tokenizer: Any) -> str:
     try:
         text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
     except Exception as error:  # templates are programs, which raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(f"the chat template does not take the messages of {what}: {reason}") from None
+        raise CalibrationError(
+            f"the chat template does not take the messages of {what}: {first_line(error)}"
+        ) from None
     if not isinstance(text, str):
         raise CalibrationError(f"the chat template makes no text of the messages of {what}")
     return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")

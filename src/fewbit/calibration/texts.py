@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fewbit.errors import CalibrationError
+from fewbit.errors import CalibrationError, first_line
 
 HUB_PREFIX = "hub:"
 HUB_ROWS = 20_000
@@ -195,11 +195,7 @@ def _parquet(path: Path) -> Iterator[Any]:
                     )
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise CalibrationError(f"text {path} is no Parquet that can be read: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"text {path} is no Parquet that can be read: {first_line(error)}") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
@@ -225,4 +221,4 @@ def _hub_rows(name: str) -> list[Any]:
         rows = load_dataset(dataset, config or None, split="train", streaming=True, trust_remote_code=False)
         return [row for row, _ in zip(rows, range(HUB_ROWS), strict=False)]
     except Exception as error:  # whatever the hub client raises, the user can only check name and network
-        raise CalibrationError(f"dataset {dataset!r} cannot be read from the hub: {_line(error)}") from None
+        raise CalibrationError(f"dataset {dataset!r} cannot be read from the hub: {first_line(error)}") from None

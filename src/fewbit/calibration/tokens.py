@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbit.calibration.rows import holds_ids, texts_of
 from fewbit.calibration.texts import read_rows
-from fewbit.errors import CalibrationError
+from fewbit.errors import CalibrationError, first_line
 
 _BESIDE = ("text", "messages", "labels", "token_type_ids", "special_tokens_mask", "length")
 """Columns of a tokenized dataset that change nothing of what a causal language model computes."""
@@ -159,9 +159,9 @@ def stream_of(
     try:
         return tokenize(texts, tokenizer), beginning(tokenizer)
     except Exception as error:  # a damaged vocabulary is found only here, in a different way by each tokenizer
-        reason = (str(error).splitlines() or [""])[0]
         raise CalibrationError(
-            f"the tokenizer cannot encode the text ({source}): {type(error).__name__}: {reason}; is it damaged?"
+            f"the tokenizer cannot encode the text ({source}): {type(error).__name__}: {first_line(error)}; is it "
+            "damaged?"
         ) from None
 
 

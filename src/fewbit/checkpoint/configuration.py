@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from fewbit.errors import ArchitectureError, CheckpointError
+from fewbit.errors import ArchitectureError, CheckpointError, first_line
 from fewbit.files import read_json_object
 
 CONFIG_FILE = "config.json"
@@ -83,13 +83,6 @@ def check_sizes(config: Mapping[str, Any], file: Path, stored: int | None = None
         if value > max(most, stored or 0) and (key in _SIZES or most < LARGEST_SIZE):
             of = f" (the checkpoint holds {stored} tensors)" if stored is not None else ""
             raise CheckpointError(f"{file}: {path} is {_short(value)}, which is more than any model has{of}; mend it")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, without its last full stop, cut to what a sentence can hold."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].rstrip(".") if lines else type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def _is_known(model_type: Any) -> bool:

@@ -21,8 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationConfig
 
-from fewbit.checkpoint.configuration import CONFIG_FILE, first_line, read_config
-from fewbit.errors import CheckpointError, RunError, printable
+from fewbit.checkpoint.configuration import CONFIG_FILE, read_config
+from fewbit.errors import CheckpointError, RunError, first_line, printable
 from fewbit.files import read_json_object, replacing, write_json
 from fewbit.scratch import is_scratch, temporary_directory
 

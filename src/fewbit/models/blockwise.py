@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fewbit.checkpoint.configuration import first_line, load_config, quantization_of
+from fewbit.checkpoint.configuration import load_config, quantization_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
-from fewbit.errors import ArchitectureError, CheckpointError, FewbitError
+from fewbit.errors import ArchitectureError, CheckpointError, FewbitError, first_line
 from fewbit.models import detect, in_memory, limits, linear, stored
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_grown_heap, trim_heap

@@ -22,8 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fewbit import process
-from fewbit.checkpoint.configuration import first_line
-from fewbit.errors import ArchitectureError, CheckpointError
+from fewbit.errors import ArchitectureError, CheckpointError, first_line
 from fewbit.models.empty import empty_parameters
 
 MOST_BUFFERS = 2**31  # bytes of what is computed instead of stored (rotary frequencies, masks)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from fewbit.checkpoint.configuration import first_line
-from fewbit.errors import CheckpointError, ConfigError, RunError, printable
+from fewbit.errors import CheckpointError, ConfigError, RunError, first_line, printable
 from fewbit.files import check_regular
 
 DEFAULT_ACTIVATION_MEMORY = "4GiB"

@@ -19,11 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewbit.checkpoint.configuration import first_line, quantization_of, read_config
+from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import INDEX_FILE, SafetensorsSource, read_header
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import FewbitError, VerificationError
+from fewbit.errors import FewbitError, VerificationError, first_line
 from fewbit.export.beside import check_beside, difference
 from fewbit.export.compressed_tensors.activations import encode_activation
 from fewbit.export.compressed_tensors.config import DENSE, NAME, Specs, kv_cache, layout_of
