@@ -23,8 +23,7 @@ from fewbit.config.quark_specs import (
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
 
-CLASSES = {name: getattr(quark_specs, name) for name in quark_specs.__all__ if name.endswith("Spec")}
-ELEMENTS = {name: cls for name, cls in CLASSES.items() if issubclass(cls, DataTypeSpec) and cls is not DataTypeSpec}
+ELEMENTS = {name: found for name, found in vars(quark_specs).items() if found in DataTypeSpec.__subclasses__()}
 
 
 @pytest.mark.parametrize("name", ELEMENTS)

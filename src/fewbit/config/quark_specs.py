@@ -9,6 +9,7 @@ meaning in them; what is not said is fewbit's default.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fewbit.config.quark import (
@@ -72,22 +73,22 @@ class DataTypeSpec:
         return f"{type(self).__name__}({fields})"
 
 
-class ProgressiveSpec:
-    """Two stages: what the first one makes of a tensor is quantized by the second one."""
+@dataclass(frozen=True)
+class _TwoStages:
+    first_stage: DataTypeSpec | QuantizationSpec
+    second_stage: DataTypeSpec | QuantizationSpec
 
-    def __init__(self, first_stage: DataTypeSpec | QuantizationSpec, second_stage: DataTypeSpec | QuantizationSpec):
-        self.first_stage, self.second_stage = first_stage, second_stage
+
+class ProgressiveSpec(_TwoStages):
+    """Two stages: what the first one makes of a tensor is quantized by the second one."""
 
     def to_quantization_spec(self) -> list[QuantizationSpec]:
         """Both stages, as QuantizationConfig takes them."""
         return [_spec(self.first_stage), _spec(self.second_stage)]
 
 
-class ScaleQuantSpec:
+class ScaleQuantSpec(_TwoStages):
     """A tensor in groups, and the grid of the groups' scales: NVFP4 where that is FP8 E4M3 per tensor."""
-
-    def __init__(self, first_stage: DataTypeSpec | QuantizationSpec, second_stage: DataTypeSpec | QuantizationSpec):
-        self.first_stage, self.second_stage = first_stage, second_stage
 
     def to_quantization_spec(self) -> QuantizationSpec:
         """One spec, whose scale_type is the second stage's format. ConfigError unless that is e4m3 per tensor."""
@@ -96,10 +97,8 @@ class ScaleQuantSpec:
             raise ConfigError(
                 f"scales are quantized to e4m3 per_tensor, not to {scales.summary}; give FP8E4M3PerTensorSpec"
             )
-        options = {
-            name: getattr(elements, name) for name in ("dtype", "qscheme", "group_size", "observer", "is_dynamic")
-        }
-        return QuantizationSpec(**options, scale_type="e4m3")
+        kept = ("dtype", "qscheme", "group_size", "observer", "is_dynamic")
+        return QuantizationSpec(**{name: getattr(elements, name) for name in kept}, scale_type="e4m3")
 
 
 def _spec(stage: DataTypeSpec | QuantizationSpec) -> QuantizationSpec:
@@ -140,10 +139,10 @@ def _float_group(name: str, dtype: str) -> type[DataTypeSpec]:
     return _class(name, takes, means, {"scale_format": "float32", "ch_axis": -1})
 
 
-def _mx(name: str, dtype: str, **means: Any) -> type[DataTypeSpec]:
-    fields = {"dtype": "mx", "mx_element_dtype": dtype, "observer_cls": PerBlockMXObserver, **means}
+def _mx(name: str, dtype: str) -> type[DataTypeSpec]:
+    means = {"dtype": "mx", "mx_element_dtype": dtype, "observer_cls": PerBlockMXObserver}
     defaults = {"is_dynamic": True, "ch_axis": -1, "scale_calculation_mode": "even"}
-    return _class(name, tuple(defaults), fields, defaults)
+    return _class(name, tuple(defaults), means, defaults)
 
 
 def _block(name: str, dtype: str, size: int) -> type[DataTypeSpec]:
@@ -151,21 +150,20 @@ def _block(name: str, dtype: str, size: int) -> type[DataTypeSpec]:
     return _class(name, takes, {"dtype": dtype, "observer": "minmax"}, {"ch_axis": -1, "block_size": size})
 
 
-Uint4PerTensorSpec, Uint4PerChannelSpec = (
-    _tensor("Uint4PerTensorSpec", "uint4"),
-    _channel("Uint4PerChannelSpec", "uint4"),
-)
+Uint4PerTensorSpec = _tensor("Uint4PerTensorSpec", "uint4")
+Uint4PerChannelSpec = _channel("Uint4PerChannelSpec", "uint4")
 Uint4PerGroupSpec = _group("Uint4PerGroupSpec", "uint4")
-Int4PerTensorSpec, Int4PerChannelSpec = _tensor("Int4PerTensorSpec", "int4"), _channel("Int4PerChannelSpec", "int4")
+Int4PerTensorSpec = _tensor("Int4PerTensorSpec", "int4")
+Int4PerChannelSpec = _channel("Int4PerChannelSpec", "int4")
 Int4PerGroupSpec = _group("Int4PerGroupSpec", "int4")
-Int3PerChannelSpec, Int3PerGroupSpec = _channel("Int3PerChannelSpec", "int3"), _group("Int3PerGroupSpec", "int3")
+Int3PerChannelSpec = _channel("Int3PerChannelSpec", "int3")
+Int3PerGroupSpec = _group("Int3PerGroupSpec", "int3")
 Int2PerGroupSpec = _group("Int2PerGroupSpec", "int2")
-Uint8PerTensorSpec, Uint8PerChannelSpec = (
-    _tensor("Uint8PerTensorSpec", "uint8"),
-    _channel("Uint8PerChannelSpec", "uint8"),
-)
+Uint8PerTensorSpec = _tensor("Uint8PerTensorSpec", "uint8")
+Uint8PerChannelSpec = _channel("Uint8PerChannelSpec", "uint8")
 Uint8PerGroupSpec = _group("Uint8PerGroupSpec", "uint8")
-Int8PerTensorSpec, Int8PerChannelSpec = _tensor("Int8PerTensorSpec", "int8"), _channel("Int8PerChannelSpec", "int8")
+Int8PerTensorSpec = _tensor("Int8PerTensorSpec", "int8")
+Int8PerChannelSpec = _channel("Int8PerChannelSpec", "int8")
 Int8PerGroupSpec = _group("Int8PerGroupSpec", "int8")
 FP8E4M3PerTensorSpec = _tensor("FP8E4M3PerTensorSpec", "fp8_e4m3")
 FP8E4M3PerChannelSpec = _channel("FP8E4M3PerChannelSpec", "fp8_e4m3")
@@ -176,59 +174,14 @@ FP8E5M2PerGroupSpec = _float_group("FP8E5M2PerGroupSpec", "fp8_e5m2")
 FP6E2M3PerGroupSpec = _float_group("FP6E2M3PerGroupSpec", "fp6_e2m3")
 FP6E3M2PerGroupSpec = _float_group("FP6E3M2PerGroupSpec", "fp6_e3m2")
 FP4PerGroupSpec = _float_group("FP4PerGroupSpec", "fp4")
-Float16Spec, Bfloat16Spec = (
-    _class("Float16Spec", (), {"dtype": "float16"}),
-    _class("Bfloat16Spec", (), {"dtype": "bfloat16"}),
-)
+Float16Spec = _class("Float16Spec", (), {"dtype": "float16"})
+Bfloat16Spec = _class("Bfloat16Spec", (), {"dtype": "bfloat16"})
 OCP_MXFP8E4M3Spec = _mx("OCP_MXFP8E4M3Spec", "fp8_e4m3")
 OCP_MXFP8E5M2Spec = _mx("OCP_MXFP8E5M2Spec", "fp8_e5m2")
 OCP_MXFP6E3M2Spec = _mx("OCP_MXFP6E3M2Spec", "fp6_e3m2")
 OCP_MXFP6E2M3Spec = _mx("OCP_MXFP6E2M3Spec", "fp6_e2m3")
 OCP_MXFP4Spec = _mx("OCP_MXFP4Spec", "fp4")
 OCP_MXINT8Spec = _mx("OCP_MXINT8Spec", "int8")
-MX6Spec, MX9Spec, BFP16Spec = (
-    _block("MX6Spec", "mx6", 16),
-    _block("MX9Spec", "mx9", 16),
-    _block("BFP16Spec", "bfp16", 8),
-)
-
-__all__ = [
-    "BFP16Spec",
-    "Bfloat16Spec",
-    "DataTypeSpec",
-    "FP4PerGroupSpec",
-    "FP6E2M3PerGroupSpec",
-    "FP6E3M2PerGroupSpec",
-    "FP8E4M3PerChannelSpec",
-    "FP8E4M3PerGroupSpec",
-    "FP8E4M3PerTensorSpec",
-    "FP8E5M2PerChannelSpec",
-    "FP8E5M2PerGroupSpec",
-    "FP8E5M2PerTensorSpec",
-    "Float16Spec",
-    "Int2PerGroupSpec",
-    "Int3PerChannelSpec",
-    "Int3PerGroupSpec",
-    "Int4PerChannelSpec",
-    "Int4PerGroupSpec",
-    "Int4PerTensorSpec",
-    "Int8PerChannelSpec",
-    "Int8PerGroupSpec",
-    "Int8PerTensorSpec",
-    "MX6Spec",
-    "MX9Spec",
-    "OCP_MXFP4Spec",
-    "OCP_MXFP6E2M3Spec",
-    "OCP_MXFP6E3M2Spec",
-    "OCP_MXFP8E4M3Spec",
-    "OCP_MXFP8E5M2Spec",
-    "OCP_MXINT8Spec",
-    "ProgressiveSpec",
-    "ScaleQuantSpec",
-    "Uint4PerChannelSpec",
-    "Uint4PerGroupSpec",
-    "Uint4PerTensorSpec",
-    "Uint8PerChannelSpec",
-    "Uint8PerGroupSpec",
-    "Uint8PerTensorSpec",
-]
+MX6Spec = _block("MX6Spec", "mx6", 16)
+MX9Spec = _block("MX9Spec", "mx9", 16)
+BFP16Spec = _block("BFP16Spec", "bfp16", 8)
