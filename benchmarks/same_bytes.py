@@ -66,12 +66,12 @@ def stored(directory: Path) -> dict[str, str]:
 
 def interrupted(fewbit, arguments: dict, output: Path):
     """The run, ended once after its first block and resumed."""
-    from fewbit.checkpoint import files
+    from fewbit.checkpoint import native
 
     class _StopError(Exception):
         pass
 
-    original, count = files.save_file, [0]
+    original, count = native.write_safetensors, [0]
 
     def save(*given, **named):
         count[0] += 1
@@ -79,13 +79,13 @@ def interrupted(fewbit, arguments: dict, output: Path):
             raise _StopError
         return original(*given, **named)
 
-    files.save_file = save
+    native.write_safetensors = save
     try:
         fewbit.quantize(output=output, **arguments)
     except _StopError:
         pass
     finally:
-        files.save_file = original
+        native.write_safetensors = original
     return fewbit.quantize(output=output, resume=True, **arguments)
 
 

@@ -1,10 +1,11 @@
-"""Files of a user, read without trust and written without harm.
+"""Files and directories of a user, read without trust and written without harm.
 
 Reading: only regular files, only up to a size, and damage is a sentence. A FIFO, a device or a huge file in place of a
 configuration must not hang the process or fill its memory.
 
-Writing: a reader, or a run that was killed, never sees half of a file. What is written lies beside its place under a
-name of its own, locked as long as its writer lives (`fewbit.scratch`), and takes its place when it is complete.
+Writing: whoever reads never sees half of a file or directory, even after the writer was killed. What is written lies
+beside its place under a name of its own, locked as long as its writer lives (`fewbit.scratch`), and takes its place
+when it is complete.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fewbit.errors import CheckpointError, FewbitError, disk_errors_as_sentences
-from fewbit.scratch import scratch_file
+from fewbit.errors import CheckpointError, FewbitError, RunError, disk_errors_as_sentences, printable
+from fewbit.scratch import Scratch, is_scratch, lock_directory, scratch_file, sweep
 
 TEXT_LIMIT = 32 * 2**20
 """Bytes of a configuration: the index of 200,000 tensors has some 25 MB, and what JSON makes of much more does not fit
@@ -72,7 +73,7 @@ def open_regular(path: Path, error: type[FewbitError] = CheckpointError) -> Iter
         raise error(_unreadable(path, problem)) from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise error(f"{path} is {kind(path)}, not a regular file; give a file")
+            raise error(f"{printable(path)} is {kind(path)}, not a regular file; give a file")
         yield descriptor
     except OSError as problem:
         raise error(_unreadable(path, problem)) from None
@@ -103,8 +104,8 @@ def kind(path: Path) -> str:
 
 def _unreadable(path: Path, problem: Exception) -> str:
     if isinstance(problem, FileNotFoundError):
-        return f"{path} does not exist" if not path.is_symlink() else f"{path} is a link to nowhere"
-    return f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}"
+        return f"{printable(path)} {'is a link to nowhere' if path.is_symlink() else 'does not exist'}"
+    return f"{printable(path)} cannot be read: {getattr(problem, 'strerror', None) or problem}"
 
 
 @contextmanager
@@ -126,6 +127,68 @@ def write_json(path: Path, data: Any) -> None:
     with replacing(path) as beside:
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
         beside.write_bytes(text.encode("utf-8", "backslashreplace"))  # names that are no UTF-8: as JSON escapes them
+
+
+def destination(path: Path, what: str) -> Path:
+    """Where a directory that is asked for as `path` lies or will lie, links resolved. RunError if something else is
+    there, or the links lead nowhere."""
+    try:
+        resolved = path.resolve()
+        there = resolved.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that is too long, a null byte
+        raise RunError(f"{path} cannot be used as {what}: {getattr(error, 'strerror', None) or error}") from None
+    if there and not resolved.is_dir():
+        raise RunError(f"{path} is {kind(resolved)}, not a directory; choose another place for {what}")
+    return resolved
+
+
+@contextmanager
+def replacing_directory(directory: Path, last: str | None = None) -> Iterator[Path]:
+    """A directory to fill, whose files are in `directory` only if the body succeeds. RunError if that is not empty.
+
+    The target is locked: of two writers the second is refused. A new target comes into being at once, by renaming. One
+    that was there, empty (a mount point, a link, a directory with permissions of its own), stays the directory that it
+    is and is filled at the end, the file `last` after all others, so that its presence says that all are.
+    """
+    target = destination(directory, "an output")
+    with disk_errors_as_sentences(directory):
+        created = _make(target)
+        lock = lock_directory(target, f"{directory} is being written by another process; wait for it")
+        try:
+            sweep(target)
+            if any(not is_scratch(path.name) for path in target.iterdir()):
+                created = False
+                raise RunError(f"{directory} exists and is not empty; choose another directory or remove it")
+            place, stem = (target.parent, target.name) if created else (target, "files")
+            with Scratch(place, stem, keep_mode=True) as beside:
+                yield beside
+                if created:
+                    beside.replace(target)
+                    sync_directory(target.parent)
+                else:
+                    _move_up(beside, target, last)
+                created = False
+        finally:
+            if created:
+                with suppress(OSError):
+                    target.rmdir()
+            lock.release()
+
+
+def _make(target: Path) -> bool:
+    """Make a directory; whether it was not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _move_up(beside: Path, target: Path, last: str | None) -> None:
+    for path in sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name)):
+        path.rename(target / path.name)
+    sync_directory(target)
 
 
 def sync_directory(directory: Path) -> None:

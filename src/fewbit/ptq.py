@@ -29,10 +29,11 @@ from fewbit.config.matching import matches
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError, nearest
 from fewbit.models import in_memory
+from fewbit.models.in_memory import check_plain
 from fewbit.models.linear import Linear
 from fewbit.models.untouched import Untouched, untouched
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.exchange import INSTANCES, Exchange, carry_over, check_plain
+from fewbit.nn.exchange import INSTANCES, Exchange, carry_over
 from fewbit.nn.fake_quant import QUANTIZERS, FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
 

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.journal import Journal
 from fewbit.checkpoint.native import (
     FORMAT_VERSION,
@@ -19,6 +18,7 @@ from fewbit.checkpoint.source import TensorInfo
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError
+from fewbit.files import write_json
 from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantizedActivation, QuantTensor, quantize
 

@@ -10,13 +10,13 @@ from native_runs import EVERY, SCHEMES, spec
 from safetensors.torch import load_file, save_file
 
 import fewbit
-from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.journal import Journal
 from fewbit.checkpoint.native import NativeCheckpoint, block_file, write_part
 from fewbit.errors import CheckpointError, ConfigError, RunError, VerificationError
 from fewbit.export import EXPORTERS, export, verify
 from fewbit.export.compressed_tensors import CompressedTensorsSource
 from fewbit.export.verification import ORIGIN, read_origin
+from fewbit.files import write_json
 from fewbit.tensor import QuantizedActivation
 
 FORMAT = "compressed-tensors"

@@ -10,11 +10,11 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.errors import CheckpointError
 from fewbit.export import export
 from fewbit.export.compressed_tensors import CompressedTensorsSource
+from fewbit.files import write_json
 
 WEIGHT = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}

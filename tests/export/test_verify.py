@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_compressed_tensors import FORMAT
 
-from fewbit.checkpoint.files import write_json
 from fewbit.errors import FewbitError, VerificationError
 from fewbit.export import export, verify
 from fewbit.export.beside import difference
 from fewbit.export.verification import ORIGIN, compare
+from fewbit.files import write_json
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fewbit.errors import ConfigError
-from fewbit.nn.exchange import Exchange, carry_over, check_plain
+from fewbit.models.in_memory import check_plain
+from fewbit.nn.exchange import Exchange, carry_over
 
 
 def _shared() -> nn.Sequential:

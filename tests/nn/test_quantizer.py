@@ -5,7 +5,8 @@ import torch
 
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError
-from fewbit.nn.quantizer import Quantizer, make_spec, quantize_matrix, weight_spec
+from fewbit.nn.quantizer import Quantizer, quantize_matrix
+from fewbit.nn.words import make_spec, weight_spec
 
 X = torch.randn(2, 3, 8, 64, generator=torch.Generator().manual_seed(0))
 SHAPES = {

@@ -57,9 +57,9 @@ def kill_in_journal_line(number):
 
 
 def kill_in_block_file(number):
-    from fewbit.checkpoint import files
+    from fewbit import safetensors_file
 
-    write, count = files.write_tensors, 0
+    write, count = safetensors_file.write_tensors, 0
 
     def dying(path, tensors, metadata):
         nonlocal count
@@ -70,7 +70,7 @@ def kill_in_block_file(number):
             die()
         return digest
 
-    files.write_tensors = dying
+    safetensors_file.write_tensors = dying
 
 
 def kill_at_stage(number):

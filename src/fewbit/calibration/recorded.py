@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fewbit import io
-from fewbit.checkpoint.files import write_safetensors
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
+from fewbit.safetensors_file import write_safetensors
 
 Step = Tensor | tuple[Tensor, ...]
 Recording = Mapping[str, Sequence[Step]]

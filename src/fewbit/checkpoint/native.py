@@ -23,13 +23,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fewbit.checkpoint.files import read_json_object, write_json, write_safetensors
 from fewbit.checkpoint.journal import Journal, fields_digest
 from fewbit.checkpoint.source import TensorInfo, check_finite, read_header
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, FewbitError, shown
-from fewbit.files import check_regular
-from fewbit.safetensors_file import has_digest
+from fewbit.files import read_json_object, write_json
+from fewbit.safetensors_file import has_digest, write_safetensors
 from fewbit.tensor import QuantizedActivation, QuantTensor
 
 MANIFEST = "fewbit.json"
@@ -87,7 +86,6 @@ class NativePart:
     def __init__(self, file: Path, digest: str | None = None) -> None:
         """`digest` is what the journal says of the file; it is compared before a tensor is read. CheckpointError for a
         file that is damaged."""
-        check_regular(file)
         header = read_header(file)
         with safe_open(file, framework="pt", device="cpu") as opened:
             described = (opened.metadata() or {}).get("fewbit", "{}")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 from fewbit import process
-from fewbit.checkpoint.files import replacing_directory
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.config.schemes import CacheSuite, Scheme
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError, RunError, nearest
 from fewbit.export import compressed_tensors
 from fewbit.export.verification import ORIGIN, Verification, is_complete, read_origin, write_origin
+from fewbit.files import replacing_directory
 from fewbit.scratch import is_scratch
 
 Specs = Mapping[str, QuantizationSpec]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import filecmp
 import os
-import stat
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fewbit.checkpoint.configuration import CONFIG_FILE
 from fewbit.checkpoint.side_files import copy_side_files
-from fewbit.errors import VerificationError, printable
+from fewbit.errors import VerificationError, printable, shown
 from fewbit.export.verification import ORIGIN, Origin
-from fewbit.files import read_json_object
+from fewbit.files import check_regular, read_json_object
 from fewbit.scratch import temporary_directory
 
 _HARMLESS = (".md", ".txt.asc", ".png", ".jpg", ".jpeg", ".svg", ".pdf")
@@ -36,7 +35,7 @@ def check_beside(
         if name not in expected and not _is_harmless(name):
             raise VerificationError(f"{directory} holds {printable(name)}, which the export did not write; remove it")
     for name in sorted(expected):
-        _check_regular(directory / name)
+        check_regular(directory / name, VerificationError)
     if CONFIG_FILE not in origin.files:
         raise VerificationError(f"{directory / ORIGIN} names no {CONFIG_FILE}; export the run again")
     with temporary_directory("beside") as scratch:
@@ -74,12 +73,7 @@ def difference(found: Any, expected: Any, path: str = "") -> str | None:
         return next(filter(None, map(difference, found, expected, (f"{path}[{n}]" for n in range(len(found))))), None)
     if type(found) is type(expected) and repr(found) == repr(expected):  # 1, 1.0 and True are equal, 0.0 and -0.0 too
         return None
-    return f"{path or 'the content'} is {_short(found)}, in the run {_short(expected)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return printable(text if len(text) <= 80 else text[:77] + "…")
+    return f"{path or 'the content'} is {printable(shown(found, 80))}, in the run {printable(shown(expected, 80))}"
 
 
 def _files(directory: Path) -> Iterator[str]:
@@ -95,12 +89,3 @@ def _files(directory: Path) -> Iterator[str]:
 def _is_harmless(name: str) -> bool:
     last = name.rpartition("/")[2]
     return last.startswith((".", *_HARMLESS_NAMES)) or last.lower().endswith(_HARMLESS)
-
-
-def _check_regular(file: Path) -> None:
-    try:
-        found = file.stat()
-    except OSError:
-        raise VerificationError(f"{printable(file)} is missing") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise VerificationError(f"{printable(file)} is no regular file")

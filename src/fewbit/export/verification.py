@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.journal import fields_digest
 from fewbit.checkpoint.side_files import is_weight
 from fewbit.errors import CheckpointError, VerificationError
-from fewbit.files import read_json_object
+from fewbit.files import read_json_object, write_json
 from fewbit.safetensors_file import file_digest
 
 ORIGIN = "fewbit-export.json"
@@ -51,21 +50,12 @@ def write_origin(
 ) -> None:
     """Note in an export, now in `directory` and soon in `final`, which run it was made from."""
     where = os.path.relpath(run.resolve(), final.resolve())
-    files = {
-        path.relative_to(directory).as_posix(): file_digest(path)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not is_weight(path.name)
-    }
-    weights = {
-        path.relative_to(directory).as_posix(): path.stat().st_size
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and is_weight(path.name)
-    }
+    written = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     noted: dict[str, Any] = {
         "format": format,
         "notes": list(notes),
-        "files": files,
-        "weights": weights,
+        "files": {name: file_digest(path) for name, path in written.items() if not is_weight(path.name)},
+        "weights": {name: path.stat().st_size for name, path in written.items() if is_weight(path.name)},
         "fingerprint": fingerprint,
     }
     write_json(directory / ORIGIN, {"run": where} | noted | {"digest": fields_digest(noted)})

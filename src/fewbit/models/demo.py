@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fewbit.checkpoint.files import replacing_directory
 from fewbit.errors import CheckpointError, FewbitError
+from fewbit.files import replacing_directory
 from fewbit.scratch import temporary_directory
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

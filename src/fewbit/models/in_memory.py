@@ -1,12 +1,13 @@
-"""Models that a user has in memory: wrappers, weights that are elsewhere, and what was changed after building.
+"""What a user's model in memory has that quantization would lose without a word: looked for, and refused by name.
 
-fewbit builds a model's blocks anew from its class and configuration and fills them with its weights. What somebody
-added to the model in memory would be lost on that way without a word, so it is looked for and refused by name.
+Wrappers and weights that are elsewhere (`unwrapped`); what was changed after building, where fewbit builds the blocks
+anew from class and configuration (`check_as_built`); what a single module does or holds that the quantized one in its
+place would not (`check_plain`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.nn.utils import parametrize
 from fewbit.errors import ArchitectureError, CheckpointError, ConfigError
 
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
-_DISPATCH = "_hf_hook"
+DISPATCH = "_hf_hook"
 """Where accelerate keeps its hook, which moves inputs between devices by a forward of the instance."""
+_OF_STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _OBSERVING = ("transformers", "accelerate", "fewbit")
 """Whose hooks look on or move tensors between devices: the model computes the same without them."""
 _ADVICE = (
@@ -75,14 +77,10 @@ def check_as_built(model: nn.Module, built: nn.Module) -> None:
     known = dict(built.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
         what = f"{name or 'the model'} ({type(module).__name__})"
-        if parametrize.is_parametrized(module):
-            raise ArchitectureError(
-                f"{what} is parametrized; make that permanent first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+        _refuse_parametrized(module, what)
         if name in known and type(known[name]) is not type(module):
             raise ArchitectureError(f"{what} is a {type(known[name]).__name__} in {type(model).__name__}; {_ADVICE}")
-        if "forward" in vars(module) and not hasattr(module, _DISPATCH):
+        if _has_own_forward(module):
             raise ArchitectureError(f"{what} has a forward of its own; {_ADVICE}")
         for kind, hook in _hooks(module):
             raise ArchitectureError(f"{what} has a {kind} hook ({_name(hook)}); {_ADVICE}")
@@ -92,6 +90,60 @@ def check_as_built(model: nn.Module, built: nn.Module) -> None:
             raise ArchitectureError(
                 f"{name!r} was added to {type(model).__name__}, whose class has none there; {_ADVICE}"
             )
+
+
+def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) -> None:
+    """FewbitError, which names the module, if it does or holds something that its counterpart would drop.
+
+    That is a forward of its own, a parametrization, a weight that is computed anew in every forward, and whatever it
+    holds besides weight, bias and what `known` names.
+    """
+    what = check_weight(module, name)
+    if _has_own_forward(module):
+        raise ConfigError(
+            f"{what} has a forward of its own, which its quantized counterpart would not run; take it off "
+            "(del module.forward), or exclude the module"
+        )
+    held = module._parameters | module._buffers | module._modules
+    extra = sorted({key for key, value in held.items() if value is not None} - {"weight", "bias", *known})
+    if extra:
+        raise ConfigError(
+            f"{what} holds {extra[0]!r} beside weight and bias, which its quantized counterpart would drop; take it "
+            "off, or exclude the module"
+        )
+    if any(getattr(module, hooks, None) for hooks in _OF_STATE):
+        raise ConfigError(
+            f"{what} has hooks on its state dict, which fit no quantized one; take them off, or exclude the module"
+        )
+
+
+def check_weight(module: nn.Module, name: str = "") -> str:
+    """FewbitError if the weight is not the parameter that it seems to be, so that other values would not last.
+
+    Returns the words that name the module.
+    """
+    refuse_elsewhere(module, name)
+    what = f"{name or 'the module'} ({type(module).__name__})"
+    _refuse_parametrized(module, what)
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ConfigError(
+            f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent "
+            "first (remove_weight_norm, prune.remove), or exclude the module"
+        )
+    return what
+
+
+def _refuse_parametrized(module: nn.Module, what: str) -> None:
+    if parametrize.is_parametrized(module):
+        raise ConfigError(
+            f"{what} is parametrized; make that permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether an instance has another forward than its class, and not just accelerate's."""
+    return "forward" in vars(module) and not hasattr(module, DISPATCH)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from fewbit.errors import ConfigError
-from fewbit.models.in_memory import refuse_elsewhere
+from fewbit.models.in_memory import DISPATCH
 
 _CARRIED = (
     "_forward_hooks",
@@ -36,11 +34,8 @@ _CARRIED = (
     "_is_full_backward_hook",
 )
 """A module's hooks on what it computes. They go along, as the same dictionaries, so that their handles still work."""
-_OF_STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-_DISPATCH = "_hf_hook"
-"""Where accelerate keeps its hook, which moves inputs between devices by a forward of the instance."""
-INSTANCES = ("forward", "_old_forward", _DISPATCH)
-"""What that puts on the instance."""
+INSTANCES = ("forward", "_old_forward", DISPATCH)
+"""What accelerate's hook puts on an instance."""
 
 _set_data = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
 
@@ -120,66 +115,14 @@ class Exchange:
     @contextmanager
     def for_now(self) -> Iterator[None]:
         """Commit, and undo at the end, whatever happens."""
-        try:
-            try:
-                self.commit()
-                yield
-            finally:
-                self.undo()
-        except BaseException:
+        with self.undone_on_error():
+            yield
             self.undo()
-            raise
 
 
 def _call_all(calls: list[partial[Any]]) -> None:
     """One after another without a step of Python in between: `deque`, `map`, `call` and `partial` are C."""
     deque(map(operator.call, calls), maxlen=0)
-
-
-def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) -> None:
-    """FewbitError, which names the module, if it does or holds something that its counterpart would drop.
-
-    That is a forward of its own, a parametrization, a weight that is computed anew in every forward, and whatever it
-    holds besides weight, bias and what `known` names.
-    """
-    what = check_weight(module, name)
-    if "forward" in vars(module) and not hasattr(module, _DISPATCH):
-        raise ConfigError(
-            f"{what} has a forward of its own, which its quantized counterpart would not run; take it off "
-            "(del module.forward), or exclude the module"
-        )
-    held = module._parameters | module._buffers | module._modules
-    extra = sorted({key for key, value in held.items() if value is not None} - {"weight", "bias", *known})
-    if extra:
-        raise ConfigError(
-            f"{what} holds {extra[0]!r} beside weight and bias, which its quantized counterpart would drop; take it "
-            "off, or exclude the module"
-        )
-    if any(getattr(module, hooks, None) for hooks in _OF_STATE):
-        raise ConfigError(
-            f"{what} has hooks on its state dict, which fit no quantized one; take them off, or exclude the module"
-        )
-
-
-def check_weight(module: nn.Module, name: str = "") -> str:
-    """FewbitError if the weight is not the parameter that it seems to be, so that other values would not last.
-
-    Returns the words that name the module.
-    """
-    refuse_elsewhere(module, name)
-    what = f"{name or 'the module'} ({type(module).__name__})"
-    if parametrize.is_parametrized(module):
-        raise ConfigError(
-            f"{what} is parametrized; make that permanent first "
-            "(torch.nn.utils.parametrize.remove_parametrizations), or exclude it"
-        )
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ConfigError(
-            f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent "
-            "first (remove_weight_norm, prune.remove), or exclude the module"
-        )
-    return what
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
@@ -188,7 +131,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for name in _CARRIED:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
-    if (dispatch := getattr(old, _DISPATCH, None)) is not None:
+    if (dispatch := getattr(old, DISPATCH, None)) is not None:
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, dispatch)

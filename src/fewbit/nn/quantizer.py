@@ -1,14 +1,6 @@
-"""`Quantizer(bits, method, group_size)`: quantize a tensor and see what it becomes. And the same words as a spec.
+"""`Quantizer(bits, method, group_size)`: quantize a tensor and see what it becomes; and the same for one matrix.
 
-What shares a scale, by FullQuantTransformer's names, for x [..., M, K]:
-
-    per-tensor              everything               scales (1, 1)
-    per-token               a row                    scales (..., M, 1)
-    per-channel             a column                 scales (1, K)
-    per-block, per-group    `group_size` neighbours  scales (..., M, K / group_size)
-
-A linear's weight is [out, in], and one scale for each output channel is one for each row: `weight_spec` takes either
-word for that, the field's, per-channel, and that of a Quantizer on the bare matrix, per-token.
+What shares a scale is said in the words of `nn/words.py`, of which `method` is one.
 """
 
 from __future__ import annotations
@@ -20,15 +12,13 @@ from torch import Tensor
 
 from fewbit import process
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import ConfigError, nearest
+from fewbit.errors import ConfigError
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.nn.words import input_spec
 from fewbit.numerics import scales
-from fewbit.numerics.formats import CODE_BITS, WIDEST
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantTensor, quantize
-
-METHODS = ("per-tensor", "per-token", "per-channel", "per-block", "per-group")
 
 
 class Quantizer(KeepsDtypes):
@@ -39,7 +29,7 @@ class Quantizer(KeepsDtypes):
 
     Args:
         bits: 2 to 64, of integers. (Up to 8 can be stored: QuantLinear; more are rounded to.)
-        method: what shares a scale, see above.
+        method: what shares a scale, see nn/words.py.
         group_size: of per-block (per-group).
         symmetric: value = code · scale; otherwise affine, with a zero point.
         dtype: an element format instead of integers of `bits`: "e4m3", "e2m1" … (QuantizationSpec.dtype).
@@ -62,9 +52,7 @@ class Quantizer(KeepsDtypes):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.spec = make_spec(
-            bits, method, group_size, symmetric, dtype, **{"observer": "minmax", "is_dynamic": True} | options
-        )
+        self.spec = input_spec(bits, method, group_size, symmetric, dtype, **options)
         self._quantizer = ActivationQuantizer(self.spec)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("zero_point", None, persistent=False)
@@ -136,63 +124,6 @@ def _matrix(x: Tensor) -> Tensor:
     if x.ndim == 0:
         raise ConfigError("a tensor without axes cannot be quantized; give it one, e.g. x.reshape(1)")
     return x.reshape(-1, x.shape[-1]) if x.numel() else x
-
-
-def make_spec(
-    bits: int,
-    method: str,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    dtype: str | None = None,
-    **options: Any,
-) -> QuantizationSpec:
-    """The spec of a matrix whose rows are tokens. ConfigError for words that are unknown or contradict each other."""
-    name = method_name(method)
-    if dtype is None:
-        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= WIDEST:
-            raise ConfigError(f"bits must be 2 to {WIDEST}, not {bits!r}; for floats say dtype, e.g. dtype='e4m3'")
-        dtype = f"int{bits}" if symmetric else f"uint{bits}"
-    fields: dict[str, Any] = {"dtype": dtype, "symmetric": symmetric, "qscheme": name.replace("-", "_")}
-    if name in ("per-block", "per-group"):
-        if group_size is None:
-            raise ConfigError(f"method {method} needs group_size")
-        fields |= {"qscheme": "per_group", "group_size": group_size}
-    elif group_size is not None:
-        raise ConfigError(f"group_size {group_size} contradicts method {method}; use per-block")
-    elif name == "per-channel":
-        fields["ch_axis"] = 1
-    return QuantizationSpec(**fields | options)
-
-
-def method_name(method: str) -> str:
-    """One of METHODS for a user's spelling of it (per_token, Per-Token). ConfigError for an unknown word."""
-    name = str(method).replace("_", "-").lower()
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {method!r}{nearest(name, METHODS)}")
-    return name
-
-
-def weight_spec(
-    bits: int,
-    method: str,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    dtype: str | None = None,
-    **options: Any,
-) -> QuantizationSpec:
-    """The spec of a linear's weight [out, in]: per-channel and per-token are a scale for each output channel.
-
-    group_size −1 of per-block is the same.
-    """
-    name = method_name(method)
-    wide = dtype is None and isinstance(bits, int) and bits > CODE_BITS  # nothing to gain from a smaller range
-    spec_options = {"observer": "minmax" if wide else "search"} | options
-    if group_size == -1 and name in ("per-block", "per-group"):
-        name, group_size = "per-channel", None
-    if name in ("per-channel", "per-token"):
-        name = "per-channel"
-        spec_options.setdefault("ch_axis", 0)
-    return make_spec(bits, name, group_size, symmetric, dtype, **spec_options)
 
 
 @process.neutral()

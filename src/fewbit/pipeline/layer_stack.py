@@ -22,7 +22,7 @@ from fewbit.models.architecture import Groups
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
 from fewbit.models.linear import linear_of
 from fewbit.models.untouched import Untouched, sentence, untouched
-from fewbit.nn.exchange import Exchange, check_weight
+from fewbit.nn.exchange import Exchange
 from fewbit.pipeline.reference import Reference
 
 logger = logging.getLogger("fewbit")
@@ -116,7 +116,7 @@ def _linears(
     for layer, names in zip(layers, found, strict=True):
         for name, full in names.items():
             if not any(matches(pattern, full) for pattern in exclude):
-                check_weight(linear_of(layer, name), full)
+                in_memory.check_weight(linear_of(layer, name), full)
             if (first := owners.setdefault(id(linear_of(layer, name).weight), full)) != full:
                 raise ConfigError(
                     f"{first!r} and {full!r} have one weight, which cannot be quantized for two inputs; give "

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from fewbit import process
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
-from fewbit.checkpoint.files import write_json
 from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.checkpoint.side_files import copy_side_files, in_words, saved_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
 from fewbit.errors import ConfigError
+from fewbit.files import write_json
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.limits import check_length, check_tokens
 from fewbit.models.memory import trim_heap

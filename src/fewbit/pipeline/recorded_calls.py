@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbit.errors import disk_errors_as_sentences
 from fewbit.models.blockwise import BlockCall, map_tensors
 from fewbit.pipeline.hidden_states import HiddenStates
+from fewbit.safetensors_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,16 @@ class RecordedCalls:
     def append(self, calls: list[BlockCall], padded: bool) -> None:
         """Keep the next batch's calls, one per block."""
         new = {id(tensor): tensor for tensor in _of_kind(calls, Tensor) if id(tensor) not in self._known}
-        fits = self._states.reserve(sum(tensor.nbytes for tensor in new.values()))
-        if fits or not padded:
+        size = sum(tensor.nbytes for tensor in new.values())
+        if self._states.reserve(size) or not padded:
             self._known |= new  # which keeps them alive, so that no other tensor gets the id
             self._calls.append(calls)
             return
         names = {key: str(number) for number, key in enumerate(new)}
         with disk_errors_as_sentences(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            stored = {names[key]: tensor.detach().cpu().contiguous().clone() for key, tensor in new.items()}
-            save_file(stored, self._file(len(self._calls)))
-        self.bytes_on_disk += sum(tensor.nbytes for tensor in stored.values())
+            write_tensors(self._file(len(self._calls)), {names[key]: tensor for key, tensor in new.items()})
+        self.bytes_on_disk += size
         self._calls.append(
             map_tensors(calls, lambda tensor: _InFile(names[id(tensor)]) if id(tensor) in names else tensor)
         )
@@ -58,7 +57,7 @@ class RecordedCalls:
     def get(self, batch: int, block: int) -> BlockCall:
         """The keyword arguments of one block for one batch."""
         call = self._calls[batch][block]
-        if not any(True for _ in _of_kind(call, _InFile)):
+        if next(_of_kind(call, _InFile), None) is None:
             return call
         with safe_open(self._file(batch), framework="pt", device="cpu") as file:
             read: BlockCall = map_tensors(call, lambda found: file.get_tensor(found.name), _InFile)

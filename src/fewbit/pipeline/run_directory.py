@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoint.files import destination
 from fewbit.checkpoint.journal import JOURNAL, FinishedBlock, Journal
 from fewbit.checkpoint.native import MANIFEST, block_file, read_manifest, write_manifest
 from fewbit.errors import CheckpointError, RunError, disk_errors_as_sentences
+from fewbit.files import destination
 from fewbit.pipeline.report import REPORT
 from fewbit.safetensors_file import file_digest, has_digest
 from fewbit.scratch import Lock, Scratch, is_scratch, lock_file, sweep

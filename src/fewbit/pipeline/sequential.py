@@ -26,7 +26,7 @@ from fewbit.models.linear import linear_of
 from fewbit.models.memory import trim_heap
 from fewbit.models.probe import shared_inputs
 from fewbit.nn.exchange import Exchange
-from fewbit.nn.quantizer import weight_spec
+from fewbit.nn.words import weight_spec
 from fewbit.pipeline.layer_stack import Inputs, Pass, computing, open_stack, stored_dtype
 from fewbit.pipeline.stage_quantizer import LinearResult, Member, quantize_stage
 from fewbit.pipeline.staged import StagedForward, Strategy

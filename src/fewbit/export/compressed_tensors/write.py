@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fewbit.checkpoint.files import write_json, write_safetensors
 from fewbit.checkpoint.native import NativeCheckpoint, NativePart
 from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import INDEX_FILE
@@ -15,6 +14,8 @@ from fewbit.export.compressed_tensors.activations import encode_activation
 from fewbit.export.compressed_tensors.config import NAME, kv_cache, layout_of, quantization_config
 from fewbit.export.compressed_tensors.layouts import Tensors
 from fewbit.export.compressed_tensors.sharing import unshared
+from fewbit.files import write_json
+from fewbit.safetensors_file import write_safetensors
 
 KV_PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 """By these compressed-tensors knows an attention module that has a cache."""

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fewbit.checkpoint import files
-from fewbit.checkpoint.files import replacing, replacing_directory, write_json, write_safetensors
+from fewbit import safetensors_file
 from fewbit.errors import CheckpointError, RunError
+from fewbit.files import replacing, replacing_directory, write_json
+from fewbit.safetensors_file import write_safetensors
 
 DISK_FULL = [
     pytest.param(OSError(errno.ENOSPC, "No space left on device"), id="no-space"),
@@ -226,7 +227,7 @@ class TestReplacingDirectory:
     @pytest.mark.parametrize("error", DISK_FULL)
     def test_a_full_disk_is_a_sentence_and_leaves_nothing(self, error, tmp_path, monkeypatch):
         target = tmp_path / "run"
-        monkeypatch.setattr(files, "write_tensors", raising(error))
+        monkeypatch.setattr(safetensors_file, "write_tensors", raising(error))
         with pytest.raises(RunError, match=r"disk is full.*b\.safetensors"), replacing_directory(target) as beside:  # noqa: PT012
             write_json(beside / "a.json", {})
             write_safetensors(beside / "b.safetensors", {"x": torch.ones(1)}, {})
@@ -272,7 +273,7 @@ class TestWriters:
     def test_a_full_disk_keeps_the_old_tensors(self, error, tmp_path, monkeypatch):
         file = tmp_path / "x.safetensors"
         write_safetensors(file, {"x": torch.ones(1)}, {})
-        monkeypatch.setattr(files, "write_tensors", raising(error))
+        monkeypatch.setattr(safetensors_file, "write_tensors", raising(error))
         with pytest.raises(RunError, match=r"disk is full.*x\.safetensors"):
             write_safetensors(file, {"x": torch.zeros(1)}, {})
         monkeypatch.undo()
