@@ -13,6 +13,7 @@ from fewbit.numerics.scales import GridRule, extremes
 
 RUN = 3  # grids per group that are run through its columns
 AFFINE_STEPS = 5  # of a net: shares of either end of an affine range
+REFINE, REFINE_AFFINE = (0.025, 0.0125), (0.06, 0.03, 0.015)  # half the net's step and so on
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,25 @@ class Grid:
 def candidates(w: Tensor, precision: Tensor, rule: GridRule) -> Grid:
     """Grids [candidates, rows] worth running for a group with current weights `w` [g, rows].
 
-    The first is the one that rounding to nearest would take for these weights, an error in column j costing
-    `precision` [g] (where no column can make up for another, no grid is better); the others are the best of a net
-    cast wide, since compensation inside the group changes which is best. Few scales that are not floats can be stored:
-    their net is as fine as the search.
+    They are the best of a net cast wide, an error in column j costing `precision` [g], and the best one refined: where
+    no column can make up for another, that is what counts, and with compensation another may be better. Few scales
+    that are not floats can be stored: their net is as fine as it can be.
     """
+    net = _net(w, rule)
+    errors = torch.empty_like(net.scale)
+    value = torch.empty_like(w)  # [g, rows], small enough for the cache, which is why candidates go one by one
+    for number in range(net.scale.shape[0]):
+        _score(w, net.map(lambda x: x[number]), precision, value, errors[number])  # noqa: B023
+    count = min(RUN, net.scale.shape[0])
+    least, best = errors.topk(count, dim=0, largest=False)
+    found = net.map(lambda x: x.gather(0, best))
     if rule.scale.type != "float":
-        return _most_promising(w, _net(w, rule), precision, RUN)
-    scale, zero = rule.find(w.T.contiguous(), precision)
-    searched = Grid.stored(rule, scale, zero).map(lambda x: x.unsqueeze(0))
-    others = _most_promising(w, _net(w, rule), precision, RUN - 1)
-    low = None
-    if searched.low is not None and others.low is not None:
-        low = torch.cat([searched.low, others.low])
-    return replace(searched, scale=torch.cat([searched.scale, others.scale]), low=low)
+        return found
+    refined = _refined(w, found.map(lambda x: x[0]), least[0], precision, rule)
+    found.scale[-1] = refined.scale  # in place of the last
+    if found.low is not None and refined.low is not None:
+        found.low[-1] = refined.low
+    return found
 
 
 def _net(w: Tensor, rule: GridRule) -> Grid:
@@ -77,14 +83,28 @@ def _net(w: Tensor, rule: GridRule) -> Grid:
     return Grid(scale, (low / scale).round_().clamp_(-span, 0), rule.fmt, rule.rounding)
 
 
-def _most_promising(w: Tensor, grids: Grid, precision: Tensor, count: int) -> Grid:
-    """The `count` grids of each row with the least weighted rounding error, without compensation."""
-    errors = torch.empty_like(grids.scale)
-    value = torch.empty_like(w)  # [g, rows], small enough for the cache, which is why candidates go one by one
-    for number in range(grids.scale.shape[0]):
-        one = grids.map(lambda x: x[number])  # noqa: B023
-        one.snap_(torch.mul(w, one.scale.reciprocal(), out=value), one.low)
-        value.mul_(one.scale).sub_(w).square_()
-        torch.mv(value.T, precision, out=errors[number])
-    best = errors.topk(min(count, errors.shape[0]), dim=0, largest=False).indices
-    return grids.map(lambda x: x.gather(0, best))
+def _refined(w: Tensor, best: Grid, least: Tensor, precision: Tensor, rule: GridRule) -> Grid:
+    """The best grids found [rows], each moved in smaller and smaller steps as long as its error, `least`, falls."""
+    value, error = torch.empty_like(w), torch.empty_like(least)
+    span = rule.fmt.largest - rule.fmt.smallest
+    for step in REFINE if best.low is None else REFINE_AFFINE:
+        around = best
+        for factor in (1 - step, 1 + step):
+            scale = rule.scale.round(factor * around.scale)
+            centre = None if around.low is None else (around.low / factor).round_()
+            for beside in (None,) if centre is None else (0, -1, 1):
+                low = None if centre is None or beside is None else (centre + beside).clamp_(-span, 0)
+                trial = replace(best, scale=scale, low=low)
+                _score(w, trial, precision, value, error)
+                better = error < least
+                least = torch.where(better, error, least)
+                kept = None if low is None or best.low is None else torch.where(better, low, best.low)
+                best = replace(best, scale=torch.where(better, scale, best.scale), low=kept)
+    return best
+
+
+def _score(w: Tensor, grid: Grid, precision: Tensor, value: Tensor, error: Tensor) -> None:
+    """Weighted rounding error of each row on a grid [rows], without compensation, into `error`; `value` is scratch."""
+    grid.snap_(torch.mul(w, grid.scale.reciprocal(), out=value), grid.low)
+    value.mul_(grid.scale).sub_(w).square_()
+    torch.mv(value.T, precision, out=error)
