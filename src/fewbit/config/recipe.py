@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -133,15 +133,7 @@ class Config:
         values["global_quant_config"], sized = _sized(values["global_quant_config"], group_size)
         for field in ("layer_type_quant_config", "layer_quant_config"):
             if field in values:
-                table = _mapping(values[field], field)
-                for value in table.values():
-                    if isinstance(value, str):
-                        scheme_config(value)  # refuses one that names a KV cache
-                # the shorthand sizes the groups of named schemes; a spec written out says its own size
-                made = {
-                    key: _sized({} if value is None else value, group_size if isinstance(value, str) else None)
-                    for key, value in table.items()
-                }
+                made = {key: _of_layers(value, group_size) for key, value in _mapping(values[field], field).items()}
                 values[field] = {key: config for key, (config, _) in made.items()}
                 sized = sized or any(reached for _, reached in made.values())
         if group_size is not None and not sized:
@@ -154,14 +146,8 @@ class Config:
         if "algo_config" in values:
             values["algo_config"] = algorithm_configs(values["algo_config"])
         if isinstance(values.get("attention"), Mapping):
-            values["attention"] = AttentionConfig(
-                **{
-                    name: QuantizationSpec(**_mapping(spec, f"attention.{name}"))
-                    if isinstance(spec, Mapping)
-                    else spec
-                    for name, spec in _mapping(values["attention"], "attention").items()
-                }
-            )
+            slots = _mapping(values["attention"], "attention")
+            values["attention"] = AttentionConfig(**_with_specs(slots, slots, "attention."))
         if "calibration" in values:
             values["calibration"] = CalibrationConfig(**_mapping(values["calibration"], "calibration"))
         return cls(**values)
@@ -207,12 +193,28 @@ def _sized(value: Any, group_size: int | None) -> tuple[QuantizationConfig, bool
     return with_group_size(config, group_size), True
 
 
+def _of_layers(value: Any, group_size: int | None) -> tuple[QuantizationConfig, bool]:
+    """The same for a rule of some layers, where None means as they are. The size is for schemes by name: a spec that is
+    written out says its own."""
+    if isinstance(value, str):
+        scheme_config(value)  # refuses one that names a KV cache
+        return _sized(value, group_size)
+    return _sized({} if value is None else value, None)
+
+
 def _quantization_config(value: Any) -> QuantizationConfig:
     options = _mapping(value, "a quantization config")
-    for name in ("weight", "input_tensors", "output_tensors", "bias"):
-        if isinstance(options.get(name), Mapping):
-            options[name] = QuantizationSpec(**_mapping(options[name], name))
-    return QuantizationConfig(**options)
+    return QuantizationConfig(**_with_specs(options, ("weight", "input_tensors", "output_tensors", "bias")))
+
+
+def _with_specs(fields: dict[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """`fields` with specs for the tables of those names."""
+    return {
+        name: QuantizationSpec(**_mapping(value, prefix + name))
+        if name in names and isinstance(value, Mapping)
+        else value
+        for name, value in fields.items()
+    }
 
 
 def _plain(value: Any) -> Any:

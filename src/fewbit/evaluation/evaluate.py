@@ -114,7 +114,7 @@ def evaluate(
 def _check(models: list[BlockwiseModel], ids: Tensor) -> tuple[str, ...]:
     """CalibrationError if the models cannot be fed with `ids` [windows, tokens]; warnings if they should not be."""
     for model in models:
-        check_tokens(model.skeleton, [{"input_ids": ids}])
+        check_tokens(model, [{"input_ids": ids}])
     warnings = tuple(dict.fromkeys(said for model in models for said in check_length(model, ids.shape[1])))
     for warning in warnings:
         logger.warning(warning)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from fewbit.checkpoint.configuration import load_config, quantization_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CheckpointError, FewbitError, first_line
-from fewbit.models import detect, in_memory, limits, linear, stored
+from fewbit.models import detect, in_memory, linear, stored
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_grown_heap, trim_heap
 from fewbit.models.skeleton import build, outline
@@ -174,7 +174,6 @@ class BlockwiseModel:
         Batches of the same shape in which every token counts share masks and rotary embeddings.
         """
         parent = self.skeleton.get_submodule(self.architecture.blocks.rpartition(".")[0])
-        limits.check_tokens(self.skeleton, batches)
         shared: dict[tuple[int, ...], list[BlockCall]] = {}
         with self._outside_loaded(device, skip_head=True):
             for batch in batches:

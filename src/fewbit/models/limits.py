@@ -27,15 +27,14 @@ class Positions:
     """Beyond it there is nothing to look up (learned positions); otherwise results only get worse (rotary ones)."""
 
 
-def check_tokens(skeleton: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
+def check_tokens(model: BlockwiseModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
     """CalibrationError if a batch's input_ids hold what the model has no embedding for."""
-    tokens = skeleton.get_input_embeddings().num_embeddings
     for number, batch in enumerate(batches):
         low, high = (int(end) for end in batch["input_ids"].aminmax())
-        if low < 0 or high >= tokens:
+        if low < 0 or high >= model.vocabulary:
             raise CalibrationError(
-                f"token ids go from {low} to {high} (batch {number}), but the model has the tokens 0 to {tokens - 1}; "
-                "is the tokenizer another model's, or larger than the model's embedding?"
+                f"token ids go from {low} to {high} (batch {number}), but the model has the tokens 0 to "
+                f"{model.vocabulary - 1}; is the tokenizer another model's, or larger than the model's embedding?"
             )
 
 

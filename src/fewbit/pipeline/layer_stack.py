@@ -19,6 +19,7 @@ from fewbit.config.spec import SCALE_DTYPES, QuantizationSpec
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
 from fewbit.models import in_memory
 from fewbit.models.architecture import Groups
+from fewbit.models.blockwise import map_tensors
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
 from fewbit.models.linear import linear_of
 from fewbit.models.untouched import Untouched, sentence, untouched
@@ -257,10 +258,4 @@ def stored_dtype(weight_dtype: torch.dtype) -> torch.dtype:
 
 def _like(value: Any, like: Tensor) -> Any:
     """Tensors of a nested structure on the device of `like`, floats in its dtype."""
-    if isinstance(value, Tensor):
-        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, Mapping):
-        return {key: _like(item, like) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_like(item, like) for item in value)
-    return value
+    return map_tensors(value, lambda x: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype))

@@ -84,11 +84,7 @@ def quantize_model(
     if check is not None:
         check(plan)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
-    if data is not None:
-        check_tokens(blockwise.skeleton, data.batches)
-        longest = max(batch["input_ids"].shape[1] for batch in data.batches)
-        plan = replace(plan, warnings=plan.warnings + check_length(blockwise, longest))
-    plan = replace(plan, warnings=plan.warnings + _too_little(plan, config, data))
+    warnings = [] if data is None else _check(data, blockwise, plan, config)
     search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
     smoother = Smoother(blockwise, plan, config, search) if search is not None else None
     identity = _identity(blockwise, config, data, plan)
@@ -99,7 +95,7 @@ def quantize_model(
         with _side_files(blockwise, tokenizer) as (files, notes):
             directory.open(identity, resume, plan.attention_classes)
             notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
-        plan = replace(plan, warnings=plan.warnings + notes)
+        plan = replace(plan, warnings=plan.warnings + warnings + notes)
         prepared = time.perf_counter()
         for warning in plan.warnings:
             view.note(f"warning: {warning}")
@@ -147,20 +143,22 @@ def _calibration(
             )
         return None
     wanted = config.calibration
-    load = partial(
-        load_tokenizer, model.source.directory
-    )  # only where there is text: a broken one is no matter to ids
+    load = partial(load_tokenizer, model.source.directory)  # for text only: a broken one is no matter to ids
     return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed, load)
 
 
-def _too_little(plan: Plan, config: Config, data: CalibrationSet | None) -> list[str]:
-    """A warning if H cannot tell all channels of an input apart, so that codes are fitted to the calibration text."""
+def _check(data: CalibrationSet, model: BlockwiseModel, plan: Plan, config: Config) -> list[str]:
+    """CalibrationError if the model cannot be fed with the data; warnings if sequences are too long, or tokens too few
+    for H to tell all channels of an input apart."""
+    check_tokens(model, data.batches)
+    warnings = check_length(model, max(batch["input_ids"].shape[1] for batch in data.batches))
     widths = [linear.shape[1] for linear in plan.linears.values() if linear.spec is not None]
-    if data is None or isinstance(config.codes, RTNConfig) or not widths or data.tokens >= max(widths):
-        return []
+    if isinstance(config.codes, RTNConfig) or not widths or data.tokens >= max(widths):
+        return warnings
     return [
+        *warnings,
         f"{data.tokens} calibration tokens are fewer than the {max(widths)} inputs of the widest linear, so "
-        f"{config.codes.name} fits weights to this text; give more (--num-samples, --sequence-length)"
+        f"{config.codes.name} fits weights to this text; give more (--num-samples, --sequence-length)",
     ]
 
 

@@ -8,8 +8,7 @@ multiplied. Weights stay floats, ready for whatever quantizes them next, `run_gp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -137,12 +136,10 @@ def run_smooth_quant_for_sequential_layers(
             if kind not in known:
                 known[kind] = _scalings(run, every, search)
             statistics = _gathered(run, known[kind], sample)
-        parameters = dict(layer.named_parameters())
-        tensors = {name: parameter.data for name, parameter in parameters.items()}
-        before = dict(tensors)
+        tensors = {name: parameter.data for name, parameter in layer.named_parameters()}
         for scaling in known[kind]:
             readers = [name for name in scaling.readers if name in names]
-            cut = any(is_cut(quantization.weight, linear_of(layer, name).weight.shape) for name in readers)
+            cut = any(is_cut(quantization.weight, tensors[f"{name}.weight"].shape) for name in readers)
             if not readers or cut or scaling not in statistics:
                 continue
             found = _scaled(
@@ -152,9 +149,7 @@ def run_smooth_quant_for_sequential_layers(
             results[name] = found
             gain = found.loss / found.loss_before if found.loss_before else 1.0
             logger.info("%s alpha %s loss × %.3f", name, found.alpha, gain)
-        for name, tensor in tensors.items():
-            if tensor is not before[name]:
-                changes.data(parameters[name], tensor)
+        _collect(layer, tensors, changes)
         trim_heap()
     if not results:
         raise ConfigError(
@@ -190,7 +185,7 @@ def _scalings_on(
         return set(), ()
 
     def forward(changed: Mapping[str, Tensor]) -> Tensor:
-        with _replaced(run.layer, changed):
+        with _collect(run.layer, changed, Exchange()).for_now():
             return run.forward(index)
 
     groups = shared_inputs(run.layer, names, [partial(run.forward, index)])
@@ -310,12 +305,9 @@ def _head_dim(layer: nn.Module) -> int:
     return int(getattr(attention_of(layer), "head_dim", 1))
 
 
-@contextmanager
-def _replaced(layer: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[None]:
-    """Some of a layer's tensors replaced, whoever runs it."""
-    for_now = Exchange()
+def _collect(layer: nn.Module, tensors: Mapping[str, Tensor], changes: Exchange) -> Exchange:
+    """Add to `changes` what gives a layer's parameters other values: `tensors` by their names."""
     for name, parameter in layer.named_parameters():
-        if name in changed:
-            for_now.data(parameter, changed[name])
-    with for_now.for_now():
-        yield
+        if name in tensors and tensors[name].data_ptr() != parameter.data_ptr():
+            changes.data(parameter, tensors[name])
+    return changes
