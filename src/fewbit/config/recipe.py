@@ -194,8 +194,8 @@ def _sized(value: Any, group_size: int | None) -> tuple[QuantizationConfig, bool
 
 
 def _of_layers(value: Any, group_size: int | None) -> tuple[QuantizationConfig, bool]:
-    """The same for a rule of some layers, where None means as they are. The size is for schemes by name: a spec that is
-    written out says its own."""
+    """The same for a rule of some layers, where None means as they are. The size is for schemes by name: whoever
+    writes a spec out says its own."""
     if isinstance(value, str):
         scheme_config(value)  # refuses one that names a KV cache
         return _sized(value, group_size)
