@@ -30,10 +30,12 @@ def read_bytes(path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = C
     """A regular file of at most `limit` bytes; `error`, a sentence, if it is missing, larger or something else."""
     with open_regular(path, error) as descriptor:
         data = bytearray()
+        if os.fstat(descriptor).st_size > limit:
+            raise error(_too_large(path, limit))
         while len(data) <= limit and (piece := os.read(descriptor, 2**20)):
             data += piece
     if len(data) > limit:
-        raise error(f"{path} is larger than {limit // 2**20} MiB, which no such file is; is it another file?")
+        raise error(_too_large(path, limit))  # files of the system do not say how large they are
     return data
 
 
@@ -100,6 +102,10 @@ def kind(path: Path) -> str:
         (stat.S_ISREG, "a file"),
     )
     return next((words for test, words in kinds if test(mode)), "a device")
+
+
+def _too_large(path: Path, limit: int) -> str:
+    return f"{path} is larger than {limit // 2**20} MiB, which no such file is; is it another file?"
 
 
 def _unreadable(path: Path, problem: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import resource
 import shutil
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+
+from fewbit.pipeline.arguments import parse_size
 
 
 @pytest.fixture
@@ -473,3 +476,20 @@ def test_bad_input_of_the_other_verbs(cli, checkpoint, finished_run, evaluation_
     }
     assert_one_sentence(cli(*(part.format(**places) for part in command)), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["9" * 400 + "GiB", "1" * 30, "0", "0.5KB"])
+def test_sizes_of_any_magnitude_are_read(size):
+    assert parse_size(size) >= 0
+
+
+@pytest.mark.timeout(60)
+def test_a_log_that_is_no_file_is_refused_at_once(quantize, checkpoint, tmp_path):
+    os.mkfifo(tmp_path / "log")
+    assert_one_sentence(quantize(checkpoint("llama"), "--log", tmp_path / "log"), "is a pipe, not a file")
+
+
+def test_a_name_of_many_pages_is_cut_off(cli):
+    code, _, err = cli("inspect", "x" * 50_000)
+    assert code == 2
+    assert len(err) < 2100

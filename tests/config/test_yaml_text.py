@@ -109,6 +109,7 @@ def test_options_of_an_algorithm_that_are_none_are_one_sentence(text):
      {"calibration": {"num_samples": 10**30}}, {"calibration": {"sequence_length": 10**30}},
      {"calibration": {"num_samples": 0}}, {"calibration": []}, {"group_size": 10.5}, {"exclude": [1]},
      {"exclude": {"a": 1}}, {"layer_quant_config": {"a": [1]}}, {"layer_quant_config": {1: "W4A16"}},
+     {"layer_quant_config": {"a": {"weight": [1, 2]}}},
      {"attention": 5}, {"attention": {"key": {1: 2}}}, {"attention": {"nothing": {}}}, {"algo_config": [[1]]},
      {"algo_config": [{1: 2}]}, {"algo_config": {"name": ["gptq"]}}, {"x" * 10_000: 1}, {"scheme": ["W4A16"]},
      {"scheme": "x" * 10_000}, {"scheme": "W4\nA16"}, {"scheme": "W4A16-g" + "9" * 5000}, {"scheme": "W4A16-g٣"},

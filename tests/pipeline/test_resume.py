@@ -306,7 +306,9 @@ def test_what_is_damaged_is_not_evaluated(damage, copied):
 def test_a_block_that_is_made_anew_is_named(copied, checkpoint, quick, capsys):
     change_a_code(copied)
     fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick | {"progress": True})
-    assert "00001.safetensors is damaged (it is not what the run wrote) and is made anew" in capsys.readouterr().err
+    assert "00001.safetensors is damaged (it is not what the run wrote) and was made anew" in capsys.readouterr().err
+    warnings = json.loads((copied / "report.json").read_text())["warnings"]
+    assert any("00001.safetensors is damaged" in warning for warning in warnings)
 
 
 def test_blocks_after_one_that_came_out_otherwise_are_made_anew(copied, checkpoint, quick, capsys):

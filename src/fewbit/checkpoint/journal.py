@@ -21,7 +21,7 @@ from fewbit.errors import disk_errors_as_sentences
 from fewbit.files import read_bytes
 
 JOURNAL = "journal.jsonl"
-_LIMIT = 2**30
+_LIMIT = 2**28  # bytes; a hundred blocks with a thousand experts each take half of it
 _DIGEST = re.compile(r"[0-9a-f]{64}:[0-9]{1,18}")
 
 
@@ -72,7 +72,7 @@ class Journal:
         if not path.exists():
             return []
         found = []
-        for line in bytes(read_bytes(path, _LIMIT)).split(b"\n"):
+        for line in read_bytes(path, _LIMIT).split(b"\n"):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):

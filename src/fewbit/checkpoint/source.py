@@ -220,7 +220,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 f"{file} is a pickle, not safetensors; pickles can run code when read, so convert it with "
                 "safetensors.torch.save_file first"
             ) from None
-        raise CheckpointError(f"{file} is truncated or damaged ({error}); download it again") from None
+        raise CheckpointError(f"{file} is truncated or damaged ({str(error)[:200]}); download it again") from None
 
 
 def _no_weights(directory: Path) -> str:

@@ -17,6 +17,8 @@ from fewbit.version import __version__
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of the signal."""
+LONGEST = 2000
+"""Characters of a sentence; a name of many pages may be in it."""
 WRITING = ("export", "demo_model")
 VERBS = ("quantize", "export", "verify", "evaluate", "inspect", "schemes", "demo_model")
 
@@ -114,5 +116,6 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def _say(sentence: str) -> None:
+    words = " ".join(sentence.split())
     with suppress(OSError, ValueError):  # nobody listens
-        typer.echo(f"fewbit: {' '.join(sentence.split())}", err=True)
+        typer.echo(f"fewbit: {words if len(words) <= LONGEST else words[: LONGEST - 1] + '…'}", err=True)

@@ -8,11 +8,11 @@ below turn fields into those of config/spec.py before they are checked. Quark 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from fewbit.errors import ConfigError
+from fewbit.errors import ConfigError, shown
 
 
 class Dtype(StrEnum):
@@ -222,6 +222,8 @@ def _joined(name: str, specs: Sequence[Any]) -> Any:
     first, second = specs
     if isinstance(first, Mapping) or isinstance(second, Mapping):
         raise ConfigError(f"{name}: write the second stage with first_stage inside instead of a list")
+    if not all(is_dataclass(spec) for spec in specs):
+        raise ConfigError(f"{name}: a list holds two specs, not {shown(specs)}")
     return replace(second, first_stage=first)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from fewbit.errors import CheckpointError, ConfigError, RunError, first_line, printable
+from fewbit.errors import CheckpointError, ConfigError, RunError, first_line, printable, shown
 from fewbit.files import check_regular
 
 DEFAULT_ACTIVATION_MEMORY = "4GiB"
@@ -58,8 +58,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"unknown device {shown(name)}; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
@@ -71,8 +71,8 @@ def parse_size(value: str | int) -> int:
     """Bytes of "4GiB", "500MB" or a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
     if match is None or match[2].lower() not in _UNITS:
-        raise ConfigError(f"{value!r} is no size; write for example 4GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+        raise ConfigError(f"{shown(value)} is no size; write for example 4GiB or 500MB")
+    return int(min(float(match[1]), 2.0**62) * _UNITS[match[2].lower()])
 
 
 def load_tokenizer(directory: Path | None) -> Any:

@@ -12,7 +12,8 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fewbit.errors import disk_errors_as_sentences
+from fewbit.errors import RunError, disk_errors_as_sentences
+from fewbit.files import kind
 from fewbit.pipeline.report import peak_memory
 
 logger = logging.getLogger("fewbit")
@@ -129,9 +130,12 @@ def setup_logging(path: str | Path, level: int = logging.INFO) -> None:
 
     RunError if that cannot be written.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise RunError(f"{path} is {kind(path)}, not a file; choose another place for the log")
     with disk_errors_as_sentences(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for other in list(logger.handlers):  # a notebook's cell that runs again
         if isinstance(other, logging.FileHandler) and other.baseFilename == handler.baseFilename:

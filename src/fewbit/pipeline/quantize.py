@@ -102,6 +102,7 @@ def quantize_model(
         walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory, smoother)
         rows = walk.run(data)
         walked = time.perf_counter()
+        plan = replace(plan, warnings=plan.warnings + directory.damaged)
         digest = write_part(directory.path / OUTSIDE, {}, blockwise.source.read(blockwise.outside_tensors()))
         directory.record_files({OUTSIDE: digest})
         run = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class RunDirectory:
         self._journal = Journal(self._place)
         self._before: dict[int, FinishedBlock] = {}
         self._changed: set[int] = set()
+        self.damaged: list[str] = []
+        """What was found damaged and is made anew, for those who watch and for the report."""
 
     def refuse(self, resume: bool) -> None:
         """RunError if the directory cannot be used, before any work: `open` would say so after it."""
@@ -122,16 +124,16 @@ class RunDirectory:
             },
         )
 
-    def finished_blocks(self, note: Callable[[str], None] = lambda text: None) -> dict[int, list[dict[str, Any]]]:
-        """Block number → report rows of the blocks whose files are what the journal says. `note` is told of others."""
+    def finished_blocks(self) -> dict[int, list[dict[str, Any]]]:
+        """Block number → report rows of the blocks whose files are what the journal says; `damaged` says of others."""
         self._before = self._journal.blocks()
         finished = {}
         for number, block in self._before.items():
             file = block_file(self._place, number)
             if not file.is_file():
-                note(f"warning: {file.name} is gone and is made anew")
+                self.damaged.append(f"{file.name} is gone and was made anew")
             elif not has_digest(file, block.digest):
-                note(f"warning: {file.name} is damaged (it is not what the run wrote) and is made anew")
+                self.damaged.append(f"{file.name} is damaged (it is not what the run wrote) and was made anew")
             else:
                 finished[number] = block.linears
         return finished

@@ -50,7 +50,9 @@ class Walk:
 
     def run(self, calibration: CalibrationSet | None) -> list[dict[str, Any]]:
         """Quantize all blocks that the journal does not know yet; returns the report's rows of all of them."""
-        finished = self.directory.finished_blocks(self.progress.note)
+        finished = self.directory.finished_blocks()
+        for text in self.directory.damaged:
+            self._warn(text)
         self.progress.start(len(self.model), len(finished))
         if len(finished) == len(self.model):
             return [row for index in range(len(self.model)) for row in finished[index]]
@@ -63,6 +65,10 @@ class Walk:
             entered(self.model, calibration, self.device, drift, self.activation_memory, work) as passage,
         ):
             return self._with_data(passage, self.strategy(calibration), finished)
+
+    def _warn(self, text: str) -> None:
+        logger.warning(text)
+        self.progress.note(f"warning: {text}")
 
     def strategy(self, calibration: CalibrationSet) -> Strategy:
         """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
@@ -104,9 +110,7 @@ class Walk:
             else:
                 rows += self._quantize_block(index, passage, strategy)
                 if self.directory.changed(index) and finished:
-                    self.progress.note(
-                        f"warning: block {index} came out otherwise than before, so what follows is redone"
-                    )
+                    self._warn(f"block {index} came out otherwise than before, so what follows was made anew")
                     finished = {}
         return rows
 
