@@ -37,11 +37,12 @@ class VerificationError(FewbitError):
     """An export does not decode to the tensors it was made from."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest known name, else the list of known names."""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest known name, else the list of known names, cut off."""
     names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    close = get_close_matches(str(name)[:200], names, n=1, cutoff=0.5)
+    text = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    return text if len(text) <= 400 else text[:399] + "…"
 
 
 def printable(text: object) -> str:

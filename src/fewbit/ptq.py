@@ -25,7 +25,7 @@ from torch import nn
 
 from fewbit import process
 from fewbit.calibration.observers import MovingAverageObserver, Observer, make_observer
-from fewbit.config.matching import matches
+from fewbit.config.matching import matching
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError, nearest
 from fewbit.models import in_memory
@@ -253,11 +253,9 @@ def _matching(
         return {name for name, module in modules.items() if patterns(module, name)}
     names: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        covered = {name for name in modules if matches(pattern, name)}
+        covered = matching(pattern, modules)
         if not covered:
-            raise ConfigError(
-                f"{argument}: {pattern!r} matches no linear or convolution{nearest(pattern, modules)[:300]}"
-            )
+            raise ConfigError(f"{argument}: {pattern!r} matches no linear or convolution{nearest(pattern, modules)}")
         names |= covered
     return names
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewbit.files import replacing
 
-_DTYPES = {
+DTYPES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
     torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32",
     torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
@@ -25,14 +25,14 @@ _DTYPES = {
     torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """In the order in which safetensors stores them."""
-_ORDER = {dtype: position for position, dtype in enumerate(_DTYPES)}
+_ORDER = {dtype: position for position, dtype in enumerate(DTYPES)}
 _PIECE = 2**20  # bytes that are hashed while they are in the cache
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write `tensors` into `file`; returns the file's digest. TypeError for a dtype that it cannot hold."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"safetensors cannot hold {name!r}: it has the dtype {tensor.dtype}")
     names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -41,7 +41,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

@@ -16,7 +16,7 @@ from fewbit.checkpoint.native import OUTSIDE, block_file, write_manifest, write_
 from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
-from fewbit.export.compressed_tensors.sharing import fused_with
+from fewbit.export.compressed_tensors.targets import fused_with
 from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantizedActivation
 

@@ -220,7 +220,7 @@ class DataRecorder:
         except AttributeError:
             names = [name for name in self._names.values() if name]
             close = nearest(module, names) if len(names) < 1000 else ""
-            raise ArchitectureError(f"{type(self.model).__name__} has no module {module!r}{close[:200]}") from None
+            raise ArchitectureError(f"{type(self.model).__name__} has no module {module!r}{close}") from None
 
     def _before(
         self, kind: str, key: str, module: nn.Module, find: Callable[[nn.Module, dict[str, Any]], Step | None]

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from fewbit.errors import ArchitectureError, CheckpointError, first_line
+from fewbit.errors import ArchitectureError, CheckpointError, first_line, shown
 from fewbit.files import read_json_object
 
 CONFIG_FILE = "config.json"
@@ -76,13 +76,17 @@ def check_sizes(config: Mapping[str, Any], file: Path, stored: int | None = None
     """CheckpointError for sizes that no model has, before anything of such a size is built."""
     for path, key, value in _values(config, ""):
         if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise CheckpointError(f"{file}: {path} is {_short(value)}, which should be a whole number of at least 1")
+            raise CheckpointError(
+                f"{file}: {path} is {shown(value, 60)}, which should be a whole number of at least 1"
+            )
         if not isinstance(value, int):
             continue
         most = min((bound for pattern, bound in _COUNTED if pattern.search(key)), default=LARGEST_SIZE)
         if value > max(most, stored or 0) and (key in _SIZES or most < LARGEST_SIZE):
             of = f" (the checkpoint holds {stored} tensors)" if stored is not None else ""
-            raise CheckpointError(f"{file}: {path} is {_short(value)}, which is more than any model has{of}; mend it")
+            raise CheckpointError(
+                f"{file}: {path} is {shown(value, 60)}, which is more than any model has{of}; mend it"
+            )
 
 
 def _is_known(model_type: Any) -> bool:
@@ -98,8 +102,3 @@ def _values(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, 
             yield from _values(value, f"{prefix}{key}.")
         elif isinstance(value, int | float | str):
             yield prefix + key, key, value
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else f"about 10^{len(str(value)) - 1}"
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from fewbit.checkpoint.configuration import CONFIG_FILE, read_config
 from fewbit.errors import CheckpointError, printable
 from fewbit.files import check_regular, read_json_object
+from fewbit.safetensors_file import DTYPES
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
 NAMED_WEIGHTS = "transformers_weights"
 """Field of config.json that names the file of the weights, or its index."""
 _LONGEST_NAME = 200  # characters; file systems allow 255 bytes a step

@@ -218,7 +218,7 @@ def _algorithm(value: Any) -> AlgorithmConfig:
     if name == _QUARK_SMOOTH:
         name = options["name"] = "smoothquant"
     if not isinstance(name, str) or name not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {shown(name)}{nearest(str(name)[:200], ALGORITHMS)}")
+        raise ConfigError(f"unknown algorithm {shown(name)}{nearest(name, ALGORITHMS)}")
     if strange := [key for key in options if not isinstance(key, str)]:
         raise ConfigError(f"algorithm {name} has no field {shown(strange[0])}: names are text")
     config: AlgorithmConfig = ALGORITHMS[name](**options)

@@ -61,11 +61,6 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
     return found
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern covers one module name; see `matching`."""
-    return bool(matching(pattern, (name,)))
-
-
 @lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Any:
     expression = pattern.removeprefix("re:")
@@ -119,5 +114,5 @@ def _covered(patterns: Iterable[str], modules: Mapping[str, str], field: str) ->
     for pattern in patterns:
         covered[pattern] = matching(pattern, modules)
         if not covered[pattern]:
-            raise ConfigError(f"{field}: {shown(pattern)} matches no module{nearest(pattern[:200], modules)[:300]}")
+            raise ConfigError(f"{field}: {shown(pattern)} matches no module{nearest(pattern, modules)}")
     return covered

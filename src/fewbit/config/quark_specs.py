@@ -60,7 +60,7 @@ class DataTypeSpec:
         if "observer_method" in fields:
             method = fields.pop("observer_method")
             if method not in _OBSERVERS:
-                raise ConfigError(f"unknown observer_method {method!r}{nearest(str(method), _OBSERVERS)}")
+                raise ConfigError(f"unknown observer_method {method!r}{nearest(method, _OBSERVERS)}")
             fields["observer_cls"] = _OBSERVERS[method]
         if fields.get("scale_type") == "power_of_2":
             fields["scale_type"] = "pof2"

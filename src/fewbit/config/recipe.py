@@ -110,7 +110,7 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)] + list(cls.SHORTHANDS)
         for name in values:
             if name not in known:
-                raise ConfigError(f"a recipe has no field {shown(name)}{nearest(str(name)[:200], known)}")
+                raise ConfigError(f"a recipe has no field {shown(name)}{nearest(name, known)}")
         group_size = values.pop("group_size", None)
         if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
             raise ConfigError(f"group_size must be a whole number, not {shown(group_size)}")

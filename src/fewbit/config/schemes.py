@@ -172,9 +172,7 @@ def parse_scheme(name: str, group_size: int | None = None) -> tuple[Quantization
     scheme = SCHEMES.get(_ALIASES.get(base, base))
     if scheme is None:
         known = [*SCHEMES, *(f"W4A16{suite}" for suite in KV_SUITES)]
-        raise ConfigError(
-            f"unknown scheme {shown(name)}{nearest(name[:200].upper(), known)} ('fewbit schemes' lists them)"
-        )
+        raise ConfigError(f"unknown scheme {shown(name)}{nearest(name.upper(), known)} ('fewbit schemes' lists them)")
     if group_size is not None and written is not None and group_size != int(written):
         raise ConfigError(f"scheme {name} has its group size in its name; group_size {group_size} contradicts it")
     size = group_size if group_size is not None else int(written) if written else None

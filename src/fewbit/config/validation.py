@@ -28,7 +28,7 @@ def config_class(cls: type[T]) -> type[T]:
         given = given if translate is None else translate(given)
         for name in given:
             if name not in fields:
-                raise ConfigError(f"{cls.__name__} has no field {shown(name)}{nearest(str(name)[:200], fields)}")
+                raise ConfigError(f"{cls.__name__} has no field {shown(name)}{nearest(name, fields)}")
         return given
 
     def prepare_nested(_: type[T], given: Any) -> Any:  # a table inside another config does not pass __init__

@@ -67,10 +67,11 @@ def check(skeleton: PreTrainedModel, stored: Stored, family: str) -> None:
                 "of one model"
             )
         if info.dtype.is_floating_point != tensor.is_floating_point():
+            holds = str(info.dtype).removeprefix("torch.")
             wanted = "floats" if tensor.is_floating_point() else "whole numbers"
             raise CheckpointError(
-                f"tensor {name!r} holds {_short(info.dtype)} where {family} has {wanted}; is the checkpoint quantized "
-                "without config.json saying so? give the original one"
+                f"tensor {name!r} holds {holds} where {family} has {wanted}; is the checkpoint quantized without "
+                "config.json saying so? give the original one"
             )
 
 
@@ -115,7 +116,3 @@ def _is_parameter(skeleton: PreTrainedModel, name: str) -> bool:
 def _equal(source: TensorSource, one: str, other: str) -> bool:
     tensors = source.read([one, other])
     return torch.equal(tensors[one], tensors[other])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

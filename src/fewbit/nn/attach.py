@@ -15,8 +15,7 @@ from fewbit.errors import ConfigError
 from fewbit.models.linear import Linear
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.fake_quant import FakeQuant
-from fewbit.nn.quant_linear import QuantLinear
+from fewbit.nn.saving import quantized_in
 from fewbit.tensor import QuantizedActivation
 
 SLOTS = ("input", "output")
@@ -81,12 +80,10 @@ def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuanti
 
 def refuse_quantized(model: nn.Module) -> None:
     """ConfigError for a model in memory that is quantized already: its float weights would be taken for the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer | FakeQuant | QuantLinear) or hasattr(module, attention.ATTRIBUTE):
-            raise ConfigError(
-                f"the model is quantized in memory already ({name} is a {type(module).__name__}); give the run's "
-                "directory, or the original model"
-            )
+    if found := quantized_in(model):
+        raise ConfigError(
+            f"the model is quantized in memory already ({found}); give the run's directory, or the original model"
+        )
 
 
 def detach(block: nn.Module) -> None:

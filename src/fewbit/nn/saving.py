@@ -17,6 +17,8 @@ from torch import nn
 from fewbit.errors import ConfigError
 
 _GUARDED = "_fewbit_guarded"
+_HOME = "fewbit.nn."
+"""Where the classes of quantized modules are."""
 
 
 def guard() -> None:
@@ -32,20 +34,19 @@ def guard() -> None:
 def _guarded(save: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(save)
     def refusing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        refuse_quantized(self)
+        if found := quantized_in(self):
+            raise ConfigError(
+                f"the model is quantized in memory by fewbit ({found}), which from_pretrained could not load again; "
+                "export the run instead (ModelQuantizer's or fewbit.quantize's output, Run.export), or save the state "
+                "dict (torch.save(model.state_dict(), …)), which loads into a model after the same steps"
+            )
         return save(self, *args, **kwargs)
 
     setattr(refusing, _GUARDED, True)
     return refusing
 
 
-def refuse_quantized(model: nn.Module) -> None:
-    """ConfigError if fewbit has quantized something in the model."""
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("fewbit.nn."):
-            raise ConfigError(
-                f"the model is quantized in memory by fewbit ({name} is a {type(module).__name__}), which "
-                "from_pretrained could not load again; export the run instead (ModelQuantizer's or fewbit.quantize's "
-                "output, Run.export), or save the state dict (torch.save(model.state_dict(), …)), which loads into a "
-                "model after the same steps"
-            )
+def quantized_in(model: nn.Module) -> str | None:
+    """What fewbit has quantized in a model, in a few words: its first module of that kind; None if there is none."""
+    found = ((name, type(module)) for name, module in model.named_modules())
+    return next((f"{name} is a {kind.__name__}" for name, kind in found if kind.__module__.startswith(_HOME)), None)

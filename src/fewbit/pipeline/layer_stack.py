@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewbit.calibration.recorded import Item
 from fewbit.config.algorithms import GPTQConfig
-from fewbit.config.matching import matches
+from fewbit.config.matching import matching
 from fewbit.config.spec import SCALE_DTYPES, QuantizationSpec
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
 from fewbit.models import in_memory
@@ -113,23 +113,22 @@ def _linears(
     everything = [full for names in found for full in names.values()]
     if not everything:
         raise ArchitectureError("there is no linear in the layers, so there is nothing to quantize")
+    covered = {pattern: matching(pattern, everything) for pattern in exclude}
+    excluded = set().union(*covered.values())
     owners: dict[int, str] = {}
     for layer, names in zip(layers, found, strict=True):
         for name, full in names.items():
-            if not any(matches(pattern, full) for pattern in exclude):
+            if full not in excluded:
                 in_memory.check_weight(linear_of(layer, name), full)
             if (first := owners.setdefault(id(linear_of(layer, name).weight), full)) != full:
                 raise ConfigError(
                     f"{first!r} and {full!r} have one weight, which cannot be quantized for two inputs; give "
                     "them copies"
                 )
-    for pattern in exclude:
-        if not any(matches(pattern, full) for full in everything) and not any(_covers(pattern, one) for one in left):
-            raise ConfigError(f"exclude: {pattern!r} matches no linear{nearest(pattern, everything)[:300]}")
-    return [
-        {name: full for name, full in names.items() if not any(matches(pattern, full) for pattern in exclude)}
-        for names in found
-    ]
+    for pattern, names_of_it in covered.items():
+        if not names_of_it and not any(_covers(pattern, one) for one in left):
+            raise ConfigError(f"exclude: {pattern!r} matches no linear{nearest(pattern, everything)}")
+    return [{name: full for name, full in names.items() if full not in excluded} for names in found]
 
 
 def _no_linears(layers: Sequence[nn.Module], root: str) -> list[Untouched]:
@@ -142,7 +141,7 @@ def _no_linears(layers: Sequence[nn.Module], root: str) -> list[Untouched]:
 def _covers(pattern: str, one: Untouched) -> bool:
     """Whether an exclude pattern means this tensor, its module, or one that this is in."""
     parts = one.name.split(".")
-    return any(matches(pattern, ".".join(parts[:end])) for end in range(2, len(parts) + 1))
+    return bool(matching(pattern, [".".join(parts[:end]) for end in range(2, len(parts) + 1)]))
 
 
 def _say_what_stays(left: Sequence[Untouched]) -> None:

@@ -128,10 +128,9 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     if left:
         warnings.append(sentence(left))
     inside: dict[str, str] = {}
-    if config.attention is not None:  # attaching checks that it can be done
-        attached = attention.attach(model.skeleton, config.attention)
+    if config.attention is not None:
+        attached, _ = attention.attaching(model.skeleton, config.attention)  # an error if it cannot be done
         inside = {name: type(model.skeleton.get_submodule(name)).__name__ for name in attached}
-        attention.detach(model.skeleton)
     return Plan(linears, groups, warnings, config.attention, inside, left)
 
 

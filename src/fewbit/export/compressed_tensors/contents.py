@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fewbit.config.spec import QuantizationSpec
 from fewbit.export.compressed_tensors.config import ATTENTION_SLOTS, Specs, layout_of
-from fewbit.export.compressed_tensors.targets import FUSED
+from fewbit.export.compressed_tensors.targets import fused_with
 
 PACKED, INT, NAIVE, FLOAT = "pack-quantized", "int-quantized", "naive-quantized", "float-quantized"
 NVFP4, MXFP4, MXFP6, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"
@@ -148,14 +148,9 @@ def loads_in_sglang(linear: Linear) -> bool:
 
 
 def unlike_fused(found: Contents) -> bool:
-    """Whether linears that engines fuse are quantized in unlike ways, or some of them not at all."""
+    """Whether linears that engines fuse are quantized in unlike ways."""
     kinds = {linear.name: (linear.weight, linear.inputs) for linear in found.linears}
-    for name, kind in kinds.items():
-        owner, dot, last = name.rpartition(".")
-        for parts in FUSED.values():
-            if last in parts and any(kinds.get(f"{owner}{dot}{part}", kind) != kind for part in parts):
-                return True
-    return False
+    return any(kinds.get(other, kind) != kind for name, kind in kinds.items() for other in fused_with(name))
 
 
 def fp8_cache(spec: QuantizationSpec, *qschemes: str) -> bool:

@@ -11,15 +11,7 @@ from typing import Any
 
 from fewbit.checkpoint.native import NativeCheckpoint, NativePart
 from fewbit.config.spec import QuantizationSpec
-from fewbit.export.compressed_tensors.targets import FUSED
-
-
-def fused_with(name: str) -> Iterator[str]:
-    """Modules, whether there or not, that are fused with the module `name`."""
-    owner, dot, last = name.rpartition(".")
-    for group in FUSED.values():
-        if last in group:
-            yield from (f"{owner}{dot}{member}" for member in group if member != last)
+from fewbit.export.compressed_tensors.targets import fused_with
 
 
 def unshared(checkpoint: NativeCheckpoint) -> str | None:
