@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from fewbit import io
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
+from fewbit.models.nested import to_device
 from fewbit.safetensors_file import write_safetensors
 
 Step = Tensor | tuple[Tensor, ...]
@@ -196,7 +197,7 @@ def build_calib_dataset_inputs(
     if device is None:
         return items
     place = device_of(device)
-    return [_on(item, place) for item in items]
+    return [to_device(item, place) for item in items]
 
 
 def _sample(total: int, wanted: int | None, seed: int) -> list[int]:
@@ -217,15 +218,6 @@ def device_of(name: torch.device | str | int) -> torch.device:
         return torch.device(name)
     except (RuntimeError, TypeError):
         raise ConfigError(f'device {name!r} is none; give "cpu", "cuda" or "cuda:0"') from None
-
-
-def _on(value: Any, device: torch.device | str) -> Any:
-    """Tensors of an item on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _on(part, device) for name, part in value.items()}
-    return tuple(_on(part, device) for part in value) if isinstance(value, tuple) else value
 
 
 def _sources(files: Files) -> list[Path | Recording]:

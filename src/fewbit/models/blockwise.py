@@ -26,6 +26,7 @@ from fewbit.errors import ArchitectureError, CheckpointError, FewbitError, first
 from fewbit.models import detect, in_memory, linear, stored
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_grown_heap, trim_heap
+from fewbit.models.nested import to_device
 from fewbit.models.skeleton import build, outline
 
 BlockCall = dict[str, Any]
@@ -292,22 +293,6 @@ def _positional(block: nn.Module) -> list[str]:
 
 class _LastBlockReachedError(Exception):
     """Ends the recording: norm and head are not needed."""
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested structure of keyword arguments."""
-    return map_tensors(value, lambda tensor: tensor.to(device))
-
-
-def map_tensors(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """A nested structure in which every tensor (or what is of another `kind`) is what `change` makes of it."""
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(item, change, kind) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(item, change, kind) for item in value)
-    return value
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str) -> None:

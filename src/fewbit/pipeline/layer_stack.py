@@ -19,9 +19,9 @@ from fewbit.config.spec import SCALE_DTYPES, QuantizationSpec
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
 from fewbit.models import in_memory
 from fewbit.models.architecture import Groups
-from fewbit.models.blockwise import map_tensors
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
 from fewbit.models.linear import linear_of
+from fewbit.models.nested import map_tensors
 from fewbit.models.untouched import Untouched, sentence, untouched
 from fewbit.nn.exchange import Exchange
 from fewbit.pipeline.reference import Reference

@@ -6,16 +6,15 @@ tokens, tokens], which for long sequences are larger than its hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
 from fewbit.errors import disk_errors_as_sentences
-from fewbit.models.blockwise import BlockCall, map_tensors
+from fewbit.models.blockwise import BlockCall
+from fewbit.models.nested import map_tensors, of_kind
 from fewbit.pipeline.hidden_states import HiddenStates
 from fewbit.safetensors_file import write_tensors
 
@@ -39,7 +38,7 @@ class RecordedCalls:
 
     def append(self, calls: list[BlockCall], padded: bool) -> None:
         """Keep the next batch's calls, one per block."""
-        new = {id(tensor): tensor for tensor in _of_kind(calls, Tensor) if id(tensor) not in self._known}
+        new = {id(tensor): tensor for tensor in of_kind(calls, Tensor) if id(tensor) not in self._known}
         size = sum(tensor.nbytes for tensor in new.values())
         if self._states.reserve(size) or not padded:
             self._known |= new  # which keeps them alive, so that no other tensor gets the id
@@ -57,7 +56,7 @@ class RecordedCalls:
     def get(self, batch: int, block: int) -> BlockCall:
         """The keyword arguments of one block for one batch."""
         call = self._calls[batch][block]
-        if next(_of_kind(call, _InFile), None) is None:
+        if next(of_kind(call, _InFile), None) is None:
             return call
         with safe_open(self._file(batch), framework="pt", device="cpu") as file:
             read: BlockCall = map_tensors(call, lambda found: file.get_tensor(found.name), _InFile)
@@ -65,15 +64,3 @@ class RecordedCalls:
 
     def _file(self, batch: int) -> Path:
         return self._directory / f"{batch:05d}.safetensors"
-
-
-def _of_kind(value: Any, kind: type) -> Iterator[Any]:
-    """Everything of a kind in a nested structure."""
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _of_kind(item, kind)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _of_kind(item, kind)
