@@ -281,9 +281,42 @@ DAMAGE = [
 ]
 
 
+CHANGED = {
+    change_a_code: ["blocks/00001.safetensors"],
+    cut_a_block_off: ["blocks/00000.safetensors"],
+    exchange_blocks: ["blocks/00000.safetensors", "blocks/00001.safetensors"],
+    change_the_head: ["outside.safetensors"],
+    change_the_configuration: ["config.json"],
+}
+"""What is there but is not what the run wrote, and in which files."""
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_resume_makes_anew_what_is_damaged(damage, copied, finished_run, checkpoint, quick, files_of):
     damage(copied)
+    (copied / "report.json").unlink()  # the run was interrupted
+    fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick)
+    assert_same_run(copied, finished_run("llama"), files_of)
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGE if damage not in CHANGED])
+def test_what_a_complete_run_lost_is_made_anew(damage, copied, finished_run, checkpoint, quick, files_of):
+    damage(copied)
+    fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick)
+    assert_same_run(copied, finished_run("llama"), files_of)
+
+
+@pytest.mark.parametrize(("damage", "files"), CHANGED.items())
+def test_what_was_changed_in_a_complete_run_is_named_and_kept(
+    damage, files, copied, finished_run, checkpoint, quick, files_of
+):
+    damage(copied)
+    before = files_of(copied)
+    with pytest.raises(RunError, match=f"{files[0]} is not what the run wrote.*remove it"):
+        fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick)
+    assert files_of(copied) == before
+    for name in files:  # as the sentence says
+        (copied / name).unlink()
     fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick)
     assert_same_run(copied, finished_run("llama"), files_of)
 
@@ -305,6 +338,7 @@ def test_what_is_damaged_is_not_evaluated(damage, copied):
 
 def test_a_block_that_is_made_anew_is_named(copied, checkpoint, quick, capsys):
     change_a_code(copied)
+    (copied / "report.json").unlink()
     fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick | {"progress": True})
     assert "00001.safetensors is damaged (it is not what the run wrote) and was made anew" in capsys.readouterr().err
     warnings = json.loads((copied / "report.json").read_text())["warnings"]

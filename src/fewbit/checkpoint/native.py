@@ -171,7 +171,8 @@ class NativePart:
 
 def _damaged(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file} is damaged: it is not what the run wrote; run the same command with --resume, which makes it anew"
+        f"{file} is damaged: it is not what the run wrote; remove it and run the same command with --resume, which "
+        "makes it anew"
     )
 
 

@@ -109,6 +109,7 @@ class RunDirectory:
                     f"{self.path} cannot be resumed: {'; '.join(differences)}; "
                     "use the original settings or a new directory"
                 )
+            self._refuse_changed()
             return
         write_manifest(
             self._place,
@@ -123,6 +124,20 @@ class RunDirectory:
                 "attention_classes": dict(attention_classes or {}),
             },
         )
+
+    def _refuse_changed(self) -> None:
+        """RunError if a file of a run that was complete is not what the run wrote: nobody knows whether it was damaged
+        or changed on purpose, so it is not overwritten. In a run that was interrupted it is made anew."""
+        if not (self._place / REPORT).exists():
+            return
+        blocks = {block_file(self._place, number): block.digest for number, block in self._journal.blocks().items()}
+        others = {self._place / name: digest for name, digest in self._journal.files().items()}
+        for file, digest in (blocks | others).items():
+            if file.exists() and not has_digest(file, digest):
+                raise RunError(
+                    f"{file} is not what the run wrote, though the run was complete: it was damaged or changed; "
+                    "remove it, and the same command with --resume makes it anew"
+                )
 
     def finished_blocks(self) -> dict[int, list[dict[str, Any]]]:
         """Block number → report rows of the blocks whose files are what the journal says; `damaged` says of others."""
