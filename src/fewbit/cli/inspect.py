@@ -24,7 +24,7 @@ def inspect(
     from fewbit.pipeline.inspection import inspect as look
 
     if scheme is None and recipe is None and group_size is not None:
-        raise ConfigError("--group-size says something only together with --scheme or --recipe")
+        raise ConfigError("--group-size works only together with --scheme or --recipe")
     config = None
     if scheme is not None or recipe is not None:
         base = Config.read_yaml(recipe) if recipe is not None else None

@@ -110,7 +110,7 @@ class QuantizationSpec:
             raise ConfigError(f"block_size {self.block_size} contradicts qscheme {self.qscheme}; use per_block")
         if self.ch_axis is not None:
             if self.qscheme not in ("per_channel", "per_group"):
-                raise ConfigError(f"ch_axis says nothing with qscheme {self.qscheme}; leave it out")
+                raise ConfigError(f"ch_axis has no effect with qscheme {self.qscheme}; leave it out")
             if self.ch_axis not in (-2, -1, 0, 1):
                 raise ConfigError(f"ch_axis {self.ch_axis} is out of range: a matrix has the axes 0 and 1 (or −2, −1)")
 
@@ -134,7 +134,7 @@ class QuantizationSpec:
         if self.observer == "signed-max" and not (self.symmetric and self.format.is_integer):
             raise ConfigError("observer signed-max is for symmetric integers; use search or minmax")
         if self.observer == "signed-max" and self.scale_type not in ("float", "pof2"):
-            raise ConfigError(f"observer signed-max needs scales with a sign, which {self.scale_type} has not")
+            raise ConfigError(f"observer signed-max needs scales with a sign; {self.scale_type} has none")
         if self.observer == "placeholder" and not self.format.is_cast:
             raise ConfigError(f"observer placeholder finds no scale, which dtype {self.dtype} needs; use minmax")
         if self.is_dynamic and self.observer in ACCUMULATING_OBSERVERS:

@@ -17,7 +17,7 @@ ATTENTION_AND_GATED_MLP: Groups = (
 
 @dataclass(frozen=True)
 class Scaling:
-    """Input channels that can be multiplied in those who read them because whoever makes them can be divided.
+    """Channels that are divided at their producer and multiplied back in every reader's columns.
 
     Names are paths inside a block.
     """

@@ -1,4 +1,4 @@
-"""What a user's model in memory has that quantization would lose without a word: looked for, and refused by name.
+"""What a user's model in memory has that quantization would silently lose: found, and refused by name.
 
 Wrappers and weights that are elsewhere (`unwrapped`); what was changed after building, where fewbit builds the blocks
 anew from class and configuration (`check_as_built`); what a single module does or holds that the quantized one in its

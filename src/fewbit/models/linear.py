@@ -13,7 +13,7 @@ class Linear(nn.Linear):
     """nn.Linear on the fast product; the same name, so that recipes that go by class names find it."""
 
     smoothing: Tensor | None = None
-    """[in]: the input is divided by this first, until the layer before is divided by it for good."""
+    """[in]: the input is divided by this, until it is folded into the layer before."""
     input_quantizer: nn.Module | None
     output_quantizer: nn.Module | None
 

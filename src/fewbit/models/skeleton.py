@@ -85,7 +85,7 @@ def _make(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMo
     if is_composite(config) and kind.config_class is type(config.get_text_config()):
         config = config.get_text_config()  # as AutoModelForCausalLM has it
     make: Callable[..., Any] = kind._from_config
-    # sdpa has no soft cap on logits and leaves it out without a word
+    # sdpa has no soft cap on logits and silently leaves it out
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     try:
         return make(config, dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")

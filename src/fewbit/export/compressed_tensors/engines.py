@@ -64,7 +64,7 @@ class Effect(Enum):
     """What a rule is about, the worst first."""
 
     REFUSES = "the engine does not load it"
-    WRONG = "it loads, and computes something else without a word"
+    WRONG = "it loads, and silently computes something else"
     OTHERWISE = "it loads, and is computed otherwise than it was quantized, but sensibly"
     LIMITED = "it needs some hardware, kernel or setting"
 
@@ -199,7 +199,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "transformers", WRONG, some(of_layouts(NVFP4), is_expert),
-        "transformers 5.23 loads NVFP4 experts WRONG without a word (no global scale): use vLLM", MEASURED,
+        "transformers 5.23 silently loads NVFP4 experts WRONG (it ignores the global scale): use vLLM", MEASURED,
     ),
     Rule(
         "transformers", REFUSES,
@@ -240,12 +240,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "transformers", LIMITED, lambda found: bool(found.attention) or found.any(has_inputs),
-        "transformers 5.23 with dequantize=True leaves quantized activations and KV cache out without a word; the "
-        "default mode keeps them", MEASURED,
+        "transformers 5.23 with dequantize=True silently leaves quantized activations and KV cache out; the default "
+        "mode keeps them", MEASURED,
     ),
     Rule(
         "transformers", OTHERWISE, lambda found: bool(found.attention),
-        "transformers 5.24 leaves the quantization of keys, values and queries out without a word", "reported",
+        "transformers 5.24 silently drops the quantization of keys, values and queries", "reported",
         "not the cache from 5.24 on",
     ),
 )  # fmt: skip
