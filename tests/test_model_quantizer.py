@@ -396,6 +396,9 @@ def test_what_stays_as_it_is_is_logged(random_model, caplog):
     moe = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4}
     quantized(random_model("qwen2_moe", **moe), {"scheme": "W8A8"} | RTN)
     assert "mlp.experts.gate_up_proj (Qwen2MoeExperts" in caplog.text
+    caplog.clear()
+    quantized(random_model("llama"), {"scheme": "W4A16", "group_size": 32} | RTN)
+    assert "stay as they are" not in caplog.text  # nor do scales of groups count as matrices
 
 
 def test_a_dispatched_model_stays_dispatched(random_model):

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from fewbit.errors import CheckpointError, ConfigError
-from fewbit.files import TEXT_LIMIT, read_bytes, read_json, read_json_object, read_text
+from fewbit.errors import CheckpointError, ConfigError, RunError
+from fewbit.files import TEXT_LIMIT, check_name, destination, read_bytes, read_json, read_json_object, read_text
 
 
 def test_a_regular_file_is_read(tmp_path):
@@ -51,6 +51,15 @@ def test_what_is_no_file_is_named_at_once(make, said, tmp_path):
 def test_a_name_that_no_file_can_have_is_a_sentence(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_text(tmp_path / "a\0b")
+
+
+def test_a_name_that_safetensors_cannot_open_is_refused_before_anything_lies_there(tmp_path):
+    name = tmp_path / os.fsdecode(b"run-\xff") / "run"
+    with pytest.raises(RunError, match=r"run-\\udcff/run is no UTF-8"):
+        destination(name, "the output")
+    with pytest.raises(CheckpointError, match="is no UTF-8"):
+        check_name(name)
+    assert destination(tmp_path / "läuft", "the output") == tmp_path / "läuft"
 
 
 @pytest.mark.timeout(10)

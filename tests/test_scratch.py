@@ -51,6 +51,21 @@ def test_scratch_that_is_in_use_stays(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_scratch_that_is_swept_away_before_it_is_opened_is_made_again(tmp_path, monkeypatch):
+    opened, swept = os.open, []
+
+    def sweeping_first(path, *flags):
+        if not swept:
+            os.rmdir(path)
+            swept.append(path)
+        return opened(path, *flags)
+
+    monkeypatch.setattr(os, "open", sweeping_first)
+    with Scratch(tmp_path, "work") as own:
+        assert own.is_dir()
+        assert own not in swept
+
+
 def test_a_link_named_like_scratch_is_not_followed(tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -145,7 +145,16 @@ def destination(path: Path, what: str) -> Path:
         raise RunError(f"{path} cannot be used as {what}: {getattr(error, 'strerror', None) or error}") from None
     if there and not resolved.is_dir():
         raise RunError(f"{path} is {kind(resolved)}, not a directory; choose another place for {what}")
+    check_name(resolved, RunError)
     return resolved
+
+
+def check_name(path: Path, error: type[FewbitError] = CheckpointError) -> None:
+    """`error` if `path` holds bytes that are no UTF-8: safetensors opens no such file."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise error(f"{printable(path)} is no UTF-8, and safetensors opens no such file; use another name") from None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.models import in_memory
-from fewbit.models.untouched import Untouched, sentence, untouched
+from fewbit.models.untouched import Untouched, sentence
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import SLOTS, attention_config
@@ -98,7 +98,7 @@ class ModelQuantizer:
             kept = scratch / "run" if output is None else output
             directory = quantize_model(model, self.config, kept, calibration=data, progress=False)
             install(model, NativeCheckpoint(directory))
-        _say(tuple(untouched(model, _linears(model))))
+        _say(ptq.left_alone(model, _linears(model)))
 
     def _by_replacement(self, model: nn.Module, dataloader: Iterable[Any] | None) -> None:
         config = self.config

@@ -88,7 +88,10 @@ class Scratch:
         while True:
             self.path: Path = _new_name(parent, stem)
             self.path.mkdir(mode=0o777 if keep_mode else 0o700)
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # someone swept it away before it was opened
             _hold(descriptor)
             if _is_at(descriptor, self.path):
                 break

@@ -196,3 +196,40 @@ def test_an_encoder_decoder_and_an_encoder_are_refused_in_a_sentence(tmp_path, l
         with pytest.raises(ArchitectureError, match="ModelQuantizer") as caught:
             BlockwiseModel.from_directory(tmp_path)
         assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"scheme": "W8A8", "group_size": None}, {"scheme": "FP8", "group_size": None, "calibration": TOKENS}],
+)
+def test_weights_in_floats_of_8_bits_count_as_their_values_do(change, llama, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    found = []
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        change_tensors(llama, lambda t, dtype=dtype: t.update({name: t[name].to(torch.float8_e4m3fn).to(dtype)}))
+        run = fewbit.quantize(llama, output=tmp_path / f"run-{dtype}", **QUICK | change)
+        found += [fewbit.evaluate(source, TOKENS).perplexity for source in (run, run.export("compressed-tensors"))]
+        run.verify()
+    assert found == pytest.approx(found[:1] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm"), [("FP8", "rtn"), ("FP8", "gptq"), ("NVFP4", "rtn"), ("NVFP4", "gptq")]
+)
+def test_fused_linears_share_what_engines_share_whatever_they_are_stored_in(scheme, algorithm, llama, tmp_path):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    change_tensors(llama, lambda t: t.update({name: t[name].to(torch.bfloat16) * 3}))
+    run = fewbit.quantize(
+        llama, scheme, algorithm=algorithm, calibration=TOKENS, output=tmp_path / "run", progress=False
+    )
+    run.export("compressed-tensors")  # refuses what differs
+    run.verify()
+
+
+def test_a_family_without_linears_in_its_blocks_is_told_what_it_has(tmp_path):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        ArchitectureError, match=r"no linears in its blocks.*h\.\*\.attn\.c_attn\.weight \(Conv1D, 2 of"
+    ):
+        fewbit.quantize(model, output=tmp_path / "run", **QUICK)

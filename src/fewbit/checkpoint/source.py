@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewbit.checkpoint.configuration import CONFIG_FILE, read_config
 from fewbit.errors import CheckpointError, printable
-from fewbit.files import check_regular, read_json_object
+from fewbit.files import check_name, check_regular, read_json_object
 from fewbit.safetensors_file import DTYPES
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -200,6 +200,7 @@ def _inside(directory: Path, name: Any, owner: str) -> Path:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of a safetensors file; CheckpointError if it is truncated or something else."""
     check_regular(file)  # a pipe would be waited for
+    check_name(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             infos = {}

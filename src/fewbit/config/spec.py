@@ -193,10 +193,13 @@ class QuantizationSpec:
         return not self.format.is_cast and (not self.is_dynamic or self.scale_type == "e4m3")
 
     def stored_scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        """Dtype of the stored scales of a weight that the checkpoint holds in `weight_dtype`."""
+        """Dtype of the stored scales of a weight that the checkpoint holds in `weight_dtype`; float32 where
+        that is none for scales (8-bit floats, float64)."""
         if self.scale_type in BYTE_SCALE_DTYPES:
             return BYTE_SCALE_DTYPES[self.scale_type]
-        return weight_dtype if self.scale_dtype == "checkpoint" else SCALE_DTYPES[self.scale_dtype]
+        if self.scale_dtype != "checkpoint":
+            return SCALE_DTYPES[self.scale_dtype]
+        return weight_dtype if weight_dtype in SCALE_DTYPES.values() else torch.float32
 
     def scale_format(self, weight_dtype: torch.dtype, unit: float = 1.0) -> ScaleFormat:
         """How the scales of a tensor of that dtype are stored; `unit` is the second level of e4m3."""

@@ -12,6 +12,7 @@ from fewbit.errors import ArchitectureError
 from fewbit.models.architecture import Architecture, Groups
 from fewbit.models.linear import Linear
 from fewbit.models.probe import shared_inputs
+from fewbit.models.untouched import sentence, untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,12 @@ def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
         if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and _has_linears(module)
     ]
     embeddings, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    if not any(isinstance(module, nn.ModuleList) and _has_linears(module) for module in skeleton.modules()):
+        handled = () if head is None else (names[head],)
+        raise ArchitectureError(
+            f"model type {model_type!r} has no linears in its blocks, so there is nothing to quantize: "
+            + sentence(untouched(skeleton, handled))
+        )
     if not lists or embeddings is None or head is None:
         missing = "list of like blocks with linears" if not lists else "token embeddings and output head"
         raise ArchitectureError(

@@ -135,7 +135,9 @@ def _alike(members: list[Member]) -> Iterable[list[Member]]:
     for member in members:
         for batch in batches:
             first = batch[0]
-            if member.spec == first.spec and member.dtype == first.dtype and _joins(member.spec):
+            shared = _shares_scale(member.spec) or member.spec.scale_type == "e4m3"  # stored as the first one's
+            alike = member.dtype == first.dtype or shared
+            if member.spec == first.spec and alike and _joins(member.spec):
                 batch.append(member)
                 break
         else:
@@ -151,7 +153,12 @@ def _joins(spec: QuantizationSpec) -> bool:
     """
     if spec.first_stage is not None and spec.first_stage.tiling.rows != 1:
         return False
-    return spec.tiling.rows == 1 or (spec.qscheme == "per_tensor" and not spec.format.is_integer)
+    return spec.tiling.rows == 1 or _shares_scale(spec)
+
+
+def _shares_scale(spec: QuantizationSpec) -> bool:
+    """Whether linears of one input have one scale for all."""
+    return spec.qscheme == "per_tensor" and not spec.format.is_integer
 
 
 def _errors(delta: Tensor, moment: Tensor | None) -> Tensor:

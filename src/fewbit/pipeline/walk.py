@@ -202,7 +202,10 @@ class Walk:
         info, members = self.model.source.info(), []
         for name, linear in stage.members.items():
             full = work.prefix + name
-            members.append(Member(full, linear.weight.data, self.plan.spec(full), info[f"{full}.weight"].dtype))
+            weight = linear.weight.data
+            if weight.itemsize == 1:  # 8-bit floats are for storage: torch computes nothing with them
+                weight = weight.float()
+            members.append(Member(full, weight, self.plan.spec(full), info[f"{full}.weight"].dtype))
         return members
 
     def _quantize_bias(self, name: str, linear: nn.Linear, work: BlockWork) -> None:
