@@ -1,5 +1,6 @@
 """Prefill and decode steps, joined, are what the whole sequence would have been; the choice depends on the seed."""
 
+import os
 import pickle
 
 import pytest
@@ -209,6 +210,12 @@ def test_what_is_no_recording_is_refused(tmp_path, data):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(data))
     with pytest.raises(CalibrationError, match="holds no recording"):
         build_calib_dataset_inputs(tmp_path, allow_pickle=True)
+
+
+def test_a_pipe_in_place_of_a_recording_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="is a pipe"):
+        DefaultDataset(tmp_path)
 
 
 def test_what_cannot_be_used_is_said(tmp_path):

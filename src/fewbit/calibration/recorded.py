@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from fewbit import io
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
+from fewbit.files import check_regular
 from fewbit.models.nested import to_device
 from fewbit.safetensors_file import write_safetensors
 
@@ -66,6 +67,7 @@ def read_recording(
     path = Path(path)
     if path.suffix != ".safetensors":
         return _checked(io.load(path, allow_pickle=allow_pickle), path, keys, steps)
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
