@@ -74,7 +74,27 @@ def _subclass(model):
     _mlp(model).up_proj.weight = nn.Parameter(weight.as_subclass(_Sharded), requires_grad=False)
 
 
+def _epsilon(model):
+    model.model.norm.variance_epsilon = 0.5
+
+
+def _softmax_scale(model):
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def _frequencies(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def _configuration(model):
+    model.config.rms_norm_eps = 0.5
+
+
 CHANGES = {
+    _epsilon: r"model\.norm .*variance_epsilon is another one",
+    _softmax_scale: r"layers\.1\.self_attn .*scaling is another one",
+    _frequencies: r"rotary_emb .*inv_freq is another one",
+    _configuration: r"variance_epsilon is another one than its configuration says",
     _bias: r"mlp\.down_proj\.bias' was added",
     _buffer: r"mlp\.gain' was added",
     _adapter: r"layers\.1\.mlp\.up_proj .*merge_and_unload\(\)",
@@ -94,6 +114,11 @@ def test_what_was_added_to_a_model_is_refused_by_name(random_model, change):
     change(model)
     with pytest.raises(FewbitError, match=CHANGES[change]):
         BlockwiseModel.from_module(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_half_precision_rounds_is_no_change(random_model, family, dtype):
+    BlockwiseModel.from_module(random_model(family).to(dtype).train())
 
 
 def test_hooks_that_only_look_on_are_no_obstacle(random_model):

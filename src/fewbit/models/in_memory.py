@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -73,7 +74,7 @@ def refuse_elsewhere(model: nn.Module, name: str = "") -> None:
 
 def check_as_built(model: nn.Module, built: nn.Module) -> None:
     """ArchitectureError, which names it, for what is in `model` and not in `built`, the same class made from the same
-    configuration: other modules, tensors that were added, forwards and hooks of single instances."""
+    configuration: other modules and numbers, tensors that were added, forwards and hooks of single instances."""
     known = dict(built.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
         what = f"{name or 'the model'} ({type(module).__name__})"
@@ -84,6 +85,8 @@ def check_as_built(model: nn.Module, built: nn.Module) -> None:
             raise ArchitectureError(f"{what} has a forward of its own; {_ADVICE}")
         for kind, hook in _hooks(module):
             raise ArchitectureError(f"{what} has a {kind} hook ({_name(hook)}); {_ADVICE}")
+        if name in known and (changed := _other_number(module, known[name])):
+            raise ArchitectureError(f"{what}: {changed} is another one than its configuration says; {_ADVICE}")
     stored = built.state_dict().keys()
     for name in model.state_dict():
         if name not in stored:
@@ -144,6 +147,27 @@ def _refuse_parametrized(module: nn.Module, what: str) -> None:
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether an instance has another forward than its class, and not just accelerate's."""
     return "forward" in vars(module) and not hasattr(module, DISPATCH)
+
+
+def _other_number(module: nn.Module, built: nn.Module) -> str | None:
+    """The name of a number or computed buffer of a module that the one built from the configuration has otherwise.
+
+    Dropout is none of inference. Rotary frequencies that follow the length of what came last may differ.
+    """
+    theirs = vars(built)
+    for name, value in vars(module).items():
+        other = theirs.get(name)
+        if type(value) is float and type(other) is float and value != other and name != "p" and "dropout" not in name:
+            return name
+    if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
+        return None
+    for name in module._non_persistent_buffers_set & built._non_persistent_buffers_set:
+        mine, its = module._buffers.get(name), built._buffers.get(name)
+        if mine is None or its is None or its.is_meta or mine.shape != its.shape or not mine.is_floating_point():
+            continue
+        if not torch.allclose(mine.detach().float().cpu(), its.float().cpu(), rtol=0.02, atol=1e-4):
+            return name  # what half precision rounds away is no change
+    return None
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
