@@ -132,7 +132,7 @@ def setup_logging(path: str | Path, level: int = logging.INFO) -> None:
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise RunError(f"{path} is {kind(path)}, not a file; choose another place for the log")
+        raise RunError(f"the log cannot be written: {path} is {kind(path)}, not a file; choose another place")
     with disk_errors_as_sentences(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
