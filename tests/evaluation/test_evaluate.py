@@ -321,3 +321,11 @@ def test_a_broken_tokenizer_is_no_matter_to_token_ids(llama, windows, evaluation
     assert fewbit.evaluate(run, windows).windows == 3
     with pytest.raises(CheckpointError, match="tokenizer in"):
         fewbit.evaluate(llama, evaluation_file)
+
+
+def test_a_loss_that_no_perplexity_expresses_is_a_sentence(random_model):
+    model = random_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    with pytest.raises(CalibrationError, match="nats per token, which no perplexity expresses"):
+        fewbit.evaluate(model, torch.randint(5, 300, (2, 16), generator=torch.Generator().manual_seed(0)))

@@ -154,6 +154,13 @@ def first(config):
         ("W4A16", lambda c, t: first(c).update(targets=["re:nothing"]), "no config group describes"),
         ("W4A16", lambda c, t: c.update(config_groups={"W4A16": ["Linear"]}), "a preset's name"),
         ("W4A16", lambda c, t: c.pop("config_groups"), "no config_groups"),
+        (
+            "W4A16",
+            lambda c, t: c["config_groups"]["group_0"].update(targets=None),
+            "targets of config group",
+        ),
+        ("W4A16", lambda c, t: c["config_groups"]["group_0"].update(targets=[1]), "targets of config group"),
+        ("W4A16", lambda c, t: c.update(transform_config={"config_groups": [1]}), "no table of rotations"),
         ("W4A16", lambda c, t: c.update(transform_config={"config_groups": {"R4": ROTATION}}), r"rotates .*\(R4\)"),
         ("FP8_BLOCK", lambda c, t: first(c)["weights"].update(block_structure=[48, 48]), "its config group says"),
     ],

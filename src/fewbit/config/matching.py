@@ -35,8 +35,9 @@ class Match:
     rule: str
 
 
-def matching(pattern: str, names: Iterable[str]) -> set[str]:
-    """Those of the module names that a name, wildcard or "re:" pattern covers.
+def matching(pattern: str, names: Iterable[str], whole: bool = True) -> set[str]:
+    """Those of the module names that a name, wildcard or "re:" pattern covers. An expression covers the `whole`
+    name, or only its start.
 
     ConfigError for a pattern that is none, and for one that backtracks without end: Python's `re` cannot be stopped,
     so `regex`, which transformers needs as well, does the matching, in the syntax of `re`.
@@ -46,10 +47,11 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
     if not pattern.startswith("re:"):
         return {name for name in names if fnmatchcase(name, pattern)}
     compiled, found, left = _compiled(pattern), set(), SECONDS
+    match = compiled.fullmatch if whole else compiled.match
     for name in names:
         started = time.process_time()
         try:
-            if compiled.fullmatch(name, timeout=left) is not None:
+            if match(name, timeout=left) is not None:
                 found.add(name)
         except TimeoutError:
             left = 0.0

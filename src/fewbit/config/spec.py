@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fewbit.config import quark
 from fewbit.config.validation import config_class
-from fewbit.errors import ConfigError, nearest
+from fewbit.errors import ConfigError, nearest, shown
 from fewbit.numerics.formats import FORMATS, NumberFormat, RoundMethod, format_of
 from fewbit.numerics.grouping import Tiling
 from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, ScaleType, unit_for
@@ -82,7 +82,7 @@ class QuantizationSpec:
 
     def __post_init__(self) -> None:
         if format_of(self.dtype) is None or self.dtype == "e8m0":
-            raise ConfigError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, ELEMENT_FORMATS)}")
+            raise ConfigError(f"unknown dtype {shown(self.dtype)}{nearest(self.dtype[:200], ELEMENT_FORMATS)}")
         for check in (self._check_granularity, self._check_grid, self._check_observer, self._check_scale):
             check()
         if (first := self.first_stage) is not None:

@@ -40,6 +40,7 @@ from fewbit.scratch import temporary_directory
 
 logger = logging.getLogger("fewbit")
 
+LARGEST_LOSS = 700.0  # a guess among all tokens of a vocabulary costs 12; e^710 is no number
 LOGIT_ROWS = 128  # tokens whose logits are in memory at a time: with a vocabulary of 256k, 128 MB
 
 
@@ -214,4 +215,7 @@ def _evaluation(losses: Tensor, ids: Tensor) -> Evaluation:
 
 
 def _perplexity(losses: Tensor) -> float:
-    return math.exp(losses.mean(dtype=torch.float64).item())
+    loss = losses.mean(dtype=torch.float64).item()
+    if loss > LARGEST_LOSS:
+        raise CalibrationError(f"the loss is {loss:.3g} nats per token, which no perplexity expresses; is it damaged?")
+    return math.exp(loss)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.checkpoint.source import FLOAT_DTYPES, SafetensorsSource, TensorInfo
+from fewbit.config.matching import matching
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import CheckpointError, ConfigError
+from fewbit.errors import CheckpointError, ConfigError, shown
 from fewbit.export.compressed_tensors.activations import PARTS, PREFIXES, decode_activation
 from fewbit.export.compressed_tensors.config import ATTENTION_SLOTS, MIXED
 from fewbit.export.compressed_tensors.layouts import LAYOUTS, Layout, Tensors
@@ -129,7 +130,7 @@ class CompressedTensorsSource:
             return targets[module]
         patterns = sorted(target for target in targets if target.startswith("re:"))
         for pattern in patterns:
-            if re.match(pattern.removeprefix("re:"), module):
+            if matching(pattern, (module,), whole=False):
                 return targets[pattern]
         classes = {target: group for target, group in targets.items() if re.fullmatch("[A-Z][A-Za-z0-9_]*", target)}
         return classes.get("Linear") or next(iter(classes.values()), {})
@@ -189,10 +190,24 @@ def _quantization_config(directory: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{directory}: config group {name!r} is a preset's name; this fewbit reads whole groups"
             )
-    rotations = (config.get("transform_config") or {}).get("config_groups") or {}
-    for name, rotation in rotations.items():
-        if any(apply.get("location") in ONLINE_ROTATIONS for apply in rotation.get("apply", [])):
+        targets = group.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise CheckpointError(f"{directory}: targets of config group {name!r} are {shown(targets)}, not names")
+    for name, places in _rotations(config, directory).items():
+        if places & set(ONLINE_ROTATIONS):
             raise CheckpointError(
                 f"{directory} rotates activations while it runs ({name}), which this fewbit cannot read"
             )
     return config
+
+
+def _rotations(config: dict[str, Any], directory: Path) -> dict[str, set[str]]:
+    """Where each rotation of a transform_config is applied."""
+    try:
+        groups = (config.get("transform_config") or {}).get("config_groups") or {}
+        return {
+            str(name): {str(apply.get("location")) for apply in rotation.get("apply", [])}
+            for name, rotation in groups.items()
+        }
+    except (AttributeError, TypeError):
+        raise CheckpointError(f"{directory}: transform_config in config.json is no table of rotations") from None
