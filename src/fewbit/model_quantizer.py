@@ -98,7 +98,6 @@ class ModelQuantizer:
             kept = scratch / "run" if output is None else output
             directory = quantize_model(model, self.config, kept, calibration=data, progress=False)
             install(model, NativeCheckpoint(directory))
-        _say(ptq.left_alone(model, _linears(model)))
 
     def _by_replacement(self, model: nn.Module, dataloader: Iterable[Any] | None) -> None:
         config = self.config

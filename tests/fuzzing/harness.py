@@ -202,7 +202,9 @@ def _guarded(run: Callable[[], str | None]) -> str:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + EXTRA_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler would wait for Python's next step
     signal.alarm(SECONDS)
+    torch.set_num_threads(1)  # the parent's threads are not in this process, and would be waited for
     try:
         accepted = run()
         return "" if accepted is None else f"accepted: {accepted}"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import fewbit
 from fewbit.calibration.tokens import calibration_set
@@ -345,3 +346,29 @@ def test_a_block_that_gives_no_numbers_is_named_with_the_sequence(random_model, 
     ids = torch.randint(5, 300, (3, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(CalibrationError, match=r"block 'model.layers.1' gives NaN or infinity .*of sequence 0\)"):
         fewbit.quantize(model, output=tmp_path / "run", **quick | {"calibration": [ids[:1], ids[1:]]})
+
+
+def test_a_generation_config_that_cannot_be_saved_is_mended_and_said(llama, quick, tmp_path, caplog):
+    (llama / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
+    run = fewbit.quantize(llama, output=tmp_path / "run", **quick)
+    assert any("do_sample is on" in warning for warning in run.report["warnings"])
+    assert "do_sample is on" in caplog.text
+    for directory in (run.directory, run.export("compressed-tensors")):
+        mended = GenerationConfig.from_pretrained(directory)
+        mended.validate(strict=True)
+        assert (mended.do_sample, mended.temperature, mended.top_p) == (True, 0.6, 0.9)
+    run.verify()
+
+
+def test_a_generation_config_that_can_be_saved_is_copied_as_it_is(llama, quick, tmp_path):
+    text = '{"eos_token_id": [2, 7],\n "own": 1}'
+    (llama / "generation_config.json").write_text(text)
+    run = fewbit.quantize(llama, output=tmp_path / "run", **quick)
+    assert (run.directory / "generation_config.json").read_text() == text
+
+
+def test_a_warning_is_shown_once(llama, quick, tmp_path, capfd):
+    (llama / "model.gguf").write_bytes(b"GGUF")
+    (llama / "own.safetensors.index.json").write_text("{}")
+    fewbit.quantize(llama, output=tmp_path / "run", **quick | {"progress": True})
+    assert capfd.readouterr().err.count("left behind") == 1

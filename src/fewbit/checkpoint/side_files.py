@@ -20,6 +20,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from fewbit.checkpoint.configuration import CONFIG_FILE, read_config
 from fewbit.errors import CheckpointError, RunError, first_line, printable
@@ -205,6 +206,21 @@ def _moved_to_generation(config: PretrainedConfig, generation: GenerationConfig 
             setattr(generation, name, value)
         vars(config).pop(name, None)
     return [f"{', '.join(sorted(found))} of the configuration went into generation_config.json"] if found else []
+
+
+def mend_generation_config(directory: Path) -> list[str]:
+    """Make a copied generation_config.json one that transformers can save; notes on what was mended."""
+    file = directory / GENERATION_CONFIG_NAME
+    try:
+        generation = GenerationConfig.from_dict(read_json_object(file))
+    except Exception:  # there is none, or it says what no reader knows: it stays the copy that it is
+        return []
+    with temporary_directory("generation") as scratch:
+        saved = Path(scratch)
+        notes = _saved_generation(generation, saved)
+        if notes:
+            _copy(saved / GENERATION_CONFIG_NAME, file)
+    return notes
 
 
 def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PIECE = 2**17  # elements scored at a time: few enough for the cache, whatever the number of candidates
 FEW = 256  # elements, up to which the error is jagged
 # Share of the range to the next, and then the steps around the best
-COARSE = (0.86, (0.07, 0.035, 0.0175, 0.00875))
+COARSE = (0.9, (0.05, 0.025, 0.0125, 0.006, 0.003))
 COARSE_OF_FEW = (0.9, (0.05, 0.025, 0.0125, 0.00625))
 FINE = (0.93, (0.046, 0.023, 0.0115))
 LEAST_MARGIN = 0.4

@@ -26,11 +26,12 @@ class ProgressView(Protocol):
     def stage(self, block: int, name: str) -> None: ...
     def block_done(self, block: int, loss: float | None) -> None: ...
     def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
     def stop(self) -> None: ...
 
 
 class SilentProgress:
-    """Shows nothing."""
+    """Shows nothing; warnings go to the log, which prints them where nobody has set one up."""
 
     def start(self, blocks: int, done: int) -> None:
         pass
@@ -44,11 +45,23 @@ class SilentProgress:
     def note(self, text: str) -> None:
         pass
 
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+
     def stop(self) -> None:
         pass
 
 
-class TerminalProgress(SilentProgress):
+class ShownProgress(SilentProgress):
+    """What shows has shown a warning itself; the log gets it only if there is one."""
+
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+        if logger.hasHandlers():
+            logger.warning(text)
+
+
+class TerminalProgress(ShownProgress):
     """A live bar."""
 
     def __init__(self, console: Console) -> None:
@@ -84,7 +97,7 @@ class TerminalProgress(SilentProgress):
         self._bar.stop()
 
 
-class PlainProgress(SilentProgress):
+class PlainProgress(ShownProgress):
     """One line per block, for logs and pipes."""
 
     def __init__(self, stream: TextIO | None) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from fewbit import process
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
 from fewbit.checkpoint.native import OUTSIDE, write_part
-from fewbit.checkpoint.side_files import copy_side_files, in_words, saved_side_files
+from fewbit.checkpoint.side_files import copy_side_files, in_words, mend_generation_config, saved_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
@@ -95,10 +95,11 @@ def quantize_model(
         with _side_files(blockwise, tokenizer) as (files, notes):
             directory.open(identity, resume, plan.attention_classes)
             notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
+            notes += mend_generation_config(directory.path)
         plan = replace(plan, warnings=plan.warnings + warnings + notes)
         prepared = time.perf_counter()
         for warning in plan.warnings:
-            view.note(f"warning: {warning}")
+            view.warn(warning)
         walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory, smoother)
         rows = walk.run(data)
         walked = time.perf_counter()

@@ -52,7 +52,7 @@ class Walk:
         """Quantize all blocks that the journal does not know yet; returns the report's rows of all of them."""
         finished = self.directory.finished_blocks()
         for text in self.directory.damaged:
-            self._warn(text)
+            self.progress.warn(text)
         self.progress.start(len(self.model), len(finished))
         if len(finished) == len(self.model):
             return [row for index in range(len(self.model)) for row in finished[index]]
@@ -65,10 +65,6 @@ class Walk:
             entered(self.model, calibration, self.device, drift, self.activation_memory, work) as passage,
         ):
             return self._with_data(passage, self.strategy(calibration), finished)
-
-    def _warn(self, text: str) -> None:
-        logger.warning(text)
-        self.progress.note(f"warning: {text}")
 
     def strategy(self, calibration: CalibrationSet) -> Strategy:
         """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
@@ -110,7 +106,7 @@ class Walk:
             else:
                 rows += self._quantize_block(index, passage, strategy)
                 if self.directory.changed(index) and finished:
-                    self._warn(f"block {index} came out otherwise than before, so what follows was made anew")
+                    self.progress.warn(f"block {index} came out otherwise than before, so what follows was made anew")
                     finished = {}
         return rows
 
@@ -186,8 +182,7 @@ class Walk:
             self._quantize_bias(name, linear, work)
             logger.info("%s loss %.4e tokens %d seconds %.2f", name, result.loss, result.tokens, result.seconds)
             if result.fallback is not None:
-                logger.warning("%s fell back: %s", name, result.fallback)
-                self.progress.note(f"{name}: {result.fallback}")
+                self.progress.warn(f"{name} fell back: {result.fallback}")
 
     def _round(self, stage: Stage, work: BlockWork) -> None:
         """Quantize a stage without data. Nothing runs through it afterwards."""
