@@ -229,7 +229,7 @@ def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str
     try:
         generation.save_pretrained(directory)
         return []
-    except Exception:
+    except Exception:  # whatever its own checks refuse is looked for one setting after another
         pass
     mended, lost, sampled = GenerationConfig(), [], []
     names = [name for name in generation.to_diff_dict() if name != "transformers_version"]
