@@ -226,11 +226,8 @@ def mend_generation_config(directory: Path) -> list[str]:
 def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str]:
     """Write generation_config.json. What cannot be saved is mended: sampling is switched on where its settings are
     there, and what still contradicts the rest is left out."""
-    try:
-        generation.save_pretrained(directory)
+    if _saves(generation, directory):
         return []
-    except Exception:  # whatever its own checks refuse is looked for one setting after another
-        pass
     mended, lost, sampled = GenerationConfig(), [], []
     names = [name for name in generation.to_diff_dict() if name != "transformers_version"]
     for name in sorted(names, key=lambda name: (name not in _SWITCHES, name)):
@@ -246,18 +243,21 @@ def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str
             vars(mended).clear()
             vars(mended).update(before)
     mended.save_pretrained(directory)
-    notes = [f"generation config: do_sample is on, because {', '.join(sampled)} cannot be saved without"] * bool(
-        sampled
-    )
+    notes = []
+    if sampled:
+        notes.append(f"generation config: do_sample is on, because {', '.join(sampled)} cannot be saved without")
     if lost:
         notes.append(f"generation config: {', '.join(lost)} cannot be saved with the rest and is left out")
     return notes
 
 
 def _saves(generation: GenerationConfig, directory: Path) -> bool:
+    """Whether transformers' own checks let it through. A disk that is full says nothing of the settings."""
     try:
         generation.save_pretrained(directory)
-    except Exception:
+    except OSError:
+        raise
+    except Exception:  # a refused setting, or a value that is no JSON: which error it is differs between settings
         return False
     return True
 
