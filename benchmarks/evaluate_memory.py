@@ -16,7 +16,7 @@ from pathlib import Path
 
 START = """
 import json, sys, time, torch, fewbit
-from fewbit.pipeline.report import peak_memory
+from fewbit.runs.report import peak_memory
 model, windows, other = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 vocabulary = json.loads(open(model + "/config.json").read())["vocab_size"]
 ids = torch.randint(5, vocabulary, (windows, 512), generator=torch.Generator().manual_seed(0))

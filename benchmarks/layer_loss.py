@@ -21,10 +21,10 @@ from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.tokens import calibration_set
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
+from fewbit.engine.staged import StagedForward
+from fewbit.engine.stages import Stage, stages_of
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.numerics.second_moment import quadratic_form
-from fewbit.pipeline.staged import StagedForward
-from fewbit.pipeline.stages import Stage, stages_of
 
 SPEC = QuantizationSpec(dtype="int4", group_size=64)
 AFFINE = QuantizationSpec(dtype="uint4", group_size=64, symmetric=False)

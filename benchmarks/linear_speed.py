@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fewbit.models.linear import Linear
+from fewbit.nn.linear import Linear
 
 SHAPES = ((2048, 576, 1536), (2048, 1536, 576), (2048, 576, 576), (2048, 3072, 8192))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 QUANTIZE = """
 import json, sys, torch, fewbit
-from fewbit.pipeline.report import peak_memory
+from fewbit.runs.report import peak_memory
 model, output, algorithm = sys.argv[1:4]
 ids = torch.randint(0, 32000, (8, 256), generator=torch.Generator().manual_seed(0))
 run = fewbit.quantize(model, "W4A16", algorithm=algorithm, calibration=ids, output=output, progress=False)
@@ -28,7 +28,7 @@ print(json.dumps({"peak_memory_bytes": peak_memory(), "seconds": seconds, "forwa
 """
 EVALUATE = """
 import json, sys, torch, fewbit
-from fewbit.pipeline.report import peak_memory
+from fewbit.runs.report import peak_memory
 ids = torch.randint(0, 32000, (2, 256), generator=torch.Generator().manual_seed(1))
 result = fewbit.evaluate(sys.argv[1], ids)
 print(json.dumps({"peak_memory_bytes": peak_memory(), "perplexity": result.perplexity}))

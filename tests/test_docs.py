@@ -32,8 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import fewbit
 from fewbit.config.schemes import SCHEMES
-from fewbit.export import engines_of_scheme
-from fewbit.export.compressed_tensors.engines import RULES
+from fewbit.formats import engines_of_scheme
+from fewbit.formats.compressed_tensors.engines import RULES
 from fewbit.numerics.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent

@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from fewbit.config.spec import AttentionConfig as AttentionConfig
     from fewbit.config.spec import QuantizationConfig as QuantizationConfig
     from fewbit.config.spec import QuantizationSpec as QuantizationSpec
+    from fewbit.engine.sequential import SequentialGPTQConfig as SequentialGPTQConfig
+    from fewbit.engine.sequential import run_gptq_for_sequential_layers as run_gptq_for_sequential_layers
+    from fewbit.engine.sequential_smoothing import SequentialSmoothQuantConfig as SequentialSmoothQuantConfig
+    from fewbit.engine.sequential_smoothing import (
+        run_smooth_quant_for_sequential_layers as run_smooth_quant_for_sequential_layers,
+    )
     from fewbit.errors import FewbitError as FewbitError
     from fewbit.evaluation.reference import Reference as Reference
     from fewbit.io import dump as dump
@@ -62,16 +68,10 @@ if TYPE_CHECKING:
     from fewbit.nn.kv_cache import QuantizedCache as QuantizedCache
     from fewbit.nn.quant_linear import QuantLinear as QuantLinear
     from fewbit.nn.quantizer import Quantizer as Quantizer
-    from fewbit.pipeline.progress import setup_logging as setup_logging
-    from fewbit.pipeline.sequential import SequentialGPTQConfig as SequentialGPTQConfig
-    from fewbit.pipeline.sequential import run_gptq_for_sequential_layers as run_gptq_for_sequential_layers
-    from fewbit.pipeline.sequential_smoothing import SequentialSmoothQuantConfig as SequentialSmoothQuantConfig
-    from fewbit.pipeline.sequential_smoothing import (
-        run_smooth_quant_for_sequential_layers as run_smooth_quant_for_sequential_layers,
-    )
     from fewbit.ptq import calibrate as calibrate
     from fewbit.ptq import freeze as freeze
     from fewbit.ptq import quantize_ as quantize_
+    from fewbit.runs.progress import setup_logging as setup_logging
     from fewbit.tensor import QuantTensor as QuantTensor
 
     QConfig, QLayerConfig, QTensorConfig = Config, QuantizationConfig, QuantizationSpec
@@ -111,9 +111,9 @@ _NAMES = {
     "nn.kv_cache": "QuantizedCache",
     "nn.quant_linear": "QuantLinear",
     "nn.quantizer": "Quantizer",
-    "pipeline.progress": "setup_logging",
-    "pipeline.sequential": "SequentialGPTQConfig run_gptq_for_sequential_layers",
-    "pipeline.sequential_smoothing": "SequentialSmoothQuantConfig run_smooth_quant_for_sequential_layers",
+    "runs.progress": "setup_logging",
+    "engine.sequential": "SequentialGPTQConfig run_gptq_for_sequential_layers",
+    "engine.sequential_smoothing": "SequentialSmoothQuantConfig run_smooth_quant_for_sequential_layers",
     "ptq": "calibrate freeze quantize_",
     "tensor": "QuantTensor",
 }

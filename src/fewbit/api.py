@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 
 from fewbit import evaluation
 from fewbit.calibration.tokens import CalibrationData
+from fewbit.checkpoint.arguments import DEFAULT_ACTIVATION_MEMORY
 from fewbit.config.algorithms import AlgorithmConfig, algorithm_configs
 from fewbit.config.recipe import Config
 from fewbit.config.schemes import parse_scheme
-from fewbit.export import Verification, already_there, export_directory, exporter, verify
-from fewbit.export import export as export_run
-from fewbit.pipeline.arguments import DEFAULT_ACTIVATION_MEMORY
-from fewbit.pipeline.plan import Plan
-from fewbit.pipeline.quantize import quantize_model
-from fewbit.pipeline.report import read_report
+from fewbit.formats import Verification, already_there, export_directory, exporter, verify
+from fewbit.formats import export as export_run
+from fewbit.runs.plan import Plan
+from fewbit.runs.quantize import quantize_model
+from fewbit.runs.report import read_report
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def quantize(
     """Quantize a checkpoint directory, a hub id or a transformers model into the directory `output`.
 
     Args:
-        model: see `fewbit.pipeline.quantize.quantize_model`, which also explains `calibration`, `tokenizer`,
+        model: see `fewbit.runs.quantize.quantize_model`, which also explains `calibration`, `tokenizer`,
             `activation_memory` and `resume`.
         scheme: a name of `fewbit schemes`, e.g. "W4A16".
         export: formats to export to, into RUN/exports/FORMAT; what they cannot hold is said before the work.

@@ -14,17 +14,17 @@ from torch import nn
 from fewbit.algorithms.scale_search import ScaleSearch
 from fewbit.calibration.recorded import DefaultDataset, build_calib_dataset_inputs
 from fewbit.calibration.recorder import DataRecorder
+from fewbit.engine import sequential, sequential_smoothing
+from fewbit.engine.layer_stack import Inputs
+from fewbit.engine.sequential import SequentialGPTQConfig as GPTQConfig
+from fewbit.engine.sequential_smoothing import SequentialSmoothQuantConfig as SmoothQuantConfig
+from fewbit.engine.stage_quantizer import LinearResult
 from fewbit.io import dump, load
 from fewbit.models.forward_manager import LayerForwardManager, forward_manager
 from fewbit.nn.fake_quant import FakeQuantLinear, FP8FakeLinear, W4A16FakeLinear, W8A8FakeLinear
 from fewbit.nn.quant_linear import QuantLinear
 from fewbit.nn.quantizer import Quantizer
-from fewbit.pipeline import sequential, sequential_smoothing
-from fewbit.pipeline.layer_stack import Inputs
-from fewbit.pipeline.progress import setup_logging
-from fewbit.pipeline.sequential import SequentialGPTQConfig as GPTQConfig
-from fewbit.pipeline.sequential_smoothing import SequentialSmoothQuantConfig as SmoothQuantConfig
-from fewbit.pipeline.stage_quantizer import LinearResult
+from fewbit.runs.progress import setup_logging
 
 build_calib_datset_inputs = build_calib_dataset_inputs
 FP8Linear = FP8FakeLinear

@@ -24,15 +24,14 @@ from fewbit.config.algorithms import RTNConfig
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
 from fewbit.errors import CalibrationError, ConfigError
-from fewbit.models import in_memory
 from fewbit.models.untouched import Untouched, sentence
-from fewbit.nn import attention
+from fewbit.nn import attention, in_memory
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import SLOTS, attention_config
 from fewbit.nn.exchange import Exchange, carry_over
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
-from fewbit.pipeline.quantize import quantize_model
+from fewbit.runs.quantize import quantize_model
 from fewbit.scratch import temporary_directory
 
 logger = logging.getLogger("fewbit")

@@ -28,13 +28,13 @@ from fewbit.calibration.observers import MovingAverageObserver, Observer, make_o
 from fewbit.config.matching import matching
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError, nearest
-from fewbit.models import in_memory
-from fewbit.models.in_memory import check_plain
-from fewbit.models.linear import Linear
 from fewbit.models.untouched import Untouched, untouched
+from fewbit.nn import in_memory
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import INSTANCES, Exchange, carry_over
 from fewbit.nn.fake_quant import QUANTIZERS, FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
+from fewbit.nn.in_memory import check_plain
+from fewbit.nn.linear import Linear
 from fewbit.nn.quant_linear import QuantLinear
 
 ModuleFilter = Callable[[nn.Module, str], bool]

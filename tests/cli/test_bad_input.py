@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fewbit.pipeline.arguments import parse_size
+from fewbit.checkpoint.arguments import parse_size
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ def test_inspect_shows_architecture_groups_and_what_a_scheme_would_make(cli, che
 def test_inspect_predicts_the_size_of_the_run(checkpoint, finished_run, family):
     from fewbit.checkpoint.source import read_header
     from fewbit.config.recipe import Config
-    from fewbit.pipeline.inspection import inspect
+    from fewbit.runs.inspection import inspect
 
     predicted = inspect(checkpoint(family), Config.from_dict({"scheme": "W4A16", "group_size": 32})).bytes_quantized
     run = finished_run(family)

@@ -8,7 +8,7 @@ import yaml
 
 import fewbit
 from fewbit.config.schemes import KV_SUITES, SCHEMES
-from fewbit.export import engines_of_cache, engines_of_scheme
+from fewbit.formats import engines_of_cache, engines_of_scheme
 
 
 @pytest.fixture

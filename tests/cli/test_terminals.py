@@ -9,8 +9,8 @@ import pytest
 
 import fewbit
 from fewbit.cli import VERBS
-from fewbit.pipeline import walk
-from fewbit.pipeline.progress import PlainProgress
+from fewbit.engine import walk
+from fewbit.runs.progress import PlainProgress
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_too_little_memory_is_a_sentence(cli, monkeypatch):
     def fail(*given, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …")
 
-    monkeypatch.setattr("fewbit.export.verify", fail)
+    monkeypatch.setattr("fewbit.formats.verify", fail)
     code, _, err = cli("verify", "x")
     assert code == 2
     assert "the memory does not suffice" in err

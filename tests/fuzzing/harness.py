@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fewbit
 from fewbit.errors import FewbitError
-from fewbit.pipeline.inspection import inspect
+from fewbit.runs.inspection import inspect
 from fuzzing.mutations import HUGE, mutate
 
 SECONDS = 30

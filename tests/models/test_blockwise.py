@@ -13,7 +13,7 @@ import fewbit
 from fewbit.errors import ArchitectureError, CheckpointError
 from fewbit.models.architecture import ATTENTION_AND_GATED_MLP
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.pipeline.quantize import quantize_model
+from fewbit.runs.quantize import quantize_model
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -21,7 +21,7 @@ from fewbit.models.folding import (
     rescale_rows,
     scale_columns,
 )
-from fewbit.models.linear import adopt
+from fewbit.nn.linear import adopt
 from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantTensor
 

@@ -61,7 +61,7 @@ def test_like_tensors_of_several_layers_are_said_together_with_their_share() -> 
 
 def test_the_report_and_inspect_name_experts_with_their_share(random_model, tmp_path) -> None:
     import fewbit
-    from fewbit.pipeline.inspection import inspect
+    from fewbit.runs.inspection import inspect
 
     model = random_model(
         "qwen2_moe",

@@ -6,9 +6,9 @@ from torch import nn
 
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.models.linear import adopt
 from fewbit.nn import attention
 from fewbit.nn.attach import attach, attach_known, attention_config, detach, quantizers
+from fewbit.nn.linear import adopt
 from fewbit.tensor import QuantizedActivation
 
 STATIC = QuantizationSpec(dtype="int8", qscheme="per_tensor", observer="minmax")

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from fewbit.errors import ConfigError
-from fewbit.models.in_memory import check_plain
 from fewbit.nn.exchange import Exchange, carry_over
+from fewbit.nn.in_memory import check_plain
 
 
 def _shared() -> nn.Sequential:

@@ -14,9 +14,9 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Directory to write (default RUN/exports/FORMAT).")] = None,
 ) -> None:
     """Write a finished run in the format of an engine."""
-    from fewbit.export import export as write_export
-    from fewbit.export import export_directory
-    from fewbit.export.verification import read_origin
+    from fewbit.formats import export as write_export
+    from fewbit.formats import export_directory
+    from fewbit.formats.verification import read_origin
 
     target = write_export(run, format, output or export_directory(run, format))
     typer.echo(target)

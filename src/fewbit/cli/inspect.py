@@ -21,7 +21,7 @@ def inspect(
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
     from fewbit.models.untouched import sentence
-    from fewbit.pipeline.inspection import inspect as look
+    from fewbit.runs.inspection import inspect as look
 
     if scheme is None and recipe is None and group_size is not None:
         raise ConfigError("--group-size works only together with --scheme or --recipe")

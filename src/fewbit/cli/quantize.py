@@ -49,9 +49,9 @@ def quantize(
     from fewbit.api import quantize as run_quantization
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
-    from fewbit.export import already_there, export_directory
-    from fewbit.export.verification import read_origin
-    from fewbit.pipeline.progress import setup_logging
+    from fewbit.formats import already_there, export_directory
+    from fewbit.formats.verification import read_origin
+    from fewbit.runs.progress import setup_logging
 
     if recipe is None and scheme is None:
         raise ConfigError(

@@ -9,7 +9,7 @@ def schemes() -> None:
     from rich.table import Table
 
     from fewbit.config.schemes import KV_SUITES, SCHEMES
-    from fewbit.export import engines_of_cache, engines_of_scheme
+    from fewbit.formats import engines_of_cache, engines_of_scheme
 
     table = Table(box=None)
     for column in ("scheme", "weight", "input", "bits/weight", "exports", "layout", "engines"):

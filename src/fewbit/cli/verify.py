@@ -13,7 +13,7 @@ def verify(
     run: Annotated[Path | None, typer.Option(help="The run, if the export was moved away from it.")] = None,
 ) -> None:
     """Decode every tensor of an export with its engine's own library and compare it with the run, exactly."""
-    from fewbit.export import verify as verify_exports
+    from fewbit.formats import verify as verify_exports
 
     for result in verify_exports(directory, run):
         typer.echo(

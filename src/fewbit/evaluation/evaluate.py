@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbit import process
+from fewbit.calibration.hidden_states import HiddenStates
 from fewbit.calibration.tokens import (
     CalibrationData,
     all_ids,
@@ -28,14 +29,13 @@ from fewbit.calibration.tokens import (
     stream_of,
     token_batch,
 )
+from fewbit.checkpoint.arguments import DEFAULT_ACTIVATION_MEMORY, choose_device, load_tokenizer, parse_size
 from fewbit.errors import CalibrationError, CheckpointError, ConfigError
 from fewbit.evaluation import metrics
 from fewbit.evaluation.reference import Reference, last_hidden_states
-from fewbit.evaluation.sources import open_any
+from fewbit.formats.opening import open_any
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.limits import check_length, check_tokens
-from fewbit.pipeline.arguments import DEFAULT_ACTIVATION_MEMORY, choose_device, load_tokenizer, parse_size
-from fewbit.pipeline.hidden_states import HiddenStates
 from fewbit.scratch import temporary_directory
 
 logger = logging.getLogger("fewbit")

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbit import process
-from fewbit.evaluation.sources import open_any
+from fewbit.calibration.hidden_states import HiddenStates, check_finite
+from fewbit.formats.opening import open_any
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.pipeline.hidden_states import HiddenStates, check_finite
 from fewbit.scratch import temporary_directory
 
 

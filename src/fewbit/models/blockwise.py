@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from fewbit.checkpoint.configuration import load_config, quantization_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CheckpointError, FewbitError, first_line
-from fewbit.models import detect, in_memory, linear, stored
+from fewbit.models import detect, stored
 from fewbit.models.architecture import Architecture, Groups, listed
 from fewbit.models.memory import trim_grown_heap, trim_heap
 from fewbit.models.nested import to_device
 from fewbit.models.skeleton import build, outline
+from fewbit.nn import in_memory, linear
 
 BlockCall = dict[str, Any]
 """Keyword arguments of one block for one batch."""

@@ -10,9 +10,9 @@ from torch import nn
 
 from fewbit.errors import ArchitectureError
 from fewbit.models.architecture import Architecture, Groups
-from fewbit.models.linear import Linear
 from fewbit.models.probe import shared_inputs
 from fewbit.models.untouched import sentence, untouched
+from fewbit.nn.linear import Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

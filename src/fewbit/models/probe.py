@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewbit.models.architecture import Groups
 from fewbit.models.hooks import removed_at_the_end
-from fewbit.models.linear import linear_of
+from fewbit.nn.linear import linear_of
 
 
 def shared_inputs(block: nn.Module, names: Collection[str], forwards: Sequence[Callable[[], object]]) -> Groups:

@@ -12,9 +12,9 @@ from torch import nn
 
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
-from fewbit.models.linear import Linear
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
+from fewbit.nn.linear import Linear
 from fewbit.nn.saving import quantized_in
 from fewbit.tensor import QuantizedActivation
 

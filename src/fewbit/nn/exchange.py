@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.models.in_memory import DISPATCH
+from fewbit.nn.in_memory import DISPATCH
 
 _CARRIED = (
     "_forward_hooks",

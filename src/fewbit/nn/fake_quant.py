@@ -23,11 +23,11 @@ from fewbit import process
 from fewbit.config.schemes import scheme_config, with_group_size
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
-from fewbit.models.in_memory import check_plain
-from fewbit.models.linear import multiplies
 from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import carry_over
+from fewbit.nn.in_memory import check_plain
+from fewbit.nn.linear import multiplies
 from fewbit.nn.quantizer import quantize_matrix, round_matrix
 from fewbit.nn.words import METHODS, linear_config, with_methods
 from fewbit.numerics import matmul
@@ -99,7 +99,7 @@ class FakeQuant(nn.Module):
             group_size: of the weight; −1 is one scale per output channel.
 
         ConfigError if nothing is to be quantized, the spec does not fit the weight, or the module has something that
-        would be lost (models/in_memory.py).
+        would be lost (nn/in_memory.py).
         """
         if isinstance(config, int):
             config, w_bits = None, _once("w_bits", config, w_bits)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fewbit import process
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError
-from fewbit.models.in_memory import check_plain
-from fewbit.models.linear import multiplies
 from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import carry_over
+from fewbit.nn.in_memory import check_plain
 from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.nn.linear import multiplies
 from fewbit.nn.quantizer import quantize_matrix
 from fewbit.nn.words import method_name, weight_spec
 from fewbit.numerics import matmul

@@ -1,0 +1,220 @@
+"""Staged forward: true-sequential calibration at the price of one forward.
+
+Every batch's forward through the block runs in its own greenlet. Where something has to be decided from all batches
+(the weights of linears that share an input, the scale of a static activation: a stop, see stages.py), the forward is
+suspended with the tensor in hand. When all batches are suspended or finished, the earliest stop among those waiting
+has seen all its tokens: it is decided, and the batches that wait at it go on, now through quantized weights and
+activations. The block's own Python runs unchanged.
+
+`staged` keeps every suspended forward in memory. `replay` keeps none: for each stop it runs every batch only as far
+as that stop and throws the forward away. Both see the same inputs, so both give the same bytes; replay repeats the
+front of the block (about two forwards in all for a Llama) to need the memory of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fewbit.engine.reference import Reference
+from fewbit.engine.stages import ATTENTION, WEIGHTS, CalibrationStop, Stage, Stop
+from fewbit.errors import ArchitectureError
+from fewbit.nn.exchange import Exchange
+from fewbit.nn.linear import Linear
+
+Strategy = Literal["staged", "replay"]
+
+
+class StagedForward:
+    """Runs all batches through one block, stopping wherever something has to be decided.
+
+    Args:
+        stages: groups of linears whose weights are quantized, in execution order; their members are modules of the
+            block that `forward` runs.
+        calibrations: activations of the block whose scales are to be fixed.
+        masks: per batch, bool [batch, tokens] that leaves padding out of the statistics, or None.
+        forward: runs one batch, given by its number, through the block and returns its output.
+        reference: the same block in full precision, for the drift of the inputs.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        masks: Sequence[Tensor | None],
+        forward: Callable[[int], Tensor],
+        reference: Reference | None = None,
+        calibrations: Sequence[CalibrationStop] = (),
+    ) -> None:
+        self._stages = stages
+        self._calibrations = calibrations
+        self._masks = masks
+        self._forward = forward
+        self._reference = reference
+
+    def run(self, emit: Callable[[int, Tensor], None], strategy: Strategy) -> None:
+        """Call emit(batch number, output) once per batch, the output computed with everything quantized."""
+        with self._wrapped(), torch.no_grad():
+            try:
+                if strategy == "staged":
+                    self._staged(emit)
+                else:
+                    self._replay(emit)
+                for stage in self._stages:  # those that no token reached
+                    if not stage.done:
+                        stage.finish()
+                for stop in self._calibrations:
+                    if not stop.done:
+                        stop.finish()  # an error that names it: there is no scale to store
+                if self._reference is not None:
+                    self._reference.finish()
+            finally:
+                if self._reference is not None:
+                    self._reference.restart()  # ends what an exception left suspended
+
+    def _staged(self, emit: Callable[[int, Tensor], None]) -> None:
+        waiting = [_BatchRun(self._forward, index) for index in range(len(self._masks))]
+        try:
+            self._advance(waiting, emit)
+            while waiting := [run for run in waiting if not run.dead]:
+                stop = min((run.at for run in waiting if run.at is not None), key=lambda stop: stop.order)
+                ready = [run for run in waiting if run.at is stop]
+                for run in ready:  # in the order of the batches, whenever they arrived: replay adds up alike
+                    self._count(run)
+                stop.finish()
+                self._advance(ready, emit)
+        finally:
+            for run in waiting:
+                if not run.dead:  # a suspended forward refers to its own greenlet, so nothing else would end it
+                    run.throw(GreenletExit)
+
+    def _advance(self, runs: list[_BatchRun], emit: Callable[[int, Tensor], None]) -> None:
+        for run in runs:
+            output = run.switch(run.index)  # the index is the forward's argument the first time, ignored later
+            if run.dead:
+                emit(run.index, output)
+
+    def _replay(self, emit: Callable[[int, Tensor], None]) -> None:
+        pending = list(range(len(self._masks)))
+        while pending:
+            reached: list[Stop] = []
+            for index in list(pending):
+                run = _BatchRun(self._forward, index)
+                output = run.switch(index)  # as far as the first stop that is not decided, or to the end
+                if run.dead:
+                    pending.remove(index)
+                    emit(index, output)
+                    continue
+                assert run.at is not None
+                reached.append(run.at)
+                self._count(run)
+                run.throw(GreenletExit)
+                if self._reference is not None:
+                    self._reference.restart()
+            if reached:
+                min(reached, key=lambda stop: stop.order).finish()
+            for stop in reached:
+                if not stop.done:
+                    stop.reset()  # counted anew when it is its turn
+
+    def _count(self, run: _BatchRun) -> None:
+        """Add the tensor that a suspended forward has in hand to its stop."""
+        stop, x, index = run.at, run.tensor, run.index
+        run.tensor = None
+        assert stop is not None
+        assert x is not None
+        mask = self._masks[index]
+        if mask is not None and isinstance(stop, CalibrationStop) and stop.order[1] == ATTENTION:
+            rows = x.shape[0] // mask.numel()  # of a token: its heads, or its channels where heads are columns
+            mask = mask.repeat_interleave(rows, int(stop.quantizer.spec.qscheme == "per_channel")).flatten()
+        elif mask is not None and x.shape[:-1].numel() == mask.numel():
+            mask = mask.reshape(x.shape[:-1])  # some blocks put the batch's tokens in one row
+        else:
+            mask = None  # tokens were routed: what reaches the linear is no longer laid out like the batch
+        reference = None
+        if self._reference is not None and stop.order[1] == WEIGHTS:
+            reference = self._reference.input_of(stop.order[0], index)
+            if reference is not None and reference.shape != x.shape:
+                reference = None  # other tokens were routed here than in full precision
+        stop.add(x, mask, reference)
+
+    @contextmanager
+    def _wrapped(self) -> Iterator[None]:
+        """Linears and quantizers suspend the forward that comes to them."""
+        for_now = Exchange()
+        for stage in self._stages:
+            for name, linear in stage.members.items():
+                for_now.item(vars(linear), "forward", _suspending(stage, name, linear))
+        for stop in self._calibrations:
+            for_now.item(vars(stop.quantizer), "observer", _parking(stop))
+        with for_now.for_now():
+            yield
+
+
+def _suspending(stage: Stage, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A forward of a stage's member that waits until the stage is done."""
+    original = linear.forward
+
+    def forward(x: Tensor) -> Tensor:
+        run = getcurrent()
+        if not isinstance(run, _BatchRun):
+            return original(x)
+        if stage.before is not None and not stage.before.done:
+            run.park(stage.before, x)
+        if not isinstance(linear, Linear):
+            if not stage.done:
+                run.park(stage, x)
+            run.check_input(stage, name, x)
+            return original(x)
+        seen, smoothing = linear.seen(x), linear.smoothing
+        if not stage.done:
+            run.park(stage, seen)
+        run.check_input(stage, name, x)
+        return linear.multiply(seen if linear.smoothing is smoothing else linear.seen(x))
+
+    return forward
+
+
+def _parking(stop: CalibrationStop) -> Callable[[Tensor], None]:
+    """An observer that waits until the scale is fixed."""
+
+    def observe(x: Tensor) -> None:
+        run = getcurrent()
+        if isinstance(run, _BatchRun) and not stop.done:
+            run.park(stop, x)
+
+    return observe
+
+
+class _BatchRun(greenlet):  # type: ignore[misc]
+    """The forward of one batch, suspended or running."""
+
+    def __init__(self, forward: Callable[[int], Tensor], index: int) -> None:
+        super().__init__(forward)
+        self.index = index
+        self.at: Stop | None = None
+        """Where it is suspended."""
+        self.tensor: Tensor | None = None
+        """What it came with, until it is counted."""
+        self._inputs: dict[Stage, tuple[str, int, StorageWeakRef]] = {}
+        """Per stage: the first member called, the address of its input, and whether that memory still lives."""
+
+    def park(self, stop: Stop, x: Tensor) -> None:
+        """Suspend until the stop is decided."""
+        self.at, self.tensor = stop, x
+        self.parent.switch()
+
+    def check_input(self, stage: Stage, name: str, x: Tensor) -> None:
+        """ArchitectureError if a member of a stage is fed something else than the first one."""
+        seen = self._inputs.get(stage)
+        if seen is None or seen[0] == name:
+            self._inputs[stage] = (name, x.data_ptr(), StorageWeakRef(x.untyped_storage()))
+            return
+        first, address, storage = seen
+        if address != x.data_ptr() or storage.expired():  # freed memory may be given out again at the same address
+            raise ArchitectureError(f"{name!r} does not have the same input as {first!r}, so they cannot be one group")

@@ -1,0 +1,251 @@
+"""What engines make of a checkpoint: one table of rules, each with its source.
+
+The column "engines" of `fewbit schemes`, docs/formats.md and the notes in fewbit-export.json follow from it. Of
+transformers, tests/export/test_transformers.py shows what 5.17 computes; of the readers' library, tests/export/
+test_versions.py shows what the versions decode that engines pin. All else was read in the engines' own files, or is
+reported, where the source says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from fewbit.formats.compressed_tensors.config import Specs
+from fewbit.formats.compressed_tensors.contents import (
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NVFP4,
+    PACKED,
+    Contents,
+    contents,
+    formats,
+    fp8_cache,
+    has_gaps_in_old_versions,
+    has_inputs,
+    int4_by_fp8,
+    is_affine,
+    is_expert,
+    loads_in_sglang,
+    loads_in_vllm,
+    marlin,
+    of_layouts,
+    packed_alone,
+    packed_by_integers,
+    some,
+    unlike_fused,
+    without,
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine as the rules know it."""
+
+    name: str
+    version: str
+    library: str
+    """Version of compressed-tensors that it pins (of transformers: that it was tested with)."""
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("vLLM", "0.33", "0.17.0"),
+        Engine("SGLang", "0.5.23", "0.18.0"),
+        Engine("transformers", "5.24", "0.20.0"),
+    )
+}
+
+
+class Effect(Enum):
+    """What a rule is about, the worst first."""
+
+    REFUSES = "the engine does not load it"
+    WRONG = "it loads, and silently computes something else"
+    OTHERWISE = "it loads, and is computed otherwise than it was quantized, but sensibly"
+    LIMITED = "it needs some hardware, kernel or setting"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that an engine does and a user should know."""
+
+    engine: str
+    effect: Effect
+    applies: Callable[[Contents], bool]
+    note: str
+    source: str
+    short: str = ""
+    """For the column "engines"; what goes without saying for a scheme has none."""
+
+
+def applying(found: Contents, engine: str | None = None) -> list[Rule]:
+    """Rules that apply, of one engine or of all."""
+    return [rule for rule in RULES if engine in (None, rule.engine) and rule.applies(found)]
+
+
+def notes(weights: Specs, activations: Specs | None = None) -> list[str]:
+    """What a user should know about loading an export of these, by names as in `config.check`; often nothing."""
+    return [rule.note for rule in applying(contents(weights, activations))]
+
+
+def engines_for(weights: Specs, activations: Specs | None = None) -> str:
+    """Engines that load it, each with what it needs or does otherwise in brackets; "" if there are none."""
+    found = contents(weights, activations)
+    named = []
+    for engine in ENGINES:
+        rules = applying(found, engine)
+        if any(rule.effect is Effect.REFUSES for rule in rules):
+            continue
+        shorts = dict.fromkeys(rule.short for rule in rules if rule.short)
+        named.append(f"{engine} ({', '.join(shorts)})" if shorts else engine)
+    return ", ".join(named)
+
+
+VLLM = (
+    "vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py of 0.32, _get_scheme_from_parts"
+)
+SGLANG = "sglang/srt/layers/quantization/compressed_tensors/compressed_tensors.py of 0.5.23, _get_scheme_from_parts"
+MEASURED = "measured with transformers 5.23 and compressed-tensors 0.20 on tiny models"
+REFUSES, WRONG, OTHERWISE, LIMITED = Effect
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "vLLM", REFUSES, some(without(loads_in_vllm), without(of_layouts(MXFP6))),
+        "vLLM 0.33 knows no scheme for some of these weights and inputs together and does not load the model", VLLM,
+    ),
+    Rule(
+        "vLLM", REFUSES, some(of_layouts(MXFP6)),
+        "vLLM 0.33 cannot load MXFP6: it pins compressed-tensors 0.17, which knows no floats of 6 bits",
+        "compressed-tensors 0.17.0, QuantizationArgs; tests/export/test_versions.py",
+    ),
+    Rule(
+        "vLLM", LIMITED,
+        lambda found: any(found.any(kind, without(marlin)) for kind in (packed_alone, packed_by_integers)),
+        "vLLM 0.33 runs packed integers of other widths than 4 and 8 bits, of other groups than 32, 64 and 128, and "
+        "of other zero points than 4-bit ones through its Humming kernels only (compute capability 7.5 and later)",
+        "vLLM #46389 and utils/marlin_utils.py of 0.32, query_marlin_supported_quant_types", "Humming",
+    ),
+    Rule(
+        "vLLM", OTHERWISE, some(packed_by_integers, marlin),
+        "vLLM 0.33 loads packed integers with integer inputs, but runs them without quantizing the inputs",
+        "kernels/linear/mixed_precision of 0.32: of the kernels only Humming looks at the inputs' scheme, and Marlin "
+        "and Machete are chosen before it", "inputs as they are",
+    ),
+    Rule(
+        "vLLM", LIMITED, some(int4_by_fp8),
+        "vLLM 0.33 runs int4 weights with FP8 inputs on compute capability 9.0 only, in groups of 128 and where "
+        "inputs and outputs divide by 128", "schemes/compressed_tensors_w4a8_fp8.py of vLLM 0.32; kernels reported",
+        "sm90",
+    ),
+    Rule(
+        "vLLM", LIMITED, some(of_layouts(NVFP4), has_inputs),
+        "vLLM 0.33 quantizes the inputs of NVFP4 on compute capability 10.0 and later; elsewhere it leaves them as "
+        "they are", VLLM, "inputs on sm100",
+    ),
+    Rule(
+        "vLLM", LIMITED, some(of_layouts(MXFP4), has_inputs),
+        "vLLM 0.33 quantizes the inputs of MXFP4 on compute capability 10.0 and later with FlashInfer; elsewhere it "
+        "leaves them as they are", "schemes/compressed_tensors_w4a4_mxfp4.py of vLLM 0.32", "inputs on sm100",
+    ),
+    Rule(
+        "vLLM", OTHERWISE, some(of_layouts(MXFP4), without(has_inputs)),
+        "vLLM 0.33 quantizes the inputs of MXFP4 weights on compute capability 10.0 and later with FlashInfer, "
+        "although this export leaves them as they are", "schemes/compressed_tensors_w4a4_mxfp4.py of vLLM 0.32",
+        "W4A4 on sm100",
+    ),
+    Rule(
+        "vLLM", OTHERWISE, some(of_layouts(MXFP8), without(has_inputs)),
+        "vLLM 0.33 quantizes the inputs of MXFP8 weights, although this export leaves them as they are", VLLM, "W8A8",
+    ),
+    Rule(
+        "vLLM", REFUSES, lambda found: any(not fp8_cache(spec, "per_tensor", "per_channel") for spec in found.cache),
+        "vLLM quantizes its KV cache to symmetric FP8 only and does not load this one; transformers emulates it",
+        "CompressedTensorsKVCacheMethod of vLLM 0.32",
+    ),
+    Rule(
+        "vLLM", OTHERWISE, lambda found: any(slot == "query" for slot, _ in found.attention),
+        "vLLM 0.33 passes over quantized queries and takes the scales of keys and values only",
+        "CompressedTensorsConfig.from_config of vLLM 0.32", "not queries",
+    ),
+    Rule(
+        "vLLM", WRONG, unlike_fused,
+        "vLLM and SGLang fuse linears that are quantized in unlike ways here (q, k and v, or gate and up): they "
+        "refuse the model or load it wrong", "find_matched_target of vLLM 0.32 and SGLang 0.5.23",
+    ),
+    Rule(
+        "SGLang", REFUSES, lambda found: found.any(without(loads_in_sglang)),
+        "SGLang 0.5.23 does not load this: it takes packed integers of 4 and 8 bits without quantized inputs, INT8 "
+        "and FP8 as engines multiply them, and NVFP4", SGLANG,
+    ),
+    Rule(
+        "SGLang", LIMITED, some(of_layouts(NVFP4), has_inputs),
+        "SGLang 0.5.23 quantizes the inputs of NVFP4 on compute capability 10.0 and later; elsewhere it leaves them "
+        "as they are", SGLANG, "inputs on sm100",
+    ),
+    Rule(
+        "SGLang", REFUSES, lambda found: any(slot == "query" for slot, _ in found.attention),
+        "SGLang 0.5.23 does not load quantized queries: it wants weights in every config group",
+        "_quantization_scheme_map_from_config of SGLang 0.5.23",
+    ),
+    Rule(
+        "SGLang", OTHERWISE, lambda found: any(not fp8_cache(spec, "per_tensor") for spec in found.cache),
+        "SGLang 0.5.23 leaves all KV caches unquantized but FP8 with one static scale, with a warning",
+        "CompressedTensorsKVCacheMethod.is_supported_scheme of SGLang 0.5.23", "not the cache",
+    ),
+    Rule(
+        "transformers", WRONG, some(of_layouts(NVFP4), is_expert),
+        "transformers 5.23 silently loads NVFP4 experts WRONG (it ignores the global scale): use vLLM", MEASURED,
+    ),
+    Rule(
+        "transformers", REFUSES,
+        lambda found: found.any(
+            is_expert,
+            lambda linear: is_affine(linear) or linear.weight.qscheme == "per_block" or linear.layout == MXFP8,
+        ),
+        "transformers 5.23 cannot load experts with zero points, FP8 blocks or MXFP8: use vLLM",
+        MEASURED + "; transformers PR 47430 is open",
+    ),
+    Rule(
+        "transformers", LIMITED, some(of_layouts(NVFP4, MXFP4, MXFP6, MXFP8)),
+        "transformers decodes FP4, FP6 and MX weights to bfloat16; load with dtype=torch.bfloat16 only",
+        "tests/export/test_transformers.py",
+    ),
+    Rule(
+        "transformers", LIMITED, some(of_layouts(MXFP6)),
+        "transformers loads MXFP6 with compressed-tensors 0.20 and later only", "tests/export/test_versions.py",
+    ),
+    Rule(
+        "transformers", LIMITED, some(of_layouts(PACKED), has_gaps_in_old_versions),
+        "transformers loads packed weights of 3, 5, 6 and 7 bits with compressed-tensors 0.18 and later only: 0.17 "
+        "packs them with gaps", "tests/export/test_versions.py",
+    ),
+    Rule(
+        "transformers", LIMITED, some(of_layouts(PACKED), is_affine),
+        "transformers 5.23 and later load packed weights with zero points only with dequantize=True", MEASURED,
+        "dequantize=True",
+    ),
+    Rule(
+        "transformers", REFUSES, lambda found: len(formats(found)) > 1 and found.any(of_layouts(PACKED), is_affine),
+        "transformers 5.23 and later cannot load packed zero points together with FP8 or another format: the default "
+        "mode cannot load the one, dequantize=True not the other", MEASURED,
+    ),
+    Rule(
+        "transformers", LIMITED, lambda found: len(formats(found)) > 1,
+        "transformers 5.23 cannot load several formats with dequantize=True; the default mode can", MEASURED,
+    ),
+    Rule(
+        "transformers", LIMITED, lambda found: bool(found.attention) or found.any(has_inputs),
+        "transformers 5.23 with dequantize=True silently leaves quantized activations and KV cache out; the default "
+        "mode keeps them", MEASURED,
+    ),
+    Rule(
+        "transformers", OTHERWISE, lambda found: bool(found.attention),
+        "transformers 5.24 silently drops the quantization of keys, values and queries", "reported",
+        "not the cache from 5.24 on",
+    ),
+)  # fmt: skip

@@ -1,0 +1,208 @@
+"""Proof that a compressed-tensors export is right: the format's own library decodes it, and all must equal the run.
+
+Of every weight: the config group that the library picks for it, each stored tensor, the codes (decoded with all scales
+set to one) and the weight. Of every activation: its arguments and its tensors. Then all other tensors, that none is
+left over, that linears which stay as they are are ignored, and that fused linears share their scales. Before all that,
+the files beside the weights and the index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fewbit.checkpoint.configuration import quantization_of, read_config
+from fewbit.checkpoint.native import NativeCheckpoint
+from fewbit.checkpoint.source import INDEX_FILE, SafetensorsSource, read_header
+from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import FewbitError, VerificationError, first_line
+from fewbit.files import read_json_object
+from fewbit.formats.beside import check_beside, difference
+from fewbit.formats.compressed_tensors.activations import encode_activation
+from fewbit.formats.compressed_tensors.config import DENSE, NAME, Specs, kv_cache, layout_of
+from fewbit.formats.compressed_tensors.layouts import Layout
+from fewbit.formats.compressed_tensors.scheme import Args, activation_args, weight_args
+from fewbit.formats.compressed_tensors.sharing import unshared
+from fewbit.formats.compressed_tensors.write import METADATA, config_changes, left_alone, shard_names
+from fewbit.formats.verification import Verification, compare, read_origin
+from fewbit.tensor import QuantTensor
+
+
+def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
+    """Decode every weight of an export with the library and compare everything with the run."""
+    shards = shard_names(checkpoint)
+    check_beside(
+        directory, read_origin(directory), checkpoint.directory, config_changes(checkpoint), [*shards, INDEX_FILE]
+    )
+    if fault := unshared(checkpoint):
+        raise VerificationError(f"{directory}: {fault}")
+    checked = _Export(directory)
+    activations = checkpoint.activations()
+    specs = {name: activation.spec for name, activation in activations.items()}
+    for name, (spec, _) in checkpoint.quantized.items():
+        scheme = checked.scheme(name, spec, specs)
+        checked.weight(name, checkpoint.read_quantized(name), layout_of(name, spec, specs), scheme)
+    checked.attention(specs, checkpoint.manifest.get("attention_classes", {}))
+    for name, activation in activations.items():
+        for stored, expected in encode_activation(name, activation).items():
+            checked.tensor(stored, expected)
+    dense = [name for part in checkpoint.parts for name in part.dense]
+    for name in dense:
+        checked.tensor(name, checkpoint.read([name])[name])
+    checked.nothing_left(left_alone(checkpoint))
+    _check_index(directory, shards)
+    decoder = f"compressed-tensors {checked.library.version}"
+    return Verification(directory, NAME, len(checkpoint.quantized), len(dense), decoder, len(activations))
+
+
+def _check_index(directory: Path, shards: list[str]) -> None:
+    """VerificationError unless the index says of every tensor where it is, once, and every reader takes the shards."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        for name, info in read_header(directory / shard).items():
+            if name in weight_map:
+                raise VerificationError(f"{directory}: tensor {name!r} is in {weight_map[name]} and in {shard}")
+            weight_map[name] = shard
+            total += math.prod(info.shape) * info.dtype.itemsize
+        with safe_open(directory / shard, framework="pt") as opened:
+            if opened.metadata() != METADATA:
+                raise VerificationError(f"{directory / shard}: metadata are {opened.metadata()}, not {METADATA}")
+    expected = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    found = read_json_object(directory / INDEX_FILE)
+    if fault := difference(found, expected):
+        raise VerificationError(
+            f"{directory / INDEX_FILE} does not fit the shards: {fault}".replace("in the run", "in them")
+        )
+
+
+class _Export:
+    """The files of an export, its config as the library reads it, and what has not been looked at yet."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.library = _library()
+        self.stored = SafetensorsSource(directory)
+        raw = quantization_of(read_config(directory), directory)
+        try:
+            self.config = self.library.QuantizationConfig.model_validate(raw)
+        except Exception as error:
+            raise VerificationError(f"{directory}: the library refuses the config: {first_line(error)}") from None
+        self.schemes: dict[str, Any] = {}  # by target; as the library has it, a later group's wins
+        for scheme in self.config.config_groups.values():
+            self.schemes |= dict.fromkeys(scheme.targets, scheme)
+        self.left = set(self.stored.info())
+
+    def scheme(self, name: str, spec: QuantizationSpec, activations: Specs) -> Any:
+        """The scheme that the library picks for a weight, which must say what its spec says."""
+        module = name.removesuffix(".weight")
+        picked = self.picked(module)
+        if picked is None:
+            raise VerificationError(f"{self.directory}: by its config {module!r} is not quantized")
+        layout = layout_of(name, spec, activations).name
+        if (picked.format or self.config.format) != layout:
+            raise VerificationError(f"{module}: the config says {picked.format or self.config.format}, not {layout}")
+        inputs = activations.get(f"{module}.input")
+        self.args(f"{module} weights", picked.weights, weight_args(spec))
+        self.args(
+            f"{module} input_activations",
+            picked.input_activations,
+            None if inputs is None else activation_args(inputs),
+        )
+        return picked
+
+    def picked(self, module: str) -> Any:
+        """By the library's own rule: the scheme of the linear `module`, None for one that is ignored."""
+        linear = nn.Linear(1, 1, device="meta")
+        targets = self.library.match_targets(module, linear, self.schemes)
+        ignored = self.library.match_targets(module, linear, self.config.ignore)
+        return self.schemes[targets[0]] if targets and not ignored else None
+
+    def args(self, what: str, found: Any, expected: Args | None) -> None:
+        """VerificationError unless the library understands an entry as it does the arguments expected."""
+        wanted = None if expected is None else self.library.QuantizationArgs(**expected).model_dump()
+        if (None if found is None else found.model_dump()) != wanted:
+            raise VerificationError(f"{what}: the config says {found!r}, the run {expected}")
+
+    def weight(self, name: str, expected: QuantTensor, layout: Layout, scheme: Any) -> None:
+        """Stored tensors, codes and values of one weight."""
+        module = name.removesuffix(".weight")
+        encoded = layout.encode(expected)
+        tensors = {part: self.tensor(f"{module}.{part}", tensor, part) for part, tensor in encoded.items()}
+        unscaled = replace(
+            expected, scale=torch.ones_like(expected.scale, dtype=torch.float32).to(expected.scale.dtype)
+        )
+        unscaled = replace(unscaled, global_scale=1.0)
+        units = {part: tensor for part, tensor in layout.encode(unscaled).items() if "scale" in part}
+        codes = self.decompressed(module, tensors | units, scheme, layout)
+        compare(f"{module} codes", codes.float(), unscaled.dequantize(), bits=False)
+        weight = self.decompressed(module, tensors, scheme, layout)
+        compare(f"{module} weight", weight, expected.dequantize(weight.dtype), bits=False)
+
+    def decompressed(self, module: str, tensors: dict[str, Tensor], scheme: Any, layout: Layout) -> Tensor:
+        try:
+            decompressor = self.library.BaseCompressor.get_value_from_registry(layout.name)
+            weight: Tensor = decompressor.decompress(tensors, scheme)["weight"]
+        except Exception as error:  # whatever the library raises, it cannot read this weight by that config
+            raise VerificationError(f"{module}: compressed-tensors cannot decode it: {first_line(error)}") from None
+        return weight
+
+    def tensor(self, name: str, expected: Tensor, part: str | None = None) -> Tensor:
+        """The stored tensor `name`, which must equal `expected`."""
+        if name not in self.left:
+            raise VerificationError(f"{self.directory}: tensor {name!r} is missing")
+        found = self.stored.read([name])[name]
+        what = name if part is None else f"{name.removesuffix('.' + part)} {part.removeprefix('weight_')}"
+        compare(what, found, expected)
+        self.left.discard(name)
+        return found
+
+    def attention(self, activations: Specs, classes: Mapping[str, str]) -> None:
+        """The entries of the KV cache and of queries, which are said by class."""
+        cache, _, queries = kv_cache(activations)
+        self.args("kv_cache_scheme", self.config.kv_cache_scheme, cache)
+        for module in queries:
+            scheme = self.schemes.get(classes.get(module, ""))
+            if scheme is None or scheme.weights is not None or len(scheme.targets) != 1 or scheme.format != DENSE:
+                raise VerificationError(f"{module}: the config has no group for its query")
+            self.args(f"{module} query", scheme.input_activations, cache)
+        expected = {classes.get(module) for module in queries}
+        for target, scheme in self.schemes.items():
+            if scheme.weights is None and target not in expected:
+                raise VerificationError(f"{self.directory}: the config quantizes {target!r} without weights")
+
+    def nothing_left(self, unquantized: list[str]) -> None:
+        """No tensor that was not compared, and no linear that a reader would quantize although the run did not."""
+        if self.left:
+            raise VerificationError(f"{self.directory} holds tensors that the run does not: {sorted(self.left)[0]!r}")
+        for module in unquantized:
+            if not module.startswith("re:") and self.picked(module) is not None:
+                raise VerificationError(
+                    f"{self.directory}: by its config {module!r} is quantized, in the run it is not"
+                )
+
+
+def _library() -> Any:
+    """What is used of compressed-tensors."""
+    try:
+        import compressed_tensors
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+        from compressed_tensors.utils.match import match_targets
+    except ImportError:
+        raise FewbitError("verifying this export needs its decoder: pip install 'fewbit[verify]'") from None
+    return SimpleNamespace(
+        version=compressed_tensors.__version__,
+        BaseCompressor=BaseCompressor,
+        QuantizationArgs=QuantizationArgs,
+        QuantizationConfig=QuantizationConfig,
+        match_targets=match_targets,
+    )

@@ -1,0 +1,210 @@
+"""The main job: from a model and a recipe to a finished run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from fewbit import process
+from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
+from fewbit.checkpoint.arguments import (
+    DEFAULT_ACTIVATION_MEMORY,
+    choose_device,
+    load_tokenizer,
+    parse_size,
+    resolve_directory,
+)
+from fewbit.checkpoint.native import OUTSIDE, write_part
+from fewbit.checkpoint.side_files import copy_side_files, in_words, mend_generation_config, saved_side_files
+from fewbit.checkpoint.source import SafetensorsSource
+from fewbit.config.algorithms import RTNConfig
+from fewbit.config.recipe import Config
+from fewbit.engine.smoothing import Smoother
+from fewbit.engine.walk import Walk
+from fewbit.errors import ConfigError
+from fewbit.files import write_json
+from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.limits import check_length, check_tokens
+from fewbit.models.memory import trim_heap
+from fewbit.nn.attach import refuse_quantized
+from fewbit.runs.plan import Plan, make_plan
+from fewbit.runs.progress import progress_view
+from fewbit.runs.report import REPORT, build_report
+from fewbit.runs.run_directory import Identity, RunDirectory
+from fewbit.version import __version__
+
+NO_CALIBRATION = "none"
+
+
+@process.neutral()
+def quantize_model(
+    model: str | Path | PreTrainedModel,
+    config: Config,
+    output: str | Path,
+    *,
+    calibration: CalibrationData | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
+    resume: bool = False,
+    progress: bool = True,
+    check: Callable[[Plan], None] | None = None,
+) -> Path:
+    """Quantize `model` by `config` into the directory `output`; returns that directory.
+
+    Args:
+        model: checkpoint directory, hub id, or a transformers model in memory.
+        calibration: text file, texts, token ids or batches (see calibration.tokens); None is the shipped text,
+            "none" quantizes without data (round to nearest only).
+        tokenizer: of a model in memory; directories bring their own.
+        activation_memory: bytes ("4GiB") that hidden states may take; the rest goes to disk.
+        resume: continue a run that was interrupted.
+        check: called with the plan before any work; raises to refuse.
+
+    Raises FewbitError with a sentence for the user; nothing is written before model, recipe and data are checked.
+    """
+    started = time.perf_counter()
+    directory = RunDirectory(output)
+    directory.refuse(resume)
+    chosen_device = choose_device(device)
+    memory = parse_size(activation_memory)
+    blockwise = open_model(model)
+    plan = make_plan(blockwise, config)
+    if check is not None:
+        check(plan)
+    data = _calibration(blockwise, config, plan, calibration, tokenizer)
+    warnings = [] if data is None else _check(data, blockwise, plan, config)
+    search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
+    smoother = Smoother(blockwise, plan, config, search) if search is not None else None
+    identity = _identity(blockwise, config, data, plan)
+    if not resume:
+        _check_weights(blockwise)
+    view = progress_view(progress)
+    try:
+        with _side_files(blockwise, tokenizer) as (files, notes):
+            directory.open(identity, resume, plan.attention_classes)
+            notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
+            notes += mend_generation_config(directory.path)
+        plan = replace(plan, warnings=plan.warnings + warnings + notes)
+        prepared = time.perf_counter()
+        for warning in plan.warnings:
+            view.warn(warning)
+        walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory, smoother)
+        rows = walk.run(data)
+        walked = time.perf_counter()
+        plan = replace(plan, warnings=plan.warnings + directory.damaged)
+        digest = write_part(directory.path / OUTSIDE, {}, blockwise.source.read(blockwise.outside_tensors()))
+        directory.record_files({OUTSIDE: digest})
+        run = {
+            "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
+            "architecture": blockwise.architecture.name,
+            "blocks": len(blockwise),
+            "device": str(chosen_device),
+            "compute_dtype": "float32",
+            "forward": walk.strategy(data) if data is not None else "none",
+            "calibration": _describe(data),
+        }
+        seconds = {"prepare": prepared - started, "blocks": walked - prepared, "total": time.perf_counter() - started}
+        write_json(directory.path / REPORT, build_report(config, plan, rows, run, seconds))
+    finally:
+        view.stop()
+        directory.close()
+    return directory.path
+
+
+def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
+    """A checkpoint directory, a hub id or a module, ready to be walked."""
+    if not isinstance(model, str | Path):
+        if isinstance(model, torch.nn.Module):
+            refuse_quantized(model)
+        return BlockwiseModel.from_module(model)
+    return BlockwiseModel.from_directory(resolve_directory(model))
+
+
+def _calibration(
+    model: BlockwiseModel, config: Config, plan: Plan, data: CalibrationData | None, tokenizer: Any
+) -> CalibrationSet | None:
+    if isinstance(data, str) and data == NO_CALIBRATION:
+        searching = [found.name for found in config.algo_config if not isinstance(found, RTNConfig)]
+        if searching:
+            raise ConfigError(f"{searching[0]} needs calibration data; use --algorithm rtn to quantize without")
+        if plan.needs_data:
+            raise ConfigError(
+                "static activation scales need calibration data; give --calibration, or use a scheme with dynamic ones"
+            )
+        return None
+    wanted = config.calibration
+    load = partial(load_tokenizer, model.source.directory)  # for text only: a broken one is no matter to ids
+    return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed, load)
+
+
+def _check(data: CalibrationSet, model: BlockwiseModel, plan: Plan, config: Config) -> list[str]:
+    """CalibrationError if the model cannot be fed with the data; warnings if sequences are too long, or tokens too few
+    for H to tell all channels of an input apart."""
+    check_tokens(model, data.batches)
+    warnings = check_length(model, max(batch["input_ids"].shape[1] for batch in data.batches))
+    widths = [linear.shape[1] for linear in plan.linears.values() if linear.spec is not None]
+    if isinstance(config.codes, RTNConfig) or not widths or data.tokens >= max(widths):
+        return warnings
+    return [
+        *warnings,
+        f"{data.tokens} calibration tokens are fewer than the {max(widths)} inputs of the widest linear, so "
+        f"{config.codes.name} fits weights to this text; give more (--num-samples, --sequence-length)",
+    ]
+
+
+def _check_weights(model: BlockwiseModel) -> None:
+    """Read every tensor once, so that NaN or infinity is found before anything is written, not in hour six."""
+    names = {name for index in range(len(model)) for name in model.block_tensors(index)} | set(model.outside_tensors())
+    for name in sorted(names):
+        model.source.read([name])
+    trim_heap()
+
+
+def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None, plan: Plan) -> Identity:
+    described = model.config.to_dict()
+    described.pop("transformers_version", None)
+    architecture = json.dumps(described, sort_keys=True, default=str)
+    fingerprint = hashlib.sha256((model.source.fingerprint() + architecture).encode()).hexdigest()
+    return Identity(
+        recipe=json.loads(json.dumps(config.to_dict())),
+        model=fingerprint,
+        calibration=data.fingerprint() if data is not None else NO_CALIBRATION,
+        version=__version__,
+        libraries={"torch": torch.__version__, "transformers": transformers.__version__},
+        num_blocks=len(model),
+        unquantized=plan.unquantized,
+    )
+
+
+def _files(model: BlockwiseModel) -> frozenset[Path]:
+    """Those that hold the model's weights."""
+    return model.source.files if isinstance(model.source, SafetensorsSource) else frozenset()
+
+
+@contextmanager
+def _side_files(model: BlockwiseModel, tokenizer: Any) -> Iterator[tuple[Path, list[str]]]:
+    """Where configuration, tokenizer and the like lie, and notes on what had to be mended."""
+    if model.module is not None:
+        with saved_side_files(model.module, model.config, tokenizer) as saved:
+            yield saved
+    else:
+        assert model.source.directory is not None
+        yield model.source.directory, []
+
+
+def _describe(data: CalibrationSet | None) -> dict[str, Any]:
+    if data is None:
+        return {"source": NO_CALIBRATION, "sequences": 0, "tokens": 0}
+    return {"source": data.source, "sequences": data.sequences, "requested": data.requested, "tokens": data.tokens}

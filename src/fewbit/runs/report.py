@@ -1,0 +1,117 @@
+"""report.json: every linear, what became of it and what it cost; what else stays as it is; attention; totals;
+environment; the recipe."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fewbit.config.recipe import Config
+from fewbit.config.spec import QuantizationSpec
+from fewbit.engine.stage_quantizer import LinearResult
+from fewbit.errors import CheckpointError
+from fewbit.files import read_json_object
+from fewbit.runs.plan import LinearPlan, Plan
+from fewbit.version import __version__
+
+REPORT = "report.json"
+
+
+def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
+    """The report's line of a quantized linear; also what the journal keeps."""
+    return {
+        "name": name,
+        "block": block,
+        "status": "quantized",
+        "tokens": result.tokens,
+        "loss": result.loss,
+        "error": result.error,
+        "energy": result.energy,
+        "damping": result.damping,
+        "fallback": result.fallback,
+        "seconds": round(result.seconds, 4),
+        "bits_per_weight": result.weight.bits_per_weight,
+        "weights": result.weight.codes.numel(),
+    }
+
+
+def untouched_row(linear: LinearPlan) -> dict[str, Any]:
+    """The report's line of a linear that stays as it is."""
+    return {
+        "name": linear.name,
+        "status": linear.status if linear.config is None else "activations",
+        "reason": linear.rule if linear.config is None else "its weight stays as it is",
+        "weights": linear.shape[0] * linear.shape[1],
+    }
+
+
+def build_report(
+    config: Config, plan: Plan, rows: list[dict[str, Any]], run: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The whole report. `rows` are the quantized linears; `run` says what was quantized, with which data and how."""
+    untouched = [untouched_row(linear) for linear in plan.linears.values() if linear.spec is None]
+    for row in rows + untouched:
+        row |= {slot: spec.summary for slot, spec in _activations(plan, row["name"]).items()}
+    weights = sum(row["weights"] for row in rows)
+    totals = {
+        "linears": dict(Counter(row["status"] for row in rows + untouched)),
+        "fallbacks": sum(row["fallback"] is not None for row in rows),
+        "bits_per_weight": sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights if weights else None,
+        "loss": sum(row["error"] for row in rows) / max(sum(row["energy"] for row in rows), 1e-300),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_memory_bytes": peak_memory(),
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    }
+    return {
+        "run": run,
+        "totals": totals,
+        "warnings": plan.warnings,
+        "linears": rows + untouched,
+        "untouched": [tensor.row for tensor in plan.untouched],
+        "attention": {"modules": len(plan.attention_classes)} | plan.attention.summary if plan.attention else None,
+        "environment": environment(),
+        "recipe": config.to_dict(),
+    }
+
+
+def _activations(plan: Plan, name: str) -> dict[str, QuantizationSpec]:
+    specs = {slot: plan.activations.get(f"{name}.{slot}") for slot in ("input", "output")}
+    return {slot: spec for slot, spec in specs.items() if spec is not None}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they can matter for the result."""
+    return {
+        "fewbit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """report.json of a finished run."""
+    if not os.path.lexists(directory / REPORT):
+        raise CheckpointError(f"{directory} has no {REPORT}: it is no run, or it is not finished (use --resume)")
+    return read_json_object(directory / REPORT)

@@ -1,0 +1,207 @@
+"""A run's directory: locked while in use, described by a manifest, with a journal that is the truth on a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewbit.checkpoint.journal import JOURNAL, FinishedBlock, Journal
+from fewbit.checkpoint.native import MANIFEST, block_file, read_manifest, write_manifest
+from fewbit.errors import CheckpointError, RunError, disk_errors_as_sentences
+from fewbit.files import destination
+from fewbit.runs.report import REPORT
+from fewbit.safetensors_file import file_digest, has_digest
+from fewbit.scratch import Lock, Scratch, is_scratch, lock_file, sweep
+
+LOCK = ".lock"
+BLOCKS = "blocks"
+EXPORTS = "exports"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run depends on. A resumed run must have the same."""
+
+    recipe: dict[str, Any]
+    model: str
+    calibration: str
+    version: str
+    libraries: dict[str, str]
+    """Versions of those that compute: other ones may round otherwise."""
+    num_blocks: int
+    unquantized: list[str]
+    """Names of the linears that stay as they are."""
+
+    def differences(self, manifest: dict[str, Any]) -> list[str]:
+        """In words, what differs from the run that wrote `manifest`."""
+        found = []
+        if manifest.get("model") != self.model:
+            found.append("another model (or its weights changed)")
+        if manifest.get("calibration") != self.calibration:
+            found.append("other calibration data or another seed")
+        if manifest.get("version") != self.version:
+            found.append(f"fewbit {manifest.get('version')} before, {self.version} now")
+        libraries = manifest.get("libraries") or {}
+        for name in sorted(set(libraries) | set(self.libraries)):
+            if libraries.get(name) != self.libraries.get(name):
+                found.append(f"{name} {libraries.get(name)} before, {self.libraries.get(name)} now")
+        before = manifest.get("recipe") or {}
+        for key in sorted(set(before) | set(self.recipe)):
+            if before.get(key) != self.recipe.get(key):
+                found.append(
+                    f"recipe field {key!r}: {_short(before.get(key))} before, {_short(self.recipe.get(key))} now"
+                )
+        if manifest.get("num_blocks") != self.num_blocks:
+            found.append(f"{manifest.get('num_blocks')} blocks before, {self.num_blocks} now")
+        if manifest.get("unquantized_linears") != self.unquantized and not found:
+            found.append("other linears that stay as they are")
+        return found
+
+
+class RunDirectory:
+    """Open for one run at a time; a context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._place = destination(self.path, "the output")
+        self._lock: Lock | None = None
+        self._created = False
+        self._journal = Journal(self._place)
+        self._before: dict[int, FinishedBlock] = {}
+        self._changed: set[int] = set()
+        self.damaged: list[str] = []
+        """What was found damaged and is made anew, for those who watch and for the report."""
+
+    def refuse(self, resume: bool) -> None:
+        """RunError if the directory cannot be used, before any work: `open` would say so after it."""
+        if (self._place / MANIFEST).exists():
+            if not resume:
+                raise RunError(
+                    f"{self.path} already holds a run; use --resume to continue it or choose another directory"
+                )
+        elif self._place.exists() and any(self._foreign_files()):
+            raise RunError(f"{self.path} is not empty and holds no fewbit run; choose another output directory")
+        nearest = next(path for path in (self._place, *self._place.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise RunError(f"{self.path} cannot be written: {nearest} allows it not; choose another output directory")
+
+    def open(self, identity: Identity, resume: bool, attention_classes: Mapping[str, str] | None = None) -> None:
+        """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run.
+
+        `attention_classes`: of attention modules in which something is quantized; exports name them.
+        """
+        self.refuse(resume)
+        with disk_errors_as_sentences(self.path):
+            self._created = not self._place.exists()
+            self._place.mkdir(parents=True, exist_ok=True)
+            busy = f"{self.path} is in use by another run; wait for it or choose another output directory"
+            self._lock = lock_file(self._place / LOCK, busy)
+        for place in (self._place, self._place / BLOCKS):
+            sweep(place)
+        if (self._place / MANIFEST).exists():
+            self.refuse(resume)  # another run may have begun while this one waited for the lock
+            if differences := identity.differences(self._manifest()):
+                raise RunError(
+                    f"{self.path} cannot be resumed: {'; '.join(differences)}; "
+                    "use the original settings or a new directory"
+                )
+            self._refuse_changed()
+            return
+        write_manifest(
+            self._place,
+            {
+                "version": identity.version,
+                "libraries": identity.libraries,
+                "num_blocks": identity.num_blocks,
+                "model": identity.model,
+                "calibration": identity.calibration,
+                "recipe": identity.recipe,
+                "unquantized_linears": identity.unquantized,
+                "attention_classes": dict(attention_classes or {}),
+            },
+        )
+
+    def _refuse_changed(self) -> None:
+        """RunError if a file of a run that was complete is not what the run wrote: nobody knows whether it was damaged
+        or changed on purpose, so it is not overwritten. In a run that was interrupted it is made anew."""
+        if not (self._place / REPORT).exists():
+            return
+        blocks = {block_file(self._place, number): block.digest for number, block in self._journal.blocks().items()}
+        others = {self._place / name: digest for name, digest in self._journal.files().items()}
+        for file, digest in (blocks | others).items():
+            if file.exists() and not has_digest(file, digest):
+                raise RunError(
+                    f"{file} is not what the run wrote, though the run was complete: it was damaged or changed; "
+                    "remove it, and the same command with --resume makes it anew"
+                )
+
+    def finished_blocks(self) -> dict[int, list[dict[str, Any]]]:
+        """Block number → report rows of the blocks whose files are what the journal says; `damaged` says of others."""
+        self._before = self._journal.blocks()
+        finished = {}
+        for number, block in self._before.items():
+            file = block_file(self._place, number)
+            if not file.is_file():
+                self.damaged.append(f"{file.name} is gone and was made anew")
+            elif not has_digest(file, block.digest):
+                self.damaged.append(f"{file.name} is damaged (it is not what the run wrote) and was made anew")
+            else:
+                finished[number] = block.linears
+        return finished
+
+    def record(self, number: int, linears: list[dict[str, Any]], digest: str) -> None:
+        """Journal a block whose file is in place."""
+        self._journal.add_block(number, digest, linears)
+        if number in self._before and self._before[number].digest != digest:
+            self._changed.add(number)
+
+    def changed(self, number: int) -> bool:
+        """Whether a block that was made anew came out otherwise than before, so that what followed from it is void."""
+        return number in self._changed
+
+    def record_files(self, known: Mapping[str, str]) -> None:
+        """Journal every file beside the blocks, but for those that describe the run; some digests are `known`."""
+        own = (MANIFEST, JOURNAL, LOCK, REPORT, BLOCKS, EXPORTS)
+        for top in sorted(self._place.iterdir()):
+            if top.name in own or is_scratch(top.name):
+                continue
+            for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
+                if file.is_file():
+                    name = str(file.relative_to(self._place))
+                    self._journal.add_file(name, known.get(name) or file_digest(file))
+
+    def scratch(self) -> Scratch:
+        """Space for hidden states that goes when the run ends, or when the next one finds it."""
+        with disk_errors_as_sentences(self.path):
+            return Scratch(self._place, "work")
+
+    def close(self) -> None:
+        """Release the directory; one that this run created and wrote nothing to is removed."""
+        if self._lock is None:
+            return
+        if self._created and not self._foreign_files():
+            (self._place / LOCK).unlink()
+            self._place.rmdir()
+        self._lock.release()
+        self._lock = None
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            return read_manifest(self._place)
+        except CheckpointError as error:
+            raise RunError(str(error)) from None
+
+    def _foreign_files(self) -> list[Path]:
+        try:
+            return [path for path in self._place.iterdir() if path.name != LOCK and not is_scratch(path.name)]
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be read: {error.strerror}") from None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "…"
