@@ -109,6 +109,7 @@ def test_signatures_are_the_readme_s():
 
 
 def test_names_are_fewbit_s():
-    assert fewbit.build_calib_datset_inputs is fqt.build_calib_datset_inputs is fewbit.build_calib_dataset_inputs
+    assert fqt.build_calib_datset_inputs is fewbit.build_calib_dataset_inputs
+    assert (fqt.load, fqt.dump) == (fewbit.io.load, fewbit.io.dump)
     for name in fqt.__all__:
-        assert hasattr(fewbit, name) or name == "FP8Linear"
+        assert hasattr(fewbit, name) or name in ("FP8Linear", "build_calib_datset_inputs", "dump")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
@@ -16,6 +16,7 @@ from fewbit.checkpoint.arguments import DEFAULT_ACTIVATION_MEMORY
 from fewbit.config.algorithms import AlgorithmConfig, algorithm_configs
 from fewbit.config.recipe import Config
 from fewbit.config.schemes import parse_scheme
+from fewbit.errors import FewbitError
 from fewbit.formats import Verification, already_there, export_directory, exporter, verify
 from fewbit.formats import export as export_run
 from fewbit.runs.plan import Plan
@@ -143,3 +144,11 @@ def evaluate(model: str | Path | PreTrainedModel | Run, text: Any, **options: An
 
 def _path_of(model: Any) -> Any:
     return model.directory if isinstance(model, Run) else model
+
+
+def load(path: str | Path) -> NoReturn:
+    """A run or an export as a model that runs: not offered yet, so FewbitError."""
+    raise FewbitError(
+        f"fewbit.load cannot yet open {path} as a model that runs: load an export with transformers' from_pretrained "
+        "or with vLLM, measure it with fewbit.evaluate, and read files of tensors with fewbit.io.load"
+    )

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 
 import fewbit
-from fewbit.config import quark_specs
-from fewbit.config.quark_specs import (
+from fewbit import quark
+from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.errors import ConfigError
+from fewbit.quark import (
     DataTypeSpec,
     FP4PerGroupSpec,
     FP8E4M3PerTensorSpec,
@@ -20,10 +22,8 @@ from fewbit.config.quark_specs import (
     ScaleQuantSpec,
     Uint4PerGroupSpec,
 )
-from fewbit.config.spec import QuantizationConfig, QuantizationSpec
-from fewbit.errors import ConfigError
 
-ELEMENTS = {name: found for name, found in vars(quark_specs).items() if found in DataTypeSpec.__subclasses__()}
+ELEMENTS = {name: found for name, found in vars(quark).items() if found in DataTypeSpec.__subclasses__()}
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
@@ -38,7 +38,7 @@ def test_a_name_says_dtype_and_granularity(name):
     for word, qscheme in (("PerTensor", "per_tensor"), ("PerChannel", "per_channel"), ("PerGroup", "per_group")):
         assert (word not in name) or spec.qscheme == qscheme
     assert ("OCP_MX" in name or name == "BFP16Spec") == (spec.scale_type == "e8m0")
-    assert getattr(fewbit, name) is ELEMENTS[name]
+    assert getattr(fewbit.quark, name) is ELEMENTS[name]
 
 
 def test_examples_of_quark_s_documentation():

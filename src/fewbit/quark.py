@@ -1,9 +1,12 @@
-"""AMD Quark's ready-made descriptions of a tensor.
+"""AMD Quark's names: `from fewbit.quark import Config, Dtype, PerGroupMinMaxObserver, Int4PerGroupSpec, …`.
+
+Its configuration classes are fewbit's own; its enumerations and observers are in `config/quark.py`. Below are its
+ready-made descriptions of a tensor:
 
     Int8PerTensorSpec(observer_method="min_max", is_dynamic=False).to_quantization_spec()
 
-Each is a row below: the fields of QuantizationSpec that its name says, and those that it takes. There is no other
-meaning in them; what is not said is fewbit's default.
+Each is a row: the fields of QuantizationSpec that its name implies, and those that it takes. What is not given is
+fewbit's default.
 """
 
 from __future__ import annotations
@@ -12,17 +15,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fewbit.config.quark import (
-    PerBlockMXObserver,
-    PerChannelMinMaxObserver,
-    PerGroupMinMaxObserver,
-    PerTensorHistogramObserver,
-    PerTensorMinMaxObserver,
-    PerTensorMSEObserver,
-    PerTensorPercentileObserver,
-)
-from fewbit.config.spec import QuantizationSpec
+from fewbit.config.algorithms import AlgorithmConfig as AlgorithmConfig
+from fewbit.config.algorithms import AWQConfig as AWQConfig
+from fewbit.config.algorithms import GPTQConfig as GPTQConfig
+from fewbit.config.algorithms import ScalingLayer as ScalingLayer
+from fewbit.config.algorithms import SmoothQuantConfig as SmoothQuantConfig
+from fewbit.config.quark import Dtype as Dtype
+from fewbit.config.quark import PerBlockMXDiffsObserver as PerBlockMXDiffsObserver
+from fewbit.config.quark import PerBlockMXObserver as PerBlockMXObserver
+from fewbit.config.quark import PerChannelMinMaxObserver as PerChannelMinMaxObserver
+from fewbit.config.quark import PerGroupMinMaxObserver as PerGroupMinMaxObserver
+from fewbit.config.quark import PerTensorHistogramObserver as PerTensorHistogramObserver
+from fewbit.config.quark import PerTensorHistogramObserverPro as PerTensorHistogramObserverPro
+from fewbit.config.quark import PerTensorMinMaxObserver as PerTensorMinMaxObserver
+from fewbit.config.quark import PerTensorMSEObserver as PerTensorMSEObserver
+from fewbit.config.quark import PerTensorPercentileObserver as PerTensorPercentileObserver
+from fewbit.config.quark import PlaceholderObserver as PlaceholderObserver
+from fewbit.config.quark import QSchemeType as QSchemeType
+from fewbit.config.quark import QuantizationMode as QuantizationMode
+from fewbit.config.quark import RoundType as RoundType
+from fewbit.config.quark import ScaleType as ScaleType
+from fewbit.config.quark import ZeroPointType as ZeroPointType
+from fewbit.config.recipe import Config as Config
+from fewbit.config.spec import QuantizationConfig as QuantizationConfig
+from fewbit.config.spec import QuantizationSpec as QuantizationSpec
 from fewbit.errors import ConfigError, nearest
+from fewbit.model_quantizer import ModelQuantizer as ModelQuantizer
+
+QConfig, QLayerConfig, QTensorConfig = Config, QuantizationConfig, QuantizationSpec
+"""As Quark 0.11 calls them."""
+AlgoConfig = AlgorithmConfig
 
 _OBSERVERS = {
     "min_max": PerTensorMinMaxObserver,
