@@ -2,6 +2,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := demo
+JOBS ?= 2
+# A file's tests stay in one process, with what they share. tests/conftest.py says which files begin.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install test unit lint demo clean
 
@@ -19,10 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 unit: install
-	$(BIN)/python -m pytest -m "not model"
+	$(PYTEST) -m "not model"
 
 lint: install
 	$(BIN)/ruff format --check .

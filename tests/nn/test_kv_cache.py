@@ -61,12 +61,6 @@ PAIRS = {  # key and value
 }
 
 
-@pytest.fixture(params=list(PAIRS))
-def pair(request: pytest.FixtureRequest) -> AttentionConfig:
-    key, value = PAIRS[request.param]
-    return AttentionConfig(key=key, value=value)
-
-
 @pytest.fixture
 def precise_model(random_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
     """random_model in float64: products of one token and of many differ in the last bit, and in float32 that moves
@@ -107,18 +101,32 @@ def in_steps(model: PreTrainedModel, ids: Tensor, cache: Any, steps: list[int]) 
     return torch.cat([logits(model, part, past_key_values=cache) for part in ids.split(steps, dim=1)], dim=1)
 
 
+# Every pair with and without a window, every family with scales of both kinds: no family treats a pair by itself.
+FAMILIES_AND_PAIRS = [
+    *((family, pair) for family in ("llama", "mistral") for pair in PAIRS),
+    *(
+        (family, pair)
+        for family in ("qwen2", "qwen3", "gemma3_text")
+        for pair in ("int4 groups, affine", "uint8, static")
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "pair"), FAMILIES_AND_PAIRS)
 def test_token_by_token_equals_the_whole_sequence(
-    precise_model: Callable[..., PreTrainedModel], family: str, pair: AttentionConfig
+    precise_model: Callable[..., PreTrainedModel], family: str, pair: str
 ) -> None:
     model, ids = precise_model(family), token_ids()
-    states = static_states(pair, model)
+    key, value = PAIRS[pair]
+    config = AttentionConfig(key=key, value=value)
+    states = static_states(config, model)
     full = logits(model, ids)
-    attach(model, pair, states)
+    attach(model, config, states)
     whole = logits(model, ids)
     detach(model)
     assert float((whole - full).abs().max()) > 1e-3  # something is quantized
     for steps in ([1] * TOKENS, [5, 1, 1, WINDOW + 2, 1, 6]):
-        cached = in_steps(model, ids, QuantizedCache.for_model(model, pair, states), steps)
+        cached = in_steps(model, ids, QuantizedCache.for_model(model, config, states), steps)
         torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
 
 

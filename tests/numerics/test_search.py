@@ -52,10 +52,12 @@ def least_error(rule: GridRule, tiles: torch.Tensor, importance: torch.Tensor | 
     if rule.symmetric:
         found = [(rule.scale.round(share * end), None) for end in rule.ends(low, high) for share in sweep]
     else:
-        ranges = [(torch.maximum(low, -a * reach), torch.minimum(high, b * reach)) for a in sweep for b in sweep]
-        found = [rule.from_range(*ends) for ends in ranges]
+        found = [
+            rule.from_range(torch.maximum(low, -a * reach), torch.minimum(high, sweep.unsqueeze(1) * reach))
+            for a in sweep
+        ]
     errors = [rule.error(tiles, rule.scale.value(scale), zero, importance) for scale, zero in found]
-    return torch.stack(errors).amin(0)
+    return torch.stack([error.view(-1, len(tiles)).amin(0) for error in errors]).amin(0)
 
 
 def searched_error(rule: GridRule, tiles: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
