@@ -37,7 +37,7 @@ def tensors_of(made):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_weight_has_the_same_codes_wherever_it_is_quantized(device, name):
-    spec = SCHEMES[name].config.weight
+    spec = SCHEMES[name].weight
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)) * 0.05
     here, there = quantize_matrix(weight, spec), quantize_matrix(weight.to(device), spec)
     assert there.codes.device.type == there.dequantize().device.type == device

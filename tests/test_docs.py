@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import fewbit
 from fewbit.config.schemes import SCHEMES
-from fewbit.formats import engines_of_scheme
+from fewbit.contents import nominal
+from fewbit.formats import holding
 from fewbit.formats.compressed_tensors.engines import RULES
 from fewbit.numerics.formats import FORMATS
 
@@ -245,14 +246,16 @@ def test_the_table_of_schemes_says_what_they_are() -> None:
     table = {name: cells for name, *cells in rows(ROOT / "docs" / "formats.md", "scheme")}
     assert list(table) == list(SCHEMES)
     for name, (weight, bits, layout, engines) in table.items():
-        scheme = SCHEMES[name]
-        spec = scheme.config.weight
+        contents = nominal(SCHEMES[name])
+        spec = contents.linears["m"].weight
         assert spec is not None
         assert weight.startswith(spec.dtype)
         size = 16 if spec.scale_type == "microexponent" else spec.group_size
         assert size is None or re.search(rf"\b{size}\b", weight)
-        assert bits == f"{scheme.bits_per_weight:.3f}"
-        assert (layout, engines) == (scheme.layout or "–", engines_of_scheme(scheme) or "–")
+        assert bits == f"{contents.bits_per_weight:.3f}"
+        exports = holding(contents)
+        assert layout == (", ".join(found for form in exports for found in form.layouts(contents)) or "–")
+        assert engines == (", ".join(form.engines(contents) for form in exports) or "–")
 
 
 def test_the_table_of_element_formats_says_what_they_are() -> None:

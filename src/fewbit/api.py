@@ -92,7 +92,7 @@ def quantize(
 
     def check(plan: Plan) -> None:
         for target in targets:
-            target.check(plan.weights, plan.activations, plan.shapes)
+            target.check(plan.contents)
 
     directory = quantize_model(
         model,

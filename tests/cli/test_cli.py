@@ -11,7 +11,8 @@ import yaml
 
 import fewbit
 from fewbit.cli import VERBS, main
-from fewbit.config.schemes import KV_SUITES, SCHEMES
+from fewbit.config.schemes import KV_CACHES, SCHEMES
+from fewbit.contents import nominal
 
 
 @pytest.fixture
@@ -59,9 +60,9 @@ def test_schemes_lists_every_scheme_with_its_bits(cli):
     code, out, _ = cli("schemes")
     assert code == 0
     rows = {line.split()[0]: line.split() for line in out.splitlines()[1:] if line.strip()}
-    assert set(SCHEMES) | set(KV_SUITES) <= set(rows)
-    for name, scheme in SCHEMES.items():
-        assert f"{scheme.bits_per_weight:.3f}" in rows[name]
+    assert set(SCHEMES) | set(KV_CACHES) <= set(rows)
+    for name, config in SCHEMES.items():
+        assert f"{nominal(config).bits_per_weight:.3f}" in rows[name]
 
 
 def test_quantize_writes_a_run_and_prints_a_table_of_it(cli, checkpoint, small, tmp_path):

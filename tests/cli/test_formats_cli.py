@@ -7,8 +7,10 @@ import torch
 import yaml
 
 import fewbit
-from fewbit.config.schemes import KV_SUITES, SCHEMES
-from fewbit.formats import engines_of_cache, engines_of_scheme
+from fewbit.config.schemes import KV_CACHES, SCHEMES
+from fewbit.config.spec import AttentionConfig
+from fewbit.contents import nominal
+from fewbit.formats import holding
 
 
 @pytest.fixture
@@ -95,16 +97,22 @@ def test_inspect_shows_what_a_scheme_would_store(cli, checkpoint):
 def test_schemes_shows_exports_layouts_and_engines(cli):
     _, out, _ = cli("schemes")
     rows = {line.split()[0]: line for line in out.splitlines()[1:] if line.strip()}
-    for name, scheme in SCHEMES.items():
-        inputs = scheme.config.input_tensors
+    for name, config in SCHEMES.items():
+        inputs = config.input_tensors
         assert (inputs.dtype in rows[name]) if inputs else ("–" in rows[name])
-        assert scheme.layout in rows[name]
-        assert all(export in rows[name] for export in scheme.exports)
-        assert (engines_of_scheme(scheme) or "fewbit evaluate") in rows[name]
-    for name, suite in KV_SUITES.items():
-        assert suite.spec.summary in rows[name]
-        assert all(export in rows[name] for export in suite.exports)
-        assert (engines_of_cache(suite) or "QuantizedCache") in rows[name]
+        assert_says(rows[name], nominal(config), "fewbit evaluate")
+    for name, spec in KV_CACHES.items():
+        assert spec.summary in rows[name]
+        assert_says(rows[name], nominal(attention=AttentionConfig(key=spec, value=spec)), "QuantizedCache")
+    assert sum("compressed-tensors" in row for row in rows.values()) == len(SCHEMES) - 4 + 1
+
+
+def assert_says(row, contents, otherwise):
+    for form in holding(contents):
+        assert form.name in row
+        assert form.engines(contents) in row
+        assert all(layout in row for layout in form.layouts(contents))
+    assert holding(contents) or otherwise in row
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from fewbit.config.schemes import KV_SUITES, SCHEMES, parse_scheme, scheme_config, takes_group_size, with_group_size
-from fewbit.config.spec import QuantizationConfig, QuantizationSpec
+from fewbit.config.schemes import KV_CACHES, SCHEMES, parse_scheme, scheme_config, takes_group_size, with_group_size
+from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
+from fewbit.contents import nominal
 from fewbit.errors import ConfigError
+from fewbit.formats.compressed_tensors import layouts
 
 WEIGHT_ONLY = [f"W{bits}A16{form}" for bits in (8, 4, 3, 2) for form in ("", "_ASYM")]
 NAMED = ["W8A8", "W8A8_STATIC", "W4A8", "W4A4", "W4AFP8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"]
@@ -49,7 +51,7 @@ def test_weight_only_names_say_bits_and_symmetry(name):
 def test_each_scheme_has_the_bits_of_its_format(name):
     weight, inputs, dynamic = MEANING[name]
     config = scheme_config(name)
-    assert SCHEMES[name].bits_per_weight == pytest.approx(weight, rel=1e-12)
+    assert nominal(SCHEMES[name]).bits_per_weight == pytest.approx(weight, rel=1e-12)
     assert config.input_tensors.bits == inputs
     assert config.input_tensors.is_dynamic == dynamic
 
@@ -113,22 +115,20 @@ def test_what_has_no_groups_is_given_none(name):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_takes_a_group_size_or_says_that_it_does_not(name):
-    if takes_group_size(SCHEMES[name].config):
+    if takes_group_size(SCHEMES[name]):
         assert scheme_config(name, 32).weight.group_size == 32
-        assert SCHEMES[name].layout == "pack-quantized"  # where engines know groups of several sizes
+        assert layouts(nominal(SCHEMES[name])) == ["pack-quantized"]  # where engines know groups of several sizes
     else:
         with pytest.raises(ConfigError, match="group_size 32"):
             scheme_config(name, 32)
 
 
-@pytest.mark.parametrize("suite", KV_SUITES)
+@pytest.mark.parametrize("suffix", KV_CACHES)
 @pytest.mark.parametrize("written", ["W4A8{}", "W4A8+{}", "w4a8{}-g64"])
-def test_a_kv_suite_composes_with_a_scheme(suite, written):
-    config, cache = parse_scheme(written.format(suite))
+def test_a_kv_cache_composes_with_a_scheme(suffix, written):
+    config, cache = parse_scheme(written.format(suffix))
     assert config == scheme_config("W4A8", 64 if "g64" in written else None)
-    assert cache == KV_SUITES[suite].attention
-    assert cache.key is not None
-    assert cache.value is not None
+    assert cache == AttentionConfig(key=KV_CACHES[suffix], value=KV_CACHES[suffix])
 
 
 def test_a_layers_scheme_names_no_kv_cache():
@@ -145,7 +145,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
     ("name", "size", "bits"), [("W4A16", 64, 4 + 16 / 64), ("W4A16_ASYM", 64, 4 + 20 / 64), ("W8A16", 128, 8.125)]
 )
 def test_bits_per_weight_count_codes_scale_and_zero_point(name, size, bits):
-    assert dataclasses.replace(SCHEMES[name], config=scheme_config(name, size)).bits_per_weight == bits
+    assert nominal(scheme_config(name, size)).bits_per_weight == bits
 
 
 def test_cache_and_group_size_come_in_either_order():

@@ -11,9 +11,12 @@ import fewbit
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.recipe import Config
-from fewbit.config.schemes import KV_SUITES, SCHEMES
-from fewbit.config.spec import QuantizationSpec
+from fewbit.config.schemes import KV_CACHES, SCHEMES
+from fewbit.config.spec import AttentionConfig, QuantizationSpec
+from fewbit.contents import nominal
 from fewbit.errors import ConfigError
+from fewbit.formats import holding
+from fewbit.formats.compressed_tensors import layouts
 from fewbit.nn.quantizer import quantize_matrix
 
 IDS = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -66,7 +69,7 @@ def contents(run):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_quantizes_what_it_says(run_of, name, algorithm):
-    run, config = run_of(name, algorithm), SCHEMES[name].config
+    run, config = run_of(name, algorithm), SCHEMES[name]
     made = NativeCheckpoint(run)
     assert {spec for spec, _ in made.quantized.values()} == {config.weight}
     assert len(made.quantized) == 7
@@ -87,18 +90,18 @@ def test_every_scheme_is_exported_where_it_says_so_and_the_export_computes_what_
     run = fewbit.Run(run_of(name, algorithm))
     ours = fewbit.evaluate(run, IDS, against=wide)
     assert 0 < ours.kl_mean < (1.0 if name.startswith("W2") else 0.3)
-    if not SCHEMES[name].exports:
+    if not holding(nominal(SCHEMES[name])):
         with pytest.raises(ConfigError, match=r"compressed-tensors: .* e8m0 scales|microexponents"):
             run.export("compressed-tensors")
         return
     theirs = fewbit.evaluate(run.export("compressed-tensors"), IDS, against=wide)
     (verified,) = run.verify()
     assert verified.quantized == 7
-    assert verified.activations == (7 if SCHEMES[name].config.input_tensors is not None else 0)
+    assert verified.activations == (7 if SCHEMES[name].input_tensors is not None else 0)
     assert theirs.perplexity == pytest.approx(ours.perplexity, rel=1e-6)
     assert theirs.kl_mean == pytest.approx(ours.kl_mean, rel=1e-6, abs=1e-9)
     config = json.loads((run.directory / "exports/compressed-tensors/config.json").read_text(encoding="utf-8"))
-    assert config["quantization_config"]["format"] == SCHEMES[name].layout
+    assert [config["quantization_config"]["format"]] == layouts(nominal(SCHEMES[name]))
 
 
 @pytest.mark.parametrize("name", ["MX9", "W8A8KV8", "W4A16KV4"])
@@ -108,20 +111,21 @@ def test_an_export_that_is_impossible_is_refused_before_the_work(wide, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("suite", KV_SUITES)
+@pytest.mark.parametrize("suffix", KV_CACHES)
 @pytest.mark.parametrize("base", ["W8A16", "W4A8"])
-def test_every_cache_suite_composes_with_a_scheme(run_of, wide, dequantized, suite, base):
-    run = fewbit.Run(run_of(f"{base}{suite}"))
+def test_every_cache_composes_with_a_scheme(run_of, wide, dequantized, suffix, base):
+    spec = KV_CACHES[suffix]
+    run = fewbit.Run(run_of(f"{base}{suffix}"))
     activations = NativeCheckpoint(run.directory).activations()
-    assert activations["model.layers.0.self_attn.key"].spec == KV_SUITES[suite].spec
-    assert activations["model.layers.0.self_attn.value"].spec == KV_SUITES[suite].spec
+    assert activations["model.layers.0.self_attn.key"].spec == spec
+    assert activations["model.layers.0.self_attn.value"].spec == spec
     ours, plain = (fewbit.evaluate(found, IDS, against=wide) for found in (run, run_of(base)))
     assert fewbit.evaluate(run, IDS, against=dequantized(run.directory)).kl_mean > 1e-6  # more than its weights
-    assert ours.kl_mean < plain.kl_mean + (0.3 if suite == "KV4" else 0.01)
-    inside = KV_SUITES[suite].attention.summary
-    assert run.report["attention"] == {"modules": 1} | inside
+    assert ours.kl_mean < plain.kl_mean + (0.3 if suffix == "KV4" else 0.01)
+    inside = AttentionConfig(key=spec, value=spec)
+    assert run.report["attention"] == {"modules": 1} | inside.summary
     assert report_of(run_of(base))["attention"] is None
-    if not KV_SUITES[suite].exports:
+    if not holding(nominal(attention=inside)):
         with pytest.raises(ConfigError, match="a dynamic KV cache"):
             run.export("compressed-tensors")
     else:
@@ -132,8 +136,8 @@ def test_every_cache_suite_composes_with_a_scheme(run_of, wide, dequantized, sui
 def test_a_composed_name_is_the_scheme_with_that_group_size_and_cache(run_of):
     made = NativeCheckpoint(run_of("W4A8KV4-g64"))
     assert {spec.group_size for spec, _ in made.quantized.values()} == {64}
-    assert made.activations()["model.layers.0.mlp.up_proj.input"].spec == SCHEMES["W4A8"].config.input_tensors
-    assert made.activations()["model.layers.0.self_attn.key"].spec == KV_SUITES["KV4"].spec
+    assert made.activations()["model.layers.0.mlp.up_proj.input"].spec == SCHEMES["W4A8"].input_tensors
+    assert made.activations()["model.layers.0.self_attn.key"].spec == KV_CACHES["KV4"]
 
 
 @pytest.mark.parametrize("name", ["W4A16", "NVFP4A16", "MXFP4A16", "W3A16_ASYM"])

@@ -16,13 +16,14 @@ from fewbit.checkpoint.native import OUTSIDE, block_file, write_manifest, write_
 from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
-from fewbit.formats.compressed_tensors.targets import fused_with
+from fewbit.contents import LINEAR_SLOTS, Contents
 from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantizedActivation
 
 BLOCKS = 2
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+FUSED = (LINEARS[:3], LINEARS[4:6])
 RANGE = (-2.5, 3.0)
 """Of every static activation; what lies outside is clipped."""
 
@@ -147,11 +148,43 @@ def write_run(
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
     journal.add_file(OUTSIDE, write_part(directory / OUTSIDE, {}, outside))
     left = [f"model.layers.{block}.{linear}" for block in range(BLOCKS) for linear in LINEARS if linear not in schemes]
-    classes = {f"model.layers.{block}.self_attn": "LlamaAttention" for block in range(BLOCKS) if attention}
-    manifest = {"num_blocks": BLOCKS, "unquantized_linears": [*left, "lm_head"], "attention_classes": classes}
-    write_manifest(directory, manifest)
+    classes = {f"model.layers.{block}.self_attn": "LlamaAttention" for block in range(BLOCKS)}
+    fused = [[f"model.layers.{block}.{name}" for name in group] for block in range(BLOCKS) for group in FUSED]
+    facts = facts_of(fused, [*left, "lm_head"], classes)
+    write_manifest(directory, {"num_blocks": BLOCKS, "contents": facts})
     copy_side_files(model, directory)
     return directory
+
+
+def facts_of(fused=(), unquantized=(), classes=None, routed=()):
+    """What a run's manifest says of its contents."""
+    family = {"family": "llama", "model_type": "llama", "blocks": "model.layers"}
+    told = family | {"attention": classes or {}, "fused": fused, "routed": routed}
+    return told | {"unquantized": list(unquantized), "others": {}, "tied": {}}
+
+
+def contents_of(weights, activations=None, shapes=None, unquantized=(), classes=None) -> Contents:
+    """Contents by specs of weights by their names, of activations by module and slot, and shapes of weights; linears
+    of FUSED are fused."""
+    activations = activations or {}
+    linears = {
+        name.removesuffix(".weight"): (how, (shapes or {}).get(name, (128, 128))) for name, how in weights.items()
+    }
+    for module, _, slot in (name.rpartition(".") for name in activations):
+        if slot in LINEAR_SLOTS:
+            linears.setdefault(module, (None, (128, 128)))
+    inside = {name.rpartition(".")[0] for name in activations if name.rpartition(".")[2] not in LINEAR_SLOTS}
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in linears)
+    leaves = [[name.rpartition(".")[2] for name in group] for group in FUSED]
+    fused = [[f"{owner}.{leaf}" for leaf in group] for owner in owners for group in leaves]
+    routed = [name for name in linears if ".experts." in name]
+    facts = facts_of(fused, unquantized, dict.fromkeys(sorted(inside), "LlamaAttention") | (classes or {}), routed)
+    return Contents.restored(facts, {name: (*entry, 0) for name, entry in linears.items()}, activations)
+
+
+def fused_with(linear: str) -> list[str]:
+    """The linears that engines fuse with one of LINEARS."""
+    return [other for group in FUSED if linear in group for other in group if other != linear]
 
 
 def _alone_or_fused(tensors, prefix: str, linear: str, schemes, unit: float | None):

@@ -15,7 +15,7 @@ from fewbit.checkpoint.native import NativeCheckpoint, block_file, write_part
 from fewbit.errors import CheckpointError, ConfigError, RunError, VerificationError
 from fewbit.files import write_json
 from fewbit.formats import EXPORTERS, export, verify
-from fewbit.formats.compressed_tensors import CompressedTensorsSource
+from fewbit.formats.compressed_tensors.read import CompressedTensorsSource
 from fewbit.formats.verification import ORIGIN, read_origin
 from fewbit.tensor import QuantizedActivation
 
@@ -286,8 +286,7 @@ def test_what_the_format_cannot_hold_leaves_nothing_behind(copied, tmp_path):
 def test_the_export_notes_what_to_know_when_loading_it(exported):
     run, directory = exported("NVFP4")
     assert any("bfloat16" in note for note in read_origin(directory).notes)
-    specs = {name: entry[0] for name, entry in NativeCheckpoint(run).quantized.items()}
-    assert EXPORTERS[FORMAT].notes(specs, {}) != list(read_origin(directory).notes)
+    assert EXPORTERS[FORMAT].notes(NativeCheckpoint(run).contents) == list(read_origin(directory).notes)
     assert read_origin(exported("W4A16")[1]).notes == ()
 
 

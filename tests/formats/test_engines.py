@@ -2,13 +2,14 @@
 
 import pytest
 from native_runs import SCHEMES as KINDS
-from native_runs import spec
+from native_runs import contents_of, spec
 
-from fewbit.config.schemes import KV_SUITES, SCHEMES
-from fewbit.formats import engines_of_cache, engines_of_scheme
+from fewbit.config.schemes import KV_CACHES, SCHEMES
+from fewbit.config.spec import AttentionConfig
+from fewbit.contents import nominal
+from fewbit.formats import holding
 from fewbit.formats.compressed_tensors import notes
-from fewbit.formats.compressed_tensors.contents import contents
-from fewbit.formats.compressed_tensors.engines import ENGINES, RULES, Effect, applying, engines_for
+from fewbit.formats.compressed_tensors.engines import ENGINES, RULES, Effect, applying, engines
 
 SAID = {
     "W8A16": "vLLM, SGLang, transformers",
@@ -27,14 +28,17 @@ SAID = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_the_column_of_engines_says_what_is_known(name):
-    assert engines_of_scheme(SCHEMES[name]) == SAID[name]
+    found = nominal(SCHEMES[name])
+    assert ", ".join(form.engines(found) for form in holding(found)) == SAID[name]
 
 
 def test_a_cache_is_loaded_by_whom_it_is_said():
-    assert engines_of_cache(KV_SUITES["KVFP8"]) == "vLLM, SGLang, transformers (not the cache from 5.24 on)"
-    assert engines_of_cache(KV_SUITES["KV8"]) == ""
-    integers = spec("int8", "per_tensor")
-    assert "vLLM" not in engines_for({}, {"a.key": integers, "a.value": integers})
+    def cache(how):
+        return nominal(attention=AttentionConfig(key=how, value=how))
+
+    assert engines(cache(KV_CACHES["KVFP8"])) == "vLLM, SGLang, transformers (not the cache from 5.24 on)"
+    assert holding(cache(KV_CACHES["KV8"])) == []
+    assert "vLLM" not in engines(cache(spec("int8", "per_tensor")))
 
 
 def test_every_sentence_is_one_and_has_a_source_and_every_engine_a_rule():
@@ -61,8 +65,9 @@ ODD = {
 def test_what_engines_have_no_scheme_for_is_said(name):
     config = ODD[name]
     inputs = {} if config.input_tensors is None else {"m.input": config.input_tensors}
-    assert not {"vLLM", "SGLang"} & set(engines_for({"m.weight": config.weight}, inputs).replace(",", "").split())
-    assert any("does not load the model" in note for note in notes({"m.weight": config.weight}, inputs))
+    found = contents_of({"m.weight": config.weight}, inputs)
+    assert not {"vLLM", "SGLang"} & set(engines(found).replace(",", "").split())
+    assert any("does not load the model" in note for note in notes(found))
 
 
 def test_every_rule_applies_to_something():
@@ -71,13 +76,13 @@ def test_every_rule_applies_to_something():
     for name, (_, config) in KINDS.items():
         for module in ("m", "mlp.experts.0.up_proj"):
             inputs = {} if config.input_tensors is None else {f"{module}.input": config.input_tensors}
-            cases.append((name, contents({f"{module}.weight": config.weight}, inputs)))
+            cases.append((name, contents_of({f"{module}.weight": config.weight}, inputs)))
     weights = {"m.weight": KINDS["W3A16_ASYM"][1].weight, "n.weight": KINDS["FP8, weights only"][1].weight}
-    cases.append(("zero points and FP8", contents(weights)))
+    cases.append(("zero points and FP8", contents_of(weights)))
     fused = {"a.q_proj.weight": KINDS["W4A16"][1].weight, "a.k_proj.weight": KINDS["W8A16, channel"][1].weight}
-    cases.append(("unlike", contents(fused)))
+    cases.append(("unlike", contents_of(fused)))
     for how in (FP8, HEADS, spec("int8", "per_tensor")):
-        cases.append(("cache", contents({}, {"a.key": how, "a.value": how, "a.query": how})))
+        cases.append(("cache", contents_of({}, {"a.key": how, "a.value": how, "a.query": how})))
     applied = {name: applying(found) for name, found in cases}
     for rule in RULES:
         assert any(rule in rules for rules in applied.values()), rule.note
@@ -87,5 +92,7 @@ def test_every_rule_applies_to_something():
 def test_notes_on_fused_linears_that_are_unlike():
     weight = KINDS["W4A16"][1].weight
     parts = [f"a.{part}_proj.weight" for part in ("q", "k", "v")]
-    assert notes(dict.fromkeys(parts, weight)) == []
-    assert any("unlike ways" in note for note in notes({parts[0]: weight, parts[1]: KINDS["NVFP4A16"][1].weight}))
+    assert notes(contents_of(dict.fromkeys(parts, weight))) == []
+    assert any(
+        "unlike ways" in note for note in notes(contents_of({parts[0]: weight, parts[1]: KINDS["NVFP4A16"][1].weight}))
+    )

@@ -9,9 +9,11 @@ from compressed_tensors.quantization import QuantizationScheme
 from native_runs import SCHEMES, quantized
 
 from fewbit.config.spec import QuantizationSpec
+from fewbit.contents import nominal
 from fewbit.errors import CheckpointError, ConfigError
-from fewbit.formats.compressed_tensors import LAYOUTS, layout_for
-from fewbit.formats.compressed_tensors.config import module_entry
+from fewbit.formats.compressed_tensors.config import group_entry
+from fewbit.formats.compressed_tensors.layouts import LAYOUTS
+from fewbit.formats.compressed_tensors.scheme import layout_for
 from fewbit.tensor import QuantTensor
 
 BITS = range(2, 9)
@@ -27,13 +29,17 @@ def encoded(name, weight):
     return made, LAYOUTS[layout].encode(made)
 
 
+def linear_of(config):
+    return nominal(config).linears["m"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_library_decompresses_to_exactly_the_dequantized_weight(name, dtype):
     """Exactly: it rounds once, to the scales' dtype (float scales) or to bfloat16, which holds FP4, NVFP4 and MX."""
     layout, config = SCHEMES[name]
     made, tensors = encoded(name, random_matrix(64, 96, dtype))
-    scheme = QuantizationScheme(targets=["Linear"], **module_entry(config.weight, config.input_tensors))
+    scheme = QuantizationScheme(targets=["Linear"], **group_entry(linear_of(config)))
     weight = BaseCompressor.get_value_from_registry(layout).decompress(tensors, scheme)["weight"]
     assert weight.dtype == (dtype if made.spec.scale_type in ("float", "pof2") else torch.bfloat16)
     assert torch.equal(weight, made.dequantize(weight.dtype))
@@ -48,7 +54,7 @@ def test_the_library_compresses_the_dequantized_weight_to_the_same_tensors(name)
         sign = 1 << (made.spec.bits - 1)
         made = replace(made, codes=torch.where(made.codes == sign, 0, made.codes))
         tensors = LAYOUTS[layout].encode(made)
-    scheme = QuantizationScheme(targets=["Linear"], **module_entry(config.weight, config.input_tensors))
+    scheme = QuantizationScheme(targets=["Linear"], **group_entry(linear_of(config)))
     dense = {"weight": made.dequantize(), "weight_scale": made.scale.float()}
     if made.spec.qscheme == "per_tensor":
         dense["weight_scale"] = dense["weight_scale"].reshape(1)
@@ -81,7 +87,7 @@ def test_blocks_at_the_edges_may_be_partial():
     layout, config = SCHEMES["FP8_BLOCK"]  # blocks of 32 × 32
     made, tensors = encoded("FP8_BLOCK", random_matrix(80, 100))
     assert tensors["weight_scale"].shape == (3, 4)
-    scheme = QuantizationScheme(targets=["Linear"], **module_entry(config.weight, config.input_tensors))
+    scheme = QuantizationScheme(targets=["Linear"], **group_entry(linear_of(config)))
     weight = BaseCompressor.get_value_from_registry(layout).decompress(tensors, scheme)["weight"]
     assert torch.equal(weight, made.dequantize())
     assert torch.equal(LAYOUTS[layout].decode(tensors, made.spec).dequantize(), weight)

@@ -14,7 +14,7 @@ from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.errors import CheckpointError
 from fewbit.files import write_json
 from fewbit.formats import export
-from fewbit.formats.compressed_tensors import CompressedTensorsSource
+from fewbit.formats.compressed_tensors.read import CompressedTensorsSource
 
 WEIGHT = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}

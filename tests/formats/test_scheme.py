@@ -9,12 +9,13 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
 from compressed_tensors.quantization.quant_config import QuantizationStatus
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from native_runs import RANGE, SCHEMES, dynamic, spec, state
+from native_runs import RANGE, SCHEMES, contents_of, dynamic, spec, state
 
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError
-from fewbit.formats.compressed_tensors import check, notes, quantization_config
+from fewbit.formats.compressed_tensors import check, notes
 from fewbit.formats.compressed_tensors.activations import decode_activation, encode_activation
+from fewbit.formats.compressed_tensors.config import quantization_config
 from fewbit.formats.compressed_tensors.scheme import activation_args, activation_spec, weight_args, weight_spec
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.tensor import QuantizedActivation
@@ -156,47 +157,46 @@ REFUSED_ATTENTION = {
 def test_weights_that_the_format_cannot_hold_are_refused_by_name(case):
     how, reason = REFUSED_WEIGHTS[case]
     with pytest.raises(ConfigError, match=rf"compressed-tensors: 'm.weight' has .*{reason}"):
-        check({"m.weight": how})
+        check(contents_of({"m.weight": how}))
 
 
 @pytest.mark.parametrize("case", REFUSED_INPUTS)
 def test_inputs_that_readers_would_quantize_otherwise_are_refused_by_name(case):
     how, reason = REFUSED_INPUTS[case]
     with pytest.raises(ConfigError, match=rf"compressed-tensors: 'm.weight' has .*{reason}"):
-        check(WEIGHT, {"m.input": how})
+        check(contents_of(WEIGHT, {"m.input": how}))
 
 
 @pytest.mark.parametrize("case", REFUSED_ATTENTION)
 def test_attention_that_the_format_cannot_say_is_refused_by_name(case):
     slots, reason = REFUSED_ATTENTION[case]
     with pytest.raises(ConfigError, match=rf"compressed-tensors: .*{reason}"):
-        check(WEIGHT, {f"a.{slot}": how for slot, how in slots.items()})
+        check(contents_of(WEIGHT, {f"a.{slot}": how for slot, how in slots.items()}))
 
 
 def test_layers_with_unlike_caches_are_refused():
     unlike = {"a.key": STATIC, "a.value": STATIC} | dict.fromkeys(("b.key", "b.value"), spec("int8", "per_tensor"))
     with pytest.raises(ConfigError, match=r"'b\.key' differs"):
-        check(WEIGHT, unlike)
+        check(contents_of(WEIGHT, unlike))
 
 
 def test_outputs_and_inputs_of_plain_weights_are_refused():
     with pytest.raises(ConfigError, match=r"'m.output' \(int8\) cannot be exported"):
-        check(WEIGHT, {"m.output": INT8})
+        check(contents_of(WEIGHT, {"m.output": INT8}))
     with pytest.raises(ConfigError, match="the module's weight is not"):
-        check(WEIGHT, {"n.input": INT8})
-    with pytest.raises(ConfigError, match="quantized weights of linears only"):
-        check({"m.bias": WEIGHT["m.weight"]})
+        check(contents_of(WEIGHT, {"n.input": INT8}))
 
 
 def test_how_a_static_scale_was_found_is_no_matter():
     for fields in ({"observer": "percentile"}, {"clip_ratio": 0.9}, {"scale_type": "pof2"}, {"observer": "mse"}):
-        check(WEIGHT, {"m.input": spec("int8", "per_tensor", **fields)})
-        check({"m.weight": spec("int4", "per_group", **fields)})
-    check({"m.weight": spec("int4", "per_group", first_stage=spec("e4m3", "per_tensor"))})
+        check(contents_of(WEIGHT, {"m.input": spec("int8", "per_tensor", **fields)}))
+        check(contents_of({"m.weight": spec("int4", "per_group", **fields)}))
+    check(contents_of({"m.weight": spec("int4", "per_group", first_stage=spec("e4m3", "per_tensor"))}))
 
 
-def test_weights_alone_are_checked_in_a_call_with_one_argument():
-    check({f"{name}.weight": config.weight for name, (_, config) in SCHEMES.items() if config.input_tensors is None})
+def test_weights_alone_are_checked():
+    alone = {name: config.weight for name, (_, config) in SCHEMES.items() if config.input_tensors is None}
+    check(contents_of({f"{name}.weight": weight for name, weight in alone.items()}))
 
 
 def test_static_activations_without_a_scale_are_refused():
@@ -210,7 +210,7 @@ def test_the_config_has_only_the_keys_that_readers_know():
     weights = {f"{name}.weight": config.weight for name, (_, config) in SCHEMES.items()}
     inputs = {f"{name}.input": how for name, how in ACTIVATIONS.items()}
     cache = {"a.key": STATIC, "a.value": STATIC, "a.query": STATIC}
-    config = quantization_config(weights, inputs | cache, ["lm_head"], {"a": "LlamaAttention"})
+    config = quantization_config(contents_of(weights, inputs | cache, unquantized=["lm_head"]))
     assert config["format"] == "mixed-precision"
     assert config["ignore"] == ["lm_head"]
     known = {"num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure", "scale_dtype"}
@@ -225,7 +225,7 @@ def test_the_config_has_only_the_keys_that_readers_know():
 
 
 def test_a_cache_alone_makes_a_config():
-    config = quantization_config({}, {"a.key": STATIC, "a.value": STATIC}, ["m"])
+    config = quantization_config(contents_of({}, {"a.key": STATIC, "a.value": STATIC}, unquantized=["m"]))
     assert (config["format"], config["config_groups"]) == ("dense", {})
     assert QuantizationConfig.model_validate(config).kv_cache_scheme.num_bits == 8
 
@@ -234,7 +234,7 @@ def test_notes_say_what_readers_get_wrong():
     def noted(name, prefix="m", **activations):
         config = SCHEMES[name][1]
         inputs = {} if config.input_tensors is None else {f"{prefix}.input": config.input_tensors}
-        return " ".join(notes({f"{prefix}.weight": config.weight}, inputs | activations))
+        return " ".join(notes(contents_of({f"{prefix}.weight": config.weight}, inputs | activations)))
 
     assert noted("W4A16") == ""
     assert "leaves quantized activations and KV cache out" in noted("W8A8")
@@ -243,7 +243,7 @@ def test_notes_say_what_readers_get_wrong():
     assert "WRONG" not in noted("NVFP4A16")
     assert "WRONG" in noted("NVFP4A16", "mlp.experts.0.up_proj")
     assert "cannot load experts" in noted("FP8_BLOCK", "mlp.experts.0.up_proj")
-    assert "several formats" in " ".join(notes({"a.weight": WEIGHT["m.weight"], "b.weight": STATIC}))
+    assert "several formats" in " ".join(notes(contents_of({"a.weight": WEIGHT["m.weight"], "b.weight": STATIC})))
     int8 = spec("int8", "per_tensor")
     assert "symmetric FP8 only" in noted("W4A16", **{"a.key": int8, "a.value": int8})
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from native_runs import BLOCKS, LINEARS, SCHEMES, spec
+from native_runs import BLOCKS, LINEARS, SCHEMES, contents_of, spec
 from test_compressed_tensors import CACHES, FORMAT
 
 import fewbit
@@ -27,7 +27,7 @@ def config_of(kinds, ignore=("lm_head",)):
     weights = {f"{name}.weight": found.weight for name, found in chosen.items()}
     inputs = {f"{name}.input": found.input_tensors for name, found in chosen.items() if found.input_tensors}
     left = [name for name in NAMES if name not in chosen]
-    return quantization_config(weights, inputs, [*left, *ignore])
+    return quantization_config(contents_of(weights, inputs, unquantized=[*left, *ignore]))
 
 
 def matches(name, target):
@@ -145,13 +145,11 @@ def test_a_quantized_query_is_a_group_of_one_attention_class(native, tmp_path):
 def test_queries_of_two_classes_are_two_groups_and_half_a_class_is_refused():
     flows = {f"{module}.{slot}": CACHES["query"][slot] for module in ("a", "b", "c") for slot in CACHES["query"]}
     classes = {"a": "OneAttention", "b": "TwoAttention", "c": "OneAttention"}
-    config = quantization_config({}, flows, [], classes)
+    config = quantization_config(contents_of({}, flows, classes=classes))
     assert [group["targets"] for group in config["config_groups"].values()] == [["OneAttention"], ["TwoAttention"]]
     del flows["c.query"]
     with pytest.raises(ConfigError, match="quantize all or none"):
-        quantization_config({}, flows, [], classes)
-    with pytest.raises(ConfigError, match="does not say the class of 'a'"):
-        quantization_config({}, flows, [], {})
+        check(contents_of({}, flows, classes=classes))
 
 
 @pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
@@ -189,10 +187,12 @@ def test_the_last_of_fused_linears_may_end_within_a_block():
     weights = {f"a.{part}_proj.weight": block for part in ("q", "k", "v", "gate", "up")}
     rows = {"q": 256, "k": 128, "v": 64, "gate": 256, "up": 100}
     shapes = {f"a.{part}_proj.weight": (n, 256) for part, n in rows.items()}
-    check(weights, None, shapes)
-    check({"a.k_proj.weight": block}, None, {"a.k_proj.weight": (64, 64)})  # fused with nothing that is quantized
-    with pytest.raises(ConfigError, match=r"the 100 of 'a\.gate_proj\.weight'.*'up_proj'.*FP8_DYNAMIC"):
-        check(weights, None, shapes | {"a.gate_proj.weight": (100, 256)})
+    check(contents_of(weights, None, shapes))
+    check(
+        contents_of({"a.k_proj.weight": block}, None, {"a.k_proj.weight": (64, 64)})
+    )  # fused with nothing that is quantized
+    with pytest.raises(ConfigError, match=r"the 100 of 'a\.gate_proj\.weight'.*'a\.up_proj'.*FP8_DYNAMIC"):
+        check(contents_of(weights, None, shapes | {"a.gate_proj.weight": (100, 256)}))
     experts = {f"mlp.experts.0.{part}_proj.weight": block for part in ("gate", "up")}
     with pytest.raises(ConfigError, match=r"the 100 of 'mlp\.experts\.0\.up_proj"):
-        check(experts, None, {name: shapes[name.replace("mlp.experts.0.", "a.")] for name in experts})
+        check(contents_of(experts, None, {name: shapes[name.replace("mlp.experts.0.", "a.")] for name in experts}))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_compressed_tensors import FORMAT
 
-from fewbit.errors import FewbitError, VerificationError
+from fewbit.errors import CheckpointError, FewbitError, VerificationError
 from fewbit.files import write_json
 from fewbit.formats import export, verify
 from fewbit.formats.beside import difference
@@ -224,3 +224,16 @@ def same(file: Path, kept: bytes) -> bool:
     return found[8 + length :] == kept[8 + length :] and json.loads(found[8 : 8 + length]) == json.loads(
         kept[8 : 8 + length]
     )
+
+
+@pytest.mark.parametrize("place", ["exports/engine/small", "exports/a/b/c", "exports"])
+def test_exports_are_found_however_deep_in_a_run(native, tmp_path, place):
+    run = tmp_path / "run"
+    shutil.copytree(native("W4A16"), run, ignore=shutil.ignore_patterns("exports"))
+    export(run, FORMAT, run / place)
+    (run / "exports" / "README.md").write_text("What these are.")
+    (run / "exports" / ".hidden").mkdir()
+    assert [found.directory for found in verify(run)] == [run / place]
+    (run / place / ORIGIN).unlink()
+    with pytest.raises(CheckpointError, match="is no fewbit export"):
+        verify(run)

@@ -20,7 +20,7 @@ from test_compressed_tensors import CACHES, FORMAT
 
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.formats import export
-from fewbit.formats.compressed_tensors.engines import ENGINES, Effect, applying, contents
+from fewbit.formats.compressed_tensors.engines import ENGINES, Effect, applying
 
 CACHE = Path(__file__).parents[2] / ".cache" / FORMAT
 VERSIONS = sorted({engine.library for engine in ENGINES.values()})
@@ -80,9 +80,7 @@ def test_every_version_that_engines_pin_decodes_every_layout_to_the_runs_weights
 
 def test_what_a_pinned_version_cannot_say_its_engine_refuses_in_the_table(exports):
     for name in SIX:
-        native = NativeCheckpoint(exports[name][0])
-        weights = {weight: spec for weight, (spec, _) in native.quantized.items()}
-        inputs = {slot: activation.spec for slot, activation in native.activations().items()}
+        contents = NativeCheckpoint(exports[name][0]).contents
         for engine in ENGINES.values():
-            effects = {rule.effect for rule in applying(contents(weights, inputs), engine.name)}
+            effects = {rule.effect for rule in applying(contents, engine.name)}
             assert (Effect.REFUSES in effects) == (engine.library != "0.20.0")

@@ -112,7 +112,7 @@ class TestStateDict:
         assert model[1].weight.dtype == dtype
 
 
-DYNAMIC = {name: scheme.config.input_tensors for name, scheme in SCHEMES.items() if scheme.config.input_tensors}
+DYNAMIC = {name: config.input_tensors for name, config in SCHEMES.items() if config.input_tensors}
 
 
 @pytest.mark.parametrize("name", [name for name, spec in DYNAMIC.items() if spec.is_dynamic])

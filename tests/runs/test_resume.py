@@ -357,10 +357,10 @@ def test_blocks_after_one_that_came_out_otherwise_are_made_anew(copied, checkpoi
     assert "kept from before" not in said
 
 
-@pytest.mark.parametrize("field", ["num_blocks", "unquantized_linears"])
+@pytest.mark.parametrize("field", ["num_blocks", "contents"])
 def test_a_manifest_that_says_otherwise_than_the_model_is_refused(field, refused, checkpoint, tmp_path):
     manifest = read_manifest(tmp_path / "run")
-    other = 1 if field == "num_blocks" else ["model.layers.0.mlp.up_proj"]
+    other = 1 if field == "num_blocks" else manifest["contents"] | {"unquantized": ["model.layers.0.mlp.up_proj"]}
     write_manifest(tmp_path / "run", manifest | {field: other})
     sentence = refused(checkpoint("llama"))
     assert "cannot be resumed" in sentence
@@ -452,7 +452,7 @@ IDENTITY = Identity(
     version="v",
     libraries={},
     num_blocks=2,
-    unquantized=[],
+    contents={},
 )
 
 
@@ -467,7 +467,7 @@ def test_a_directory_in_use_is_refused_while_the_other_run_lives(finished_run, r
             manifest["version"],
             manifest["libraries"],
             manifest["num_blocks"],
-            manifest["unquantized_linears"],
+            manifest["contents"],
         ),
         resume=True,
     )

@@ -1,6 +1,7 @@
 """The native quantized checkpoint: one safetensors file per block, one for what lies outside the blocks.
 
-    RUN/fewbit.json               format version, resolved recipe, fingerprint, number of blocks
+    RUN/fewbit.json               format version, resolved recipe, fingerprint, number of blocks, and what the blocks'
+                                  files do not say of the model (see fewbit.contents)
     RUN/journal.jsonl             digests of all finished files (see checkpoint.journal)
     RUN/blocks/00000.safetensors  the block's quantized weights (NAME.codes, NAME.scale, …), the rest, and what is
                                   known of quantized activations (MODULE.input.scale, MODULE.key.scale, …)
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from fewbit.checkpoint.journal import Journal, fields_digest
 from fewbit.checkpoint.source import TensorInfo, check_finite, read_header
 from fewbit.config.spec import QuantizationSpec
+from fewbit.contents import LINEAR_SLOTS, Contents
 from fewbit.errors import CheckpointError, FewbitError, shown
 from fewbit.files import read_json_object, write_json
 from fewbit.safetensors_file import has_digest, write_safetensors
@@ -33,7 +36,7 @@ from fewbit.tensor import QuantizedActivation, QuantTensor
 
 MANIFEST = "fewbit.json"
 OUTSIDE = "outside.safetensors"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def block_file(directory: Path, index: int) -> Path:
@@ -141,13 +144,30 @@ class NativePart:
         spec, _ = self.quantized[name]
         return float(self._get([part])[part]) if (part := f"{name}.global_scale") in _stored(name, spec) else 1.0
 
+    @property
+    def flows(self) -> dict[str, QuantizationSpec]:
+        """Specs of the quantized activations by module and slot."""
+        return {name: spec for name, (spec, _) in self._flows.items()}
+
+    def linears(self) -> dict[str, tuple[QuantizationSpec | None, tuple[int, int]]]:
+        """Spec and shape of the weights of linears of which something is quantized, by the linears' names."""
+        found: dict[str, tuple[QuantizationSpec | None, tuple[int, int]]] = {}
+        found |= {name.removesuffix(".weight"): entry for name, entry in self.quantized.items()}
+        for module, _, slot in (name.rpartition(".") for name in self._flows):
+            if slot in LINEAR_SLOTS and module not in found:
+                rows, columns = self.dense[f"{module}.weight"].shape
+                found[module] = None, (rows, columns)
+        return found
+
     def activations(self) -> dict[str, QuantizedActivation]:
         """Quantized activations by module and slot."""
-        found = {}
-        for name, (spec, parts) in self._flows.items():
-            stored = self._get([f"{name}.{part}" for part in parts])
-            found[name] = QuantizedActivation.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec)
-        return found
+        return {name: self.activation(name) for name in self._flows}
+
+    def activation(self, name: str) -> QuantizedActivation:
+        """The quantized activation MODULE.SLOT."""
+        spec, parts = self._flows[name]
+        stored = self._get([f"{name}.{part}" for part in parts])
+        return QuantizedActivation.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec)
 
     def smoothing(self) -> Smoothing:
         """What was folded."""
@@ -195,6 +215,20 @@ class NativeCheckpoint:
             self.parts.append(self._open(block_file(self.directory, index), digests.get(index)))
         self.parts.append(self._open(self.directory / OUTSIDE, self._files.get(OUTSIDE)))
         self._part_of = {name: part for part in self.parts for name in part.info()}
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What is in the run. CheckpointError if the manifest and the blocks' files do not fit together."""
+        weights = {
+            name: (*entry, block) for block, part in enumerate(self.parts) for name, entry in part.linears().items()
+        }
+        flows = {name: spec for part in self.parts for name, spec in part.flows.items()}
+        try:
+            return Contents.restored(self.manifest["contents"], weights, flows)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(
+                f"{self.directory / MANIFEST} is damaged: it does not say what the blocks' files leave open"
+            ) from None
 
     @property
     def quantized(self) -> dict[str, tuple[QuantizationSpec, tuple[int, int]]]:

@@ -22,6 +22,7 @@ def inspect(
     from fewbit.errors import ConfigError
     from fewbit.models.untouched import sentence
     from fewbit.runs.inspection import inspect as look
+    from fewbit.runs.report import attention_row
 
     if scheme is None and recipe is None and group_size is not None:
         raise ConfigError("--group-size works only together with --scheme or --recipe")
@@ -34,7 +35,7 @@ def inspect(
     typer.echo(f"architecture   {found.architecture.name}{traits}")
     typer.echo(f"blocks         {found.blocks} in {found.architecture.blocks}")
     for number, group in enumerate(found.groups, start=1):
-        members = ", ".join(f"{n} [{o} × {i}]" for n, (o, i) in zip(group.members, group.shapes, strict=True))
+        members = ", ".join(f"{n} [{o} × {i}]" for n, (o, i) in group.items())
         typer.echo(f"  stage {number}      {members}")
     share = found.parameters_in_linears / found.parameters
     typer.echo(f"parameters     {found.parameters:,} ({share:.0%} in the linears above)")
@@ -50,9 +51,9 @@ def inspect(
     )
     for (status, what), count in sorted(counts.items()):
         typer.echo(f"{status:14} {count} linears: {what}")
-    if found.plan.attention is not None:
-        inside = ", ".join(f"{slot} {words}" for slot, words in found.plan.attention.summary.items())
-        typer.echo(f"{'attention':14} {len(found.plan.attention_classes)} modules: {inside}")
+    if (row := attention_row(found.plan.contents)) is not None:
+        inside = ", ".join(f"{slot} {words}" for slot, words in row.items() if slot != "modules")
+        typer.echo(f"{'attention':14} {row['modules']} modules: {inside}")
     ratio = found.bytes_stored / found.bytes_quantized
     typer.echo(f"would store    {_size(found.bytes_quantized)} ({ratio:.2f}× smaller)")
     for warning in found.plan.warnings:

@@ -111,6 +111,8 @@ def _print_summary(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from fewbit.runs.report import bits_per_weight
+
     totals = report["totals"]
     algorithms = " + ".join(config["name"] for config in report["recipe"]["algo_config"])
     table = Table(title=escape(f"{report['run']['model']} · {algorithms}"), title_justify="left")
@@ -121,14 +123,13 @@ def _print_summary(report: dict[str, Any]) -> None:
     for kind in kinds:
         rows = [row for row in quantized if row["name"].rpartition(".")[2] == kind]
         worst = max(rows, key=lambda row: row["loss"])
-        weights = sum(row["weights"] for row in rows)
         table.add_row(
             escape(kind),
             str(len(rows)),
             f"{sum(row['loss'] for row in rows) / len(rows):.2e}",
             f"{worst['loss']:.2e}",
             str(worst["block"]),
-            f"{sum(row['bits_per_weight'] * row['weights'] for row in rows) / weights:.3f}",
+            f"{bits_per_weight(rows):.3f}",
             f"{sum(row['seconds'] for row in rows):.1f}",
         )
     console = Console(soft_wrap=False, width=None if Console().is_terminal else 110)

@@ -8,32 +8,32 @@ def schemes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fewbit.config.schemes import KV_SUITES, SCHEMES
-    from fewbit.formats import engines_of_cache, engines_of_scheme
+    from fewbit.config.schemes import KV_CACHES, SCHEMES
+    from fewbit.config.spec import AttentionConfig
+    from fewbit.contents import nominal
+    from fewbit.formats import holding
 
-    table = Table(box=None)
-    for column in ("scheme", "weight", "input", "bits/weight", "exports", "layout", "engines"):
-        table.add_column(column)
-    for scheme in SCHEMES.values():
-        weight, inputs = scheme.config.weight, scheme.config.input_tensors
-        assert weight is not None
+    table = Table("scheme", "weight", "input", "bits/weight", "exports", "layout", "engines", box=None)
+    for name, config in SCHEMES.items():
+        contents, inputs = nominal(config), config.input_tensors
+        exports = holding(contents)
         table.add_row(
-            scheme.name,
-            weight.summary,
+            name,
+            config.weight.summary if config.weight is not None else "–",
             inputs.summary if inputs is not None else "–",
-            f"{scheme.bits_per_weight:.3f}",
-            ", ".join(scheme.exports) or "–",
-            scheme.layout or "–",
-            engines_of_scheme(scheme) or "fewbit evaluate",
+            f"{contents.bits_per_weight:.3f}",
+            ", ".join(form.name for form in exports) or "–",
+            ", ".join(layout for form in exports for layout in form.layouts(contents)) or "–",
+            ", ".join(form.engines(contents) for form in exports) or "fewbit evaluate",
         )
     console = Console(width=None if Console().is_terminal else 240)
     console.print(table)
-    caches = Table(box=None)
-    for column in ("KV cache", "key and value", "exports", "engines"):
-        caches.add_column(column)
-    for suite in KV_SUITES.values():
-        engines = engines_of_cache(suite) or "fewbit evaluate, QuantizedCache"
-        caches.add_row(suite.name, suite.spec.summary, ", ".join(suite.exports) or "–", engines)
+    caches = Table("KV cache", "key and value", "exports", "engines", box=None)
+    for name, spec in KV_CACHES.items():
+        contents = nominal(attention=AttentionConfig(key=spec, value=spec))
+        exports = holding(contents)
+        engines = ", ".join(form.engines(contents) for form in exports) or "fewbit evaluate, QuantizedCache"
+        caches.add_row(name, spec.summary, ", ".join(form.name for form in exports) or "–", engines)
     console.print(caches)
     console.print("Names compose: W4A8KV4-g64 is W4A8 with a 4-bit KV cache and groups of 64 (-g-1: per channel).")
     console.print("What is in brackets is said in full in docs/formats.md and in fewbit-export.json of each export.")

@@ -1,13 +1,12 @@
-"""Named schemes: each is a row of a table, not a class.
+"""Named schemes: each is a row of a table.
 
 Names compose: W4A8KV4-g128 is W4A8 with a 4-bit KV cache and groups of 128.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
@@ -15,26 +14,6 @@ from fewbit.errors import ConfigError, nearest, shown
 from fewbit.numerics.scale_format import ScaleType
 
 DEFAULT_GROUP_SIZE = 128
-TYPICAL_SHAPE = (4096, 4096)
-"""Of the weight whose bits are quoted: with one scale per channel they depend on it, a little."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One row: the name that users know and what it stands for."""
-
-    name: str
-    config: QuantizationConfig
-    exports: tuple[str, ...] = ("compressed-tensors",)
-    layout: str = "pack-quantized"
-    """compressed-tensors' name for how the weights lie."""
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight of a 16-bit matrix: codes, scales and zero points."""
-        spec = self.config.weight
-        assert spec is not None
-        return spec.stored_bits(TYPICAL_SHAPE) / math.prod(TYPICAL_SHAPE)
 
 
 def _grouped(bits: int, symmetric: bool = True) -> QuantizationSpec:
@@ -81,75 +60,39 @@ def _config(weight: QuantizationSpec, inputs: QuantizationSpec | None = None) ->
     return QuantizationConfig(weight=weight, input_tensors=inputs)
 
 
-NONE: tuple[str, ...] = ()
-_ROWS = [
-    *(Scheme(f"W{bits}A16", _config(_grouped(bits))) for bits in (8, 4, 3, 2)),
-    *(Scheme(f"W{bits}A16_ASYM", _config(_grouped(bits, False))) for bits in (8, 4, 3, 2)),
-    Scheme("W8A8", _config(INT8_CHANNEL, TOKEN_INT8), layout="int-quantized"),
-    Scheme("W8A8_STATIC", _config(INT8_CHANNEL, TENSOR_INT8), layout="int-quantized"),
-    Scheme("W4A8", _config(_grouped(4), TOKEN_INT8)),
-    Scheme("W4A4", _config(_grouped(4), TOKEN_INT4)),
-    Scheme("W4AFP8", _config(_grouped(4), TOKEN_FP8)),
-    Scheme("FP8", _config(FP8_TENSOR, TENSOR_FP8), layout="float-quantized"),
-    Scheme("FP8_DYNAMIC", _config(FP8_CHANNEL, TOKEN_FP8), layout="float-quantized"),
-    Scheme("FP8_BLOCK", _config(FP8_BLOCKS, GROUP_FP8), layout="float-quantized"),
-    Scheme("NVFP4", _config(NVFP4, GROUP_NVFP4), layout="nvfp4-pack-quantized"),
-    Scheme("NVFP4A16", _config(NVFP4), layout="nvfp4-pack-quantized"),
-    Scheme("MXFP4", _config(_mx("e2m1"), _mx_input("e2m1")), layout="mxfp4-pack-quantized"),
-    Scheme("MXFP4A16", _config(_mx("e2m1")), layout="mxfp4-pack-quantized"),
-    Scheme("MXFP6", _config(_mx("e2m3"), _mx_input("e2m3")), layout="mxfp6-pack-quantized"),
-    Scheme("MXFP8", _config(_mx("e4m3"), _mx_input("e4m3")), layout="mxfp8-quantized"),
-    Scheme(
-        "MXINT8",
-        _config(
-            _block("int8", 32, "e8m0"), _input("int8", "per_group", group_size=32, scale_type="e8m0", is_dynamic=True)
-        ),
-        NONE,
-        "",
-    ),
-    Scheme(
-        "MX9",
-        _config(QuantizationSpec(dtype="mx9"), QuantizationSpec(dtype="mx9", observer="minmax", is_dynamic=True)),
-        NONE,
-        "",
-    ),
-    Scheme(
-        "MX6",
-        _config(QuantizationSpec(dtype="mx6"), QuantizationSpec(dtype="mx6", observer="minmax", is_dynamic=True)),
-        NONE,
-        "",
-    ),
-    Scheme(
-        "BFP16",
-        _config(QuantizationSpec(dtype="bfp16"), QuantizationSpec(dtype="bfp16", observer="minmax", is_dynamic=True)),
-        NONE,
-        "",
-    ),
-]
-SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
+SCHEMES: dict[str, QuantizationConfig] = {
+    **{f"W{bits}A16": _config(_grouped(bits)) for bits in (8, 4, 3, 2)},
+    **{f"W{bits}A16_ASYM": _config(_grouped(bits, False)) for bits in (8, 4, 3, 2)},
+    "W8A8": _config(INT8_CHANNEL, TOKEN_INT8),
+    "W8A8_STATIC": _config(INT8_CHANNEL, TENSOR_INT8),
+    "W4A8": _config(_grouped(4), TOKEN_INT8),
+    "W4A4": _config(_grouped(4), TOKEN_INT4),
+    "W4AFP8": _config(_grouped(4), TOKEN_FP8),
+    "FP8": _config(FP8_TENSOR, TENSOR_FP8),
+    "FP8_DYNAMIC": _config(FP8_CHANNEL, TOKEN_FP8),
+    "FP8_BLOCK": _config(FP8_BLOCKS, GROUP_FP8),
+    "NVFP4": _config(NVFP4, GROUP_NVFP4),
+    "NVFP4A16": _config(NVFP4),
+    "MXFP4": _config(_mx("e2m1"), _mx_input("e2m1")),
+    "MXFP4A16": _config(_mx("e2m1")),
+    "MXFP6": _config(_mx("e2m3"), _mx_input("e2m3")),
+    "MXFP8": _config(_mx("e4m3"), _mx_input("e4m3")),
+    "MXINT8": _config(_mx("int8"), _mx_input("int8")),
+    **{
+        name.upper(): _config(
+            QuantizationSpec(dtype=name), QuantizationSpec(dtype=name, observer="minmax", is_dynamic=True)
+        )
+        for name in ("mx9", "mx6", "bfp16")
+    },
+}
+"""What a scheme's name stands for. Where it can be exported to, the formats say (see `fewbit.formats.holding`)."""
 _ALIASES = {"INT8": "W8A8", "W8A8-STATIC": "W8A8_STATIC", "FP8-DYNAMIC": "FP8_DYNAMIC", "FP8-BLOCK": "FP8_BLOCK"}
-
-
-@dataclass(frozen=True)
-class CacheSuite:
-    """One row of the KV caches: the suffix of a scheme's name and what it stands for."""
-
-    name: str
-    spec: QuantizationSpec
-    """Of keys and values."""
-    exports: tuple[str, ...] = ()
-
-    @property
-    def attention(self) -> AttentionConfig:
-        return AttentionConfig(key=self.spec, value=self.spec)
-
-
-_SUITES = [
-    CacheSuite("KV8", _input("int8", "per_token", is_dynamic=True)),
-    CacheSuite("KVFP8", _input("e4m3", "per_tensor"), ("compressed-tensors",)),
-    CacheSuite("KV4", _input("uint4", "per_group", group_size=32, symmetric=False, is_dynamic=True)),
-]
-KV_SUITES: dict[str, CacheSuite] = {suite.name: suite for suite in _SUITES}
+KV_CACHES: dict[str, QuantizationSpec] = {
+    "KV8": _input("int8", "per_token", is_dynamic=True),
+    "KVFP8": _input("e4m3", "per_tensor"),
+    "KV4": _input("uint4", "per_group", group_size=32, symmetric=False, is_dynamic=True),
+}
+"""KV-cache schemes, the suffixes of a scheme's name: how keys and values are quantized."""
 _GROUP = r"(?:-G(?P<{}>[0-9]{{1,9}}|-1))?"
 _NAME = re.compile(
     r"(?P<base>.{,100}?)" + _GROUP.format("before") + r"\+?(?P<kv>KVFP8|KV8|KV4)?" + _GROUP.format("after")
@@ -157,7 +100,7 @@ _NAME = re.compile(
 
 
 def parse_scheme(name: str, group_size: int | None = None) -> tuple[QuantizationConfig, AttentionConfig | None]:
-    """What a scheme's name stands for: a row of SCHEMES, maybe with a KV suite and a group size in either order
+    """What a scheme's name stands for: a row of SCHEMES, maybe with a KV cache and a group size in either order
     (W4A8KV4-g128, W4A8-g128+KV4).
 
     `group_size` replaces the default of 128, −1 means per channel; it must not contradict the name. ConfigError for a
@@ -171,17 +114,17 @@ def parse_scheme(name: str, group_size: int | None = None) -> tuple[Quantization
         raise ConfigError(f"scheme {name!r} names its group size twice")
     scheme = SCHEMES.get(_ALIASES.get(base, base))
     if scheme is None:
-        known = [*SCHEMES, *(f"W4A16{suite}" for suite in KV_SUITES)]
+        known = [*SCHEMES, *(f"W4A16{cache}" for cache in KV_CACHES)]
         raise ConfigError(f"unknown scheme {shown(name)}{nearest(name.upper(), known)} ('fewbit schemes' lists them)")
     if group_size is not None and written is not None and group_size != int(written):
         raise ConfigError(f"scheme {name} has its group size in its name; group_size {group_size} contradicts it")
     size = group_size if group_size is not None else int(written) if written else None
-    config = scheme.config if size is None else with_group_size(scheme.config, size)
-    return config, KV_SUITES[cache].attention if cache else None
+    config = scheme if size is None else with_group_size(scheme, size)
+    return config, AttentionConfig(key=KV_CACHES[cache], value=KV_CACHES[cache]) if cache else None
 
 
 def scheme_config(name: str, group_size: int | None = None) -> QuantizationConfig:
-    """The QuantizationConfig of a scheme's name without a KV suite (for one layer, say)."""
+    """The QuantizationConfig of a scheme's name without a KV cache (for one layer, say)."""
     config, attention = parse_scheme(name, group_size)
     if attention is not None:
         raise ConfigError(f"scheme {name!r} names a KV cache, which is quantized for the whole model, not for a layer")

@@ -17,22 +17,13 @@ from fewbit.runs.quantize import open_model
 
 
 @dataclass(frozen=True)
-class GroupSummary:
-    """Linears of a block that share an input."""
-
-    members: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-    """[out, in] of each."""
-
-
-@dataclass(frozen=True)
 class Inspection:
     """What was found."""
 
     architecture: Architecture
     blocks: int
-    groups: list[GroupSummary]
-    """Of the first block."""
+    groups: list[dict[str, tuple[int, int]]]
+    """Of the first block: [out, in] of the linears that share an input, by their names in the block."""
     parameters: int
     parameters_in_linears: int
     """Those inside the blocks' groups, which can be quantized."""
@@ -59,19 +50,16 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
     quantized = None
     if plan is not None:
         quantized = stored
-        for name, linear in plan.linears.items():
-            if linear.spec is not None:
-                weight = info[f"{name}.weight"]
-                quantized -= sizes[f"{name}.weight"] * weight.dtype.itemsize
-                quantized += math.ceil(linear.spec.stored_bits(linear.shape, weight.dtype) / 8)
+        for linear in plan.contents.weights:
+            dtype = info[linear.weight_name].dtype
+            quantized -= sizes[linear.weight_name] * dtype.itemsize
+            quantized += math.ceil(linear.stored_bits(dtype) / 8)
     prefix = blockwise.prefix(0)
     return Inspection(
         architecture=blockwise.architecture,
         blocks=len(blockwise),
         groups=[
-            GroupSummary(
-                group, tuple((linears[prefix + n].out_features, linears[prefix + n].in_features) for n in group)
-            )
+            {name: (linears[prefix + name].out_features, linears[prefix + name].in_features) for name in group}
             for group in blockwise.groups
         ],
         parameters=sum(sizes.values()),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
+from fewbit.contents import AttentionEntry, Contents, LinearEntry
 from fewbit.errors import ConfigError
 from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.models.stored import unexpected
+from fewbit.models.stored import aliases, unexpected
 from fewbit.models.untouched import Untouched, sentence, untouched
 from fewbit.nn import attention
+from fewbit.nn.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,11 @@ class Plan:
     block_groups: list[Groups]
     """Per block: of each of the model's groups, in the same order, the linears whose weights are quantized (by their
     names inside the block); empty where none is."""
+    contents: Contents
     warnings: list[str]
     attention: AttentionConfig | None = None
-    attention_classes: Mapping[str, str] = field(default_factory=dict)
-    """Class of every attention module in which something is quantized, by the module's name."""
     untouched: tuple[Untouched, ...] = ()
     """Tensors that are no linears and stay as they are."""
-
-    @property
-    def unquantized(self) -> list[str]:
-        """Names of the linears that stay as they are."""
-        return [linear.name for linear in self.linears.values() if linear.config is None]
 
     @property
     def weights(self) -> dict[str, QuantizationSpec]:
@@ -66,22 +62,9 @@ class Plan:
         return {f"{name}.weight": linear.spec for name, linear in self.linears.items() if linear.spec is not None}
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """[out, in] of every weight that is quantized, by the weight's name."""
-        return {f"{name}.weight": linear.shape for name, linear in self.linears.items() if linear.spec is not None}
-
-    @cached_property
-    def activations(self) -> dict[str, QuantizationSpec]:
-        """Spec of every activation that is quantized, by module and slot: MODULE.input, ATTENTION_MODULE.key …"""
-        found: dict[str, QuantizationSpec] = {}
-        for name, linear in self.linears.items():
-            if linear.config is not None:
-                slots = {"input": linear.config.input_tensors, "output": linear.config.output_tensors}
-                found |= {f"{name}.{slot}": spec for slot, spec in slots.items() if spec is not None}
-        inside = self.attention.specs if self.attention is not None else {}
-        for name in self.attention_classes:
-            found |= {f"{name}.{slot}": spec for slot, spec in inside.items() if spec is not None}
-        return found
+    def activations(self) -> Mapping[str, QuantizationSpec]:
+        """Spec of every activation that is quantized, by module and slot."""
+        return self.contents.activations
 
     @property
     def needs_data(self) -> bool:
@@ -123,15 +106,78 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
             "give weights a spec, or leave it out"
         )
     groups = [_to_quantize(model, index, linears) for index in range(len(model))]
-    warnings = _unlike_specs(model, linears) + _cut_blocks(model, linears) + _not_of_the_model(model)
     left = tuple(untouched(model.skeleton, linears))
+    inside = _attention(model, config.attention)
+    contents = _contents(model, linears, inside, left)
+    warnings = _unlike_specs(contents, linears) + _cut_blocks(contents) + _not_of_the_model(model)
     if left:
         warnings.append(sentence(left))
-    inside: dict[str, str] = {}
-    if config.attention is not None:
-        attached, _ = attention.attaching(model.skeleton, config.attention)  # an error if it cannot be done
-        inside = {name: type(model.skeleton.get_submodule(name)).__name__ for name in attached}
-    return Plan(linears, groups, warnings, config.attention, inside, left)
+    return Plan(linears, groups, contents, warnings, config.attention, left)
+
+
+def _contents(
+    model: BlockwiseModel,
+    linears: Mapping[str, LinearPlan],
+    inside: Mapping[str, AttentionEntry],
+    left: Iterable[Untouched],
+) -> Contents:
+    """What will be in the run."""
+    quantized = {}
+    for index in range(len(model)):
+        prefix = model.prefix(index)
+        for name in (name for group in model.groups for name in group):
+            config = linears[prefix + name].config
+            if config is not None:
+                quantized[prefix + name] = LinearEntry(
+                    prefix + name,
+                    linears[prefix + name].shape,
+                    config.weight,
+                    config.input_tensors,
+                    config.output_tensors,
+                    name,
+                    index,
+                    routed=".experts." in name,
+                )
+    return Contents(
+        quantized,
+        inside,
+        tuple(_siblings(model.full_groups())),
+        tuple(name for name, linear in linears.items() if linear.config is None),
+        {tensor.name: tensor.shape for tensor in left},
+        aliases(model.skeleton, model.source.info()),
+        model.architecture.name,
+        str(model.config.model_type),
+        model.architecture.blocks,
+    )
+
+
+def _siblings(groups: Groups) -> Iterator[tuple[str, ...]]:
+    """What engines fuse: of the linears that share an input those that lie in one module."""
+    for group in groups:
+        for _, members in groupby(sorted(group, key=_owner), key=_owner):
+            found = tuple(members)
+            if len(found) > 1:
+                yield found
+
+
+def _owner(name: str) -> str:
+    """The module that a module lies in."""
+    return name.rpartition(".")[0]
+
+
+def _attention(model: BlockwiseModel, config: AttentionConfig | None) -> dict[str, AttentionEntry]:
+    """All attention modules: those that can be reached, and those with linears of their own that cannot. An error if
+    `config` cannot be honoured."""
+    reached = set(attention.attention_modules(model.skeleton))
+    if config is not None:
+        reached = set(attention.attaching(model.skeleton, config)[0])
+    specs = {slot: spec for slot, spec in (config.specs if config else {}).items() if spec is not None}
+    return {
+        name: AttentionEntry(name, type(module).__name__, specs if name in reached else {})
+        for name, module in model.skeleton.named_modules()
+        if name in reached
+        or ("attention" in type(module).__name__.lower() and any(isinstance(m, Linear) for m in module.children()))
+    }
 
 
 def _check_divides(linears: dict[str, LinearPlan]) -> None:
@@ -189,31 +235,24 @@ def _not_of_the_model(model: BlockwiseModel) -> list[str]:
     ]
 
 
-def _unlike_specs(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:
+def _unlike_specs(contents: Contents, linears: Mapping[str, LinearPlan]) -> list[str]:
     """Engines fuse linears that share an input into one matrix, which works only if they are quantized alike."""
-    mixed = []
-    for index in range(len(model)):
-        prefix = model.prefix(index)
-        for group in model.groups:
-            if len({linears[prefix + name].config for name in group}) > 1:
-                mixed.append(f"{prefix}{{{', '.join(group)}}}")
+    mixed = [group for group in contents.fused if len({linears[name].config for name in group}) > 1]
     if not mixed:
         return []
+    first = f"{_owner(mixed[0][0])}.{{{', '.join(name.rpartition('.')[2] for name in mixed[0])}}}"
     return [
-        f"{len(mixed)} groups of linears that engines fuse have unlike specs (first: {mixed[0]}); "
-        "vLLM will refuse them"
+        f"{len(mixed)} groups of linears that engines fuse have unlike specs (first: {first}); vLLM will refuse them"
     ]
 
 
-def _cut_blocks(model: BlockwiseModel, linears: dict[str, LinearPlan]) -> list[str]:
+def _cut_blocks(contents: Contents) -> list[str]:
     """Engines fuse linears that share an input, whose blocks of rows must then end where the linears do."""
-    for name in (
-        prefix + name for prefix in map(model.prefix, range(len(model))) for g in model.groups for name in g[:-1]
-    ):
-        spec = linears[name].spec
-        if spec is not None and spec.block_size is not None and linears[name].shape[0] % spec.block_size[0]:
-            return [
-                f"blocks of {spec.block_size[0]} rows do not divide the {linears[name].shape[0]} of {name}, which "
-                "engines fuse with others; the run can be evaluated, but not exported"
-            ]
-    return []
+    cut = contents.cut_block()
+    if cut is None:
+        return []
+    linear, _ = cut
+    return [
+        f"blocks of {linear.block_rows} rows do not divide the {linear.shape[0]} of {linear.name}, which engines fuse "
+        "with others; the run can be evaluated, but not exported"
+    ]

@@ -93,7 +93,7 @@ def quantize_model(
     view = progress_view(progress)
     try:
         with _side_files(blockwise, tokenizer) as (files, notes):
-            directory.open(identity, resume, plan.attention_classes)
+            directory.open(identity, resume)
             notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
             notes += mend_generation_config(directory.path)
         plan = replace(plan, warnings=plan.warnings + warnings + notes)
@@ -154,7 +154,7 @@ def _check(data: CalibrationSet, model: BlockwiseModel, plan: Plan, config: Conf
     for H to tell all channels of an input apart."""
     check_tokens(model, data.batches)
     warnings = check_length(model, max(batch["input_ids"].shape[1] for batch in data.batches))
-    widths = [linear.shape[1] for linear in plan.linears.values() if linear.spec is not None]
+    widths = [linear.shape[1] for linear in plan.contents.weights]
     if isinstance(config.codes, RTNConfig) or not widths or data.tokens >= max(widths):
         return warnings
     return [
@@ -184,7 +184,7 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
         version=__version__,
         libraries={"torch": torch.__version__, "transformers": transformers.__version__},
         num_blocks=len(model),
-        unquantized=plan.unquantized,
+        contents=plan.contents.facts(),
     )
 
 

@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from fewbit.config.recipe import Config
-from fewbit.config.spec import QuantizationSpec
+from fewbit.contents import LINEAR_SLOTS, Contents
 from fewbit.engine.stage_quantizer import LinearResult
 from fewbit.errors import CheckpointError
 from fewbit.files import read_json_object
@@ -57,14 +58,15 @@ def build_report(
     config: Config, plan: Plan, rows: list[dict[str, Any]], run: dict[str, Any], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The whole report. `rows` are the quantized linears; `run` says what was quantized, with which data and how."""
+    contents = plan.contents
     untouched = [untouched_row(linear) for linear in plan.linears.values() if linear.spec is None]
     for row in rows + untouched:
-        row |= {slot: spec.summary for slot, spec in _activations(plan, row["name"]).items()}
-    weights = sum(row["weights"] for row in rows)
+        if (linear := contents.linears.get(row["name"])) is not None:
+            row |= {slot: spec.summary for slot in LINEAR_SLOTS if (spec := getattr(linear, slot)) is not None}
     totals = {
         "linears": dict(Counter(row["status"] for row in rows + untouched)),
         "fallbacks": sum(row["fallback"] is not None for row in rows),
-        "bits_per_weight": sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights if weights else None,
+        "bits_per_weight": bits_per_weight(rows),
         "loss": sum(row["error"] for row in rows) / max(sum(row["energy"] for row in rows), 1e-300),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_bytes": peak_memory(),
@@ -76,15 +78,25 @@ def build_report(
         "warnings": plan.warnings,
         "linears": rows + untouched,
         "untouched": [tensor.row for tensor in plan.untouched],
-        "attention": {"modules": len(plan.attention_classes)} | plan.attention.summary if plan.attention else None,
+        "attention": attention_row(contents),
         "environment": environment(),
         "recipe": config.to_dict(),
     }
 
 
-def _activations(plan: Plan, name: str) -> dict[str, QuantizationSpec]:
-    specs = {slot: plan.activations.get(f"{name}.{slot}") for slot in ("input", "output")}
-    return {slot: spec for slot, spec in specs.items() if spec is not None}
+def attention_row(contents: Contents) -> dict[str, Any] | None:
+    """The report's line of what is quantized inside attention; None if nothing is."""
+    quantized = [known for known in contents.attention.values() if known.specs]
+    if not quantized:
+        return None
+    return {"modules": len(quantized)} | {slot: spec.summary for slot, spec in quantized[0].specs.items()}
+
+
+def bits_per_weight(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Stored bits per weight of the quantized linears with these rows; None if there are none."""
+    sizes = [(row["bits_per_weight"], row["weights"]) for row in rows]
+    weights = sum(size for _, size in sizes)
+    return sum(bits * size for bits, size in sizes) / weights if weights else None
 
 
 def environment() -> dict[str, Any]:

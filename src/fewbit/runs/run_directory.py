@@ -33,8 +33,8 @@ class Identity:
     libraries: dict[str, str]
     """Versions of those that compute: other ones may round otherwise."""
     num_blocks: int
-    unquantized: list[str]
-    """Names of the linears that stay as they are."""
+    contents: dict[str, Any]
+    """`facts` of the plan's contents."""
 
     def differences(self, manifest: dict[str, Any]) -> list[str]:
         """In words, what differs from the run that wrote `manifest`."""
@@ -57,8 +57,8 @@ class Identity:
                 )
         if manifest.get("num_blocks") != self.num_blocks:
             found.append(f"{manifest.get('num_blocks')} blocks before, {self.num_blocks} now")
-        if manifest.get("unquantized_linears") != self.unquantized and not found:
-            found.append("other linears that stay as they are")
+        if manifest.get("contents") != self.contents and not found:
+            found.append("other linears that stay as they are, or that engines fuse")
         return found
 
 
@@ -89,11 +89,8 @@ class RunDirectory:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise RunError(f"{self.path} cannot be written: {nearest} allows it not; choose another output directory")
 
-    def open(self, identity: Identity, resume: bool, attention_classes: Mapping[str, str] | None = None) -> None:
-        """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run.
-
-        `attention_classes`: of attention modules in which something is quantized; exports name them.
-        """
+    def open(self, identity: Identity, resume: bool) -> None:
+        """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run."""
         self.refuse(resume)
         with disk_errors_as_sentences(self.path):
             self._created = not self._place.exists()
@@ -111,19 +108,7 @@ class RunDirectory:
                 )
             self._refuse_changed()
             return
-        write_manifest(
-            self._place,
-            {
-                "version": identity.version,
-                "libraries": identity.libraries,
-                "num_blocks": identity.num_blocks,
-                "model": identity.model,
-                "calibration": identity.calibration,
-                "recipe": identity.recipe,
-                "unquantized_linears": identity.unquantized,
-                "attention_classes": dict(attention_classes or {}),
-            },
-        )
+        write_manifest(self._place, vars(identity))
 
     def _refuse_changed(self) -> None:
         """RunError if a file of a run that was complete is not what the run wrote: nobody knows whether it was damaged

@@ -1,7 +1,7 @@
 """What engines make of a checkpoint: one table of rules, each with its source.
 
 The column "engines" of `fewbit schemes`, docs/formats.md and the notes in fewbit-export.json follow from it. Of
-transformers, tests/export/test_transformers.py shows what 5.17 computes; of the readers' library, tests/export/
+transformers, tests/formats/test_transformers.py shows what 5.17 computes; of the readers' library, tests/formats/
 test_versions.py shows what the versions decode that engines pin. All else was read in the engines' own files, or is
 reported, where the source says so.
 """
@@ -12,22 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from fewbit.formats.compressed_tensors.config import Specs
-from fewbit.formats.compressed_tensors.contents import (
+from fewbit.contents import Contents
+from fewbit.formats.compressed_tensors.kinds import (
     MXFP4,
     MXFP6,
     MXFP8,
     NVFP4,
     PACKED,
-    Contents,
-    contents,
-    formats,
+    cache,
     fp8_cache,
     has_gaps_in_old_versions,
     has_inputs,
+    inside,
     int4_by_fp8,
     is_affine,
     is_expert,
+    layouts,
     loads_in_sglang,
     loads_in_vllm,
     marlin,
@@ -87,17 +87,16 @@ def applying(found: Contents, engine: str | None = None) -> list[Rule]:
     return [rule for rule in RULES if engine in (None, rule.engine) and rule.applies(found)]
 
 
-def notes(weights: Specs, activations: Specs | None = None) -> list[str]:
-    """What a user should know about loading an export of these, by names as in `config.check`; often nothing."""
-    return [rule.note for rule in applying(contents(weights, activations))]
+def notes(contents: Contents) -> list[str]:
+    """What a user should know about loading an export of these; often nothing."""
+    return [rule.note for rule in applying(contents)]
 
 
-def engines_for(weights: Specs, activations: Specs | None = None) -> str:
+def engines(contents: Contents) -> str:
     """Engines that load it, each with what it needs or does otherwise in brackets; "" if there are none."""
-    found = contents(weights, activations)
     named = []
     for engine in ENGINES:
-        rules = applying(found, engine)
+        rules = applying(contents, engine)
         if any(rule.effect is Effect.REFUSES for rule in rules):
             continue
         shorts = dict.fromkeys(rule.short for rule in rules if rule.short)
@@ -121,11 +120,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "vLLM", REFUSES, some(of_layouts(MXFP6)),
         "vLLM 0.33 cannot load MXFP6: it pins compressed-tensors 0.17, which knows no floats of 6 bits",
-        "compressed-tensors 0.17.0, QuantizationArgs; tests/export/test_versions.py",
+        "compressed-tensors 0.17.0, QuantizationArgs; tests/formats/test_versions.py",
     ),
     Rule(
         "vLLM", LIMITED,
-        lambda found: any(found.any(kind, without(marlin)) for kind in (packed_alone, packed_by_integers)),
+        some(lambda kind: packed_alone(kind) or packed_by_integers(kind), without(marlin)),
         "vLLM 0.33 runs packed integers of other widths than 4 and 8 bits, of other groups than 32, 64 and 128, and "
         "of other zero points than 4-bit ones through its Humming kernels only (compute capability 7.5 and later)",
         "vLLM #46389 and utils/marlin_utils.py of 0.32, query_marlin_supported_quant_types", "Humming",
@@ -163,12 +162,12 @@ RULES: tuple[Rule, ...] = (
         "vLLM 0.33 quantizes the inputs of MXFP8 weights, although this export leaves them as they are", VLLM, "W8A8",
     ),
     Rule(
-        "vLLM", REFUSES, lambda found: any(not fp8_cache(spec, "per_tensor", "per_channel") for spec in found.cache),
+        "vLLM", REFUSES, lambda found: any(not fp8_cache(spec, "per_tensor", "per_channel") for spec in cache(found)),
         "vLLM quantizes its KV cache to symmetric FP8 only and does not load this one; transformers emulates it",
         "CompressedTensorsKVCacheMethod of vLLM 0.32",
     ),
     Rule(
-        "vLLM", OTHERWISE, lambda found: any(slot == "query" for slot, _ in found.attention),
+        "vLLM", OTHERWISE, lambda found: bool(inside(found, "query")),
         "vLLM 0.33 passes over quantized queries and takes the scales of keys and values only",
         "CompressedTensorsConfig.from_config of vLLM 0.32", "not queries",
     ),
@@ -178,7 +177,7 @@ RULES: tuple[Rule, ...] = (
         "refuse the model or load it wrong", "find_matched_target of vLLM 0.32 and SGLang 0.5.23",
     ),
     Rule(
-        "SGLang", REFUSES, lambda found: found.any(without(loads_in_sglang)),
+        "SGLang", REFUSES, some(without(loads_in_sglang)),
         "SGLang 0.5.23 does not load this: it takes packed integers of 4 and 8 bits without quantized inputs, INT8 "
         "and FP8 as engines multiply them, and NVFP4", SGLANG,
     ),
@@ -188,12 +187,12 @@ RULES: tuple[Rule, ...] = (
         "as they are", SGLANG, "inputs on sm100",
     ),
     Rule(
-        "SGLang", REFUSES, lambda found: any(slot == "query" for slot, _ in found.attention),
+        "SGLang", REFUSES, lambda found: bool(inside(found, "query")),
         "SGLang 0.5.23 does not load quantized queries: it wants weights in every config group",
         "_quantization_scheme_map_from_config of SGLang 0.5.23",
     ),
     Rule(
-        "SGLang", OTHERWISE, lambda found: any(not fp8_cache(spec, "per_tensor") for spec in found.cache),
+        "SGLang", OTHERWISE, lambda found: any(not fp8_cache(spec, "per_tensor") for spec in cache(found)),
         "SGLang 0.5.23 leaves all KV caches unquantized but FP8 with one static scale, with a warning",
         "CompressedTensorsKVCacheMethod.is_supported_scheme of SGLang 0.5.23", "not the cache",
     ),
@@ -203,9 +202,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "transformers", REFUSES,
-        lambda found: found.any(
+        some(
             is_expert,
-            lambda linear: is_affine(linear) or linear.weight.qscheme == "per_block" or linear.layout == MXFP8,
+            lambda kind: is_affine(kind) or kind.weight.qscheme == "per_block" or kind.layout == MXFP8,
         ),
         "transformers 5.23 cannot load experts with zero points, FP8 blocks or MXFP8: use vLLM",
         MEASURED + "; transformers PR 47430 is open",
@@ -213,16 +212,16 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "transformers", LIMITED, some(of_layouts(NVFP4, MXFP4, MXFP6, MXFP8)),
         "transformers decodes FP4, FP6 and MX weights to bfloat16; load with dtype=torch.bfloat16 only",
-        "tests/export/test_transformers.py",
+        "tests/formats/test_transformers.py",
     ),
     Rule(
         "transformers", LIMITED, some(of_layouts(MXFP6)),
-        "transformers loads MXFP6 with compressed-tensors 0.20 and later only", "tests/export/test_versions.py",
+        "transformers loads MXFP6 with compressed-tensors 0.20 and later only", "tests/formats/test_versions.py",
     ),
     Rule(
         "transformers", LIMITED, some(of_layouts(PACKED), has_gaps_in_old_versions),
         "transformers loads packed weights of 3, 5, 6 and 7 bits with compressed-tensors 0.18 and later only: 0.17 "
-        "packs them with gaps", "tests/export/test_versions.py",
+        "packs them with gaps", "tests/formats/test_versions.py",
     ),
     Rule(
         "transformers", LIMITED, some(of_layouts(PACKED), is_affine),
@@ -230,21 +229,21 @@ RULES: tuple[Rule, ...] = (
         "dequantize=True",
     ),
     Rule(
-        "transformers", REFUSES, lambda found: len(formats(found)) > 1 and found.any(of_layouts(PACKED), is_affine),
+        "transformers", REFUSES, lambda found: len(layouts(found)) > 1 and some(of_layouts(PACKED), is_affine)(found),
         "transformers 5.23 and later cannot load packed zero points together with FP8 or another format: the default "
         "mode cannot load the one, dequantize=True not the other", MEASURED,
     ),
     Rule(
-        "transformers", LIMITED, lambda found: len(formats(found)) > 1,
+        "transformers", LIMITED, lambda found: len(layouts(found)) > 1,
         "transformers 5.23 cannot load several formats with dequantize=True; the default mode can", MEASURED,
     ),
     Rule(
-        "transformers", LIMITED, lambda found: bool(found.attention) or found.any(has_inputs),
+        "transformers", LIMITED, lambda found: bool(cache(found)) or some(has_inputs)(found),
         "transformers 5.23 with dequantize=True silently leaves quantized activations and KV cache out; the default "
         "mode keeps them", MEASURED,
     ),
     Rule(
-        "transformers", OTHERWISE, lambda found: bool(found.attention),
+        "transformers", OTHERWISE, lambda found: bool(cache(found)),
         "transformers 5.24 silently drops the quantization of keys, values and queries", "reported",
         "not the cache from 5.24 on",
     ),

@@ -17,12 +17,21 @@ from fewbit.config.matching import matching
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError, ConfigError, shown
 from fewbit.formats.compressed_tensors.activations import PARTS, PREFIXES, decode_activation
-from fewbit.formats.compressed_tensors.config import ATTENTION_SLOTS, MIXED
+from fewbit.formats.compressed_tensors.config import ATTENTION_SLOTS, MIXED, NAME
 from fewbit.formats.compressed_tensors.layouts import LAYOUTS, Layout, Tensors
 from fewbit.formats.compressed_tensors.scheme import Args, activation_spec, layout_for, weight_spec
+from fewbit.formats.format import Opened
 from fewbit.tensor import QuantizedActivation, QuantTensor
 
 ONLINE_ROTATIONS = ("input", "output", "k_cache", "q_attn")
+
+
+def open_export(directory: Path) -> Opened | None:
+    """A checkpoint of this format; None if the directory's config.json names no such quantization."""
+    if (quantization_of(read_config(directory), directory) or {}).get("quant_method") != NAME:
+        return None
+    source = CompressedTensorsSource(directory)
+    return Opened(source, source.activations())
 
 
 class CompressedTensorsSource:

@@ -7,60 +7,40 @@ as they are. FP8 codes with a scale per tensor it rounds anew to the largest.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from fewbit.checkpoint.native import NativeCheckpoint, NativePart
+from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.spec import QuantizationSpec
-from fewbit.formats.compressed_tensors.targets import fused_with
+from fewbit.contents import LinearEntry
 
 
 def unshared(checkpoint: NativeCheckpoint) -> str | None:
     """What is wrong with the scales of a run's fused weights and inputs, in a sentence; None if nothing is."""
-    for part in checkpoint.parts:
-        for what, kind, found in _single_numbers(part):
-            for name, number in found.items():
-                for other in fused_with(name):
-                    if found.get(other, number) != number:
-                        return f"engines fuse {name!r} and {other!r}, so their {what} need the same {kind}"
+    for members in checkpoint.contents.fused_linears():
+        first: dict[str, tuple[str, float]] = {}
+        for linear in members:
+            for what, number in _single_numbers(checkpoint, linear):
+                name, known = first.setdefault(what, (linear.name, number))
+                if number != known:
+                    which, kind = what.split(" ", 1)
+                    return f"engines fuse {name!r} and {linear.name!r}, so their {which} need the same {kind}"
     return None
 
 
-def _single_numbers(part: NativePart) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Of weights and inputs: the one number of those that have one, by module."""
-    weights = {name.removesuffix(".weight"): (name, spec) for name, (spec, _) in part.quantized.items()}
-    inputs = {
-        name.removesuffix(".input"): activation
-        for name, activation in part.activations().items()
-        if name.endswith(".input")
-    }
-    yield (
-        "weights",
-        "global scale",
-        {module: part.global_scale(name) for module, (name, spec) in weights.items() if spec.scale_type == "e4m3"},
-    )
-    yield (
-        "inputs",
-        "global scale",
-        {module: found.global_scale for module, found in inputs.items() if found.spec.scale_type == "e4m3"},
-    )
-    yield (
-        "weights",
-        "scale",
-        {
-            module: part.read_quantized(name).scale.item()
-            for module, (name, spec) in weights.items()
-            if _per_tensor(spec)
-        },
-    )
-    yield (
-        "inputs",
-        "scale",
-        {
-            module: found.scale.item()
-            for module, found in inputs.items()
-            if found.scale is not None and _per_tensor(found.spec)
-        },
-    )
+def _single_numbers(checkpoint: NativeCheckpoint, linear: LinearEntry) -> Iterator[tuple[str, float]]:
+    """Scales of a linear that are one number for its weight or its input."""
+    assert linear.weight is not None
+    part = checkpoint.parts[linear.block]
+    if linear.weight.scale_type == "e4m3":
+        yield "weights global scale", part.global_scale(linear.weight_name)
+    if _per_tensor(linear.weight):
+        yield "weights scale", part.read_quantized(linear.weight_name).scale.item()
+    if linear.input is None:
+        return
+    known = part.activation(f"{linear.name}.input")
+    if linear.input.scale_type == "e4m3":
+        yield "inputs global scale", known.global_scale
+    if known.scale is not None and _per_tensor(linear.input):
+        yield "inputs scale", known.scale.item()
 
 
 def _per_tensor(spec: QuantizationSpec) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -25,14 +25,6 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 """Names that vLLM and SGLang give to linears that they read from several, and those, in the order of their rows."""
 _WRAPPED = {"model.language_model.": "language_model.model."}
 """Where a vision-language model's text model is in the checkpoint, and in vLLM, which does not translate patterns."""
-
-
-def fused_with(name: str) -> Iterator[str]:
-    """Modules, whether there or not, that are fused with the module `name`."""
-    owner, dot, last = name.rpartition(".")
-    for group in FUSED.values():
-        if last in group:
-            yield from (f"{owner}{dot}{member}" for member in group if member != last)
 
 
 def patterns(names: Iterable[str]) -> list[str]:

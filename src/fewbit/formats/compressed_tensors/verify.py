@@ -8,80 +8,61 @@ the files beside the weights and the index.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.checkpoint.native import NativeCheckpoint
-from fewbit.checkpoint.source import INDEX_FILE, SafetensorsSource, read_header
-from fewbit.config.spec import QuantizationSpec
+from fewbit.checkpoint.source import INDEX_FILE, SafetensorsSource
+from fewbit.contents import Contents, LinearEntry
 from fewbit.errors import FewbitError, VerificationError, first_line
-from fewbit.files import read_json_object
-from fewbit.formats.beside import check_beside, difference
+from fewbit.formats.beside import check_beside
 from fewbit.formats.compressed_tensors.activations import encode_activation
-from fewbit.formats.compressed_tensors.config import DENSE, NAME, Specs, kv_cache, layout_of
+from fewbit.formats.compressed_tensors.config import (
+    DENSE,
+    NAME,
+    group_entry,
+    kv_cache,
+    layout_of,
+    left_alone,
+    query_classes,
+)
 from fewbit.formats.compressed_tensors.layouts import Layout
-from fewbit.formats.compressed_tensors.scheme import Args, activation_args, weight_args
+from fewbit.formats.compressed_tensors.scheme import Args
 from fewbit.formats.compressed_tensors.sharing import unshared
-from fewbit.formats.compressed_tensors.write import METADATA, config_changes, left_alone, shard_names
+from fewbit.formats.compressed_tensors.write import config_changes
+from fewbit.formats.shards import check_shards, shard_names
 from fewbit.formats.verification import Verification, compare, read_origin
 from fewbit.tensor import QuantTensor
 
 
 def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
     """Decode every weight of an export with the library and compare everything with the run."""
-    shards = shard_names(checkpoint)
-    check_beside(
-        directory, read_origin(directory), checkpoint.directory, config_changes(checkpoint), [*shards, INDEX_FILE]
-    )
+    contents, count = checkpoint.contents, len(checkpoint.parts)
+    beside = [*shard_names(count), INDEX_FILE]
+    check_beside(directory, read_origin(directory), checkpoint.directory, config_changes(contents), beside)
     if fault := unshared(checkpoint):
         raise VerificationError(f"{directory}: {fault}")
     checked = _Export(directory)
+    for linear in contents.weights:
+        checked.weight(linear, checkpoint.read_quantized(linear.weight_name), checked.scheme(linear))
+    checked.attention(contents)
     activations = checkpoint.activations()
-    specs = {name: activation.spec for name, activation in activations.items()}
-    for name, (spec, _) in checkpoint.quantized.items():
-        scheme = checked.scheme(name, spec, specs)
-        checked.weight(name, checkpoint.read_quantized(name), layout_of(name, spec, specs), scheme)
-    checked.attention(specs, checkpoint.manifest.get("attention_classes", {}))
     for name, activation in activations.items():
         for stored, expected in encode_activation(name, activation).items():
             checked.tensor(stored, expected)
     dense = [name for part in checkpoint.parts for name in part.dense]
     for name in dense:
         checked.tensor(name, checkpoint.read([name])[name])
-    checked.nothing_left(left_alone(checkpoint))
-    _check_index(directory, shards)
+    checked.nothing_left(left_alone(contents))
+    check_shards(directory, count)
     decoder = f"compressed-tensors {checked.library.version}"
-    return Verification(directory, NAME, len(checkpoint.quantized), len(dense), decoder, len(activations))
-
-
-def _check_index(directory: Path, shards: list[str]) -> None:
-    """VerificationError unless the index says of every tensor where it is, once, and every reader takes the shards."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in shards:
-        for name, info in read_header(directory / shard).items():
-            if name in weight_map:
-                raise VerificationError(f"{directory}: tensor {name!r} is in {weight_map[name]} and in {shard}")
-            weight_map[name] = shard
-            total += math.prod(info.shape) * info.dtype.itemsize
-        with safe_open(directory / shard, framework="pt") as opened:
-            if opened.metadata() != METADATA:
-                raise VerificationError(f"{directory / shard}: metadata are {opened.metadata()}, not {METADATA}")
-    expected = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    found = read_json_object(directory / INDEX_FILE)
-    if fault := difference(found, expected):
-        raise VerificationError(
-            f"{directory / INDEX_FILE} does not fit the shards: {fault}".replace("in the run", "in them")
-        )
+    return Verification(directory, NAME, len(contents.weights), len(dense), decoder, len(activations))
 
 
 class _Export:
@@ -101,22 +82,17 @@ class _Export:
             self.schemes |= dict.fromkeys(scheme.targets, scheme)
         self.left = set(self.stored.info())
 
-    def scheme(self, name: str, spec: QuantizationSpec, activations: Specs) -> Any:
-        """The scheme that the library picks for a weight, which must say what its spec says."""
-        module = name.removesuffix(".weight")
-        picked = self.picked(module)
+    def scheme(self, linear: LinearEntry) -> Any:
+        """The scheme that the library picks for a linear, which must say what its specs say."""
+        picked = self.picked(linear.name)
         if picked is None:
-            raise VerificationError(f"{self.directory}: by its config {module!r} is not quantized")
-        layout = layout_of(name, spec, activations).name
-        if (picked.format or self.config.format) != layout:
-            raise VerificationError(f"{module}: the config says {picked.format or self.config.format}, not {layout}")
-        inputs = activations.get(f"{module}.input")
-        self.args(f"{module} weights", picked.weights, weight_args(spec))
-        self.args(
-            f"{module} input_activations",
-            picked.input_activations,
-            None if inputs is None else activation_args(inputs),
-        )
+            raise VerificationError(f"{self.directory}: by its config {linear.name!r} is not quantized")
+        entry = group_entry(linear)
+        found = picked.format or self.config.format
+        if found != entry["format"]:
+            raise VerificationError(f"{linear.name}: the config says {found}, not {entry['format']}")
+        for what in ("weights", "input_activations"):
+            self.args(f"{linear.name} {what}", getattr(picked, what), entry.get(what))
         return picked
 
     def picked(self, module: str) -> Any:
@@ -132,9 +108,9 @@ class _Export:
         if (None if found is None else found.model_dump()) != wanted:
             raise VerificationError(f"{what}: the config says {found!r}, the run {expected}")
 
-    def weight(self, name: str, expected: QuantTensor, layout: Layout, scheme: Any) -> None:
+    def weight(self, linear: LinearEntry, expected: QuantTensor, scheme: Any) -> None:
         """Stored tensors, codes and values of one weight."""
-        module = name.removesuffix(".weight")
+        module, layout = linear.name, layout_of(linear)
         encoded = layout.encode(expected)
         tensors = {part: self.tensor(f"{module}.{part}", tensor, part) for part, tensor in encoded.items()}
         unscaled = replace(
@@ -165,18 +141,17 @@ class _Export:
         self.left.discard(name)
         return found
 
-    def attention(self, activations: Specs, classes: Mapping[str, str]) -> None:
+    def attention(self, contents: Contents) -> None:
         """The entries of the KV cache and of queries, which are said by class."""
-        cache, _, queries = kv_cache(activations)
+        cache, classes = kv_cache(contents), query_classes(contents)
         self.args("kv_cache_scheme", self.config.kv_cache_scheme, cache)
-        for module in queries:
-            scheme = self.schemes.get(classes.get(module, ""))
+        for kind in classes:
+            scheme = self.schemes.get(kind)
             if scheme is None or scheme.weights is not None or len(scheme.targets) != 1 or scheme.format != DENSE:
-                raise VerificationError(f"{module}: the config has no group for its query")
-            self.args(f"{module} query", scheme.input_activations, cache)
-        expected = {classes.get(module) for module in queries}
+                raise VerificationError(f"{self.directory}: the config has no group for the queries of {kind}")
+            self.args(f"{kind} query", scheme.input_activations, cache)
         for target, scheme in self.schemes.items():
-            if scheme.weights is None and target not in expected:
+            if scheme.weights is None and target not in classes:
                 raise VerificationError(f"{self.directory}: the config quantizes {target!r} without weights")
 
     def nothing_left(self, unquantized: list[str]) -> None:
