@@ -26,11 +26,12 @@ from fewbit.config.recipe import Config
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.models.untouched import Untouched, sentence
 from fewbit.nn import attention, in_memory
-from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.attach import SLOTS, attention_config
+from fewbit.nn.attach import SLOTS, attach
 from fewbit.nn.exchange import Exchange, carry_over
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantLinear
+from fewbit.nn.linear import Linear
 from fewbit.nn.quant_linear import QuantLinear
+from fewbit.nn.steps import QUANTIZE, Stepped
 from fewbit.runs.quantize import quantize_model
 from fewbit.scratch import temporary_directory
 
@@ -84,7 +85,7 @@ class ModelQuantizer:
     def _by_walk(self, model: PreTrainedModel, dataloader: Iterable[Any] | None, output: str | Path | None) -> None:
         _refuse_shared(model)
         if self.config.attention is not None:  # an error now, not after the work
-            attention.attaching(model, self.config.attention)
+            attention.check(model, self.config.attention)
         searching = [found.name for found in self.config.algo_config if not isinstance(found, RTNConfig)]
         if dataloader is None and searching:
             raise ConfigError(
@@ -132,7 +133,7 @@ class ModelQuantizer:
 @process.neutral()
 def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
     """Give a model in memory the weights and quantizers of a run of it, in place: all of them at once."""
-    activations = run.activations()
+    activations, steps = run.activations(), run.steps()
     state = model.state_dict(keep_vars=True)
     changes, values = Exchange(), {}
     for name in sorted(run.info().keys() - run.quantized.keys() & state.keys()):
@@ -140,28 +141,22 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
         if not torch.equal(value, state[name]):
             values[name] = value
             changes.data(state[name], value)
-    made: dict[nn.Module, nn.Module] = {}
-    for name, linear in _linears(model).items():
-        slots = {slot: activations.get(f"{name}.{slot}") for slot in SLOTS}
+    linears, made = _linears(model), dict[str, Stepped]()
+    for name, linear in linears.items():
+        flows = [activations.get(f"{name}.{slot}") for slot in SLOTS]
+        specs = [None if known is None else known.spec for known in flows]
         weight = f"{name}.weight"
         if weight in run.quantized:
             bias = values.get(f"{name}.bias", linear.bias)
-            new: nn.Module = QuantLinear.from_quant_tensor(run.read_quantized(weight), bias)
-        elif any(slots.values()):
-            specs = {slot: None if known is None else known.spec for slot, known in slots.items()}
-            new = FakeQuantLinear.from_module(linear, input_tensors=specs["input"], output_tensors=specs["output"])
-        else:
-            continue
-        for slot, known in slots.items():
-            if known is not None:
-                setattr(new, f"{slot}_quantizer", ActivationQuantizer(known.spec, known, persistent=True))
-        made[linear] = new.to(linear.weight.device)
-        carry_over(linear, new)
-    changes.replace(model, made)
-    inside = {name: known for name, known in activations.items() if name.rpartition(".")[2] not in SLOTS}
-    if (wanted := attention_config(inside)) is not None:
-        _, attached = attention.attaching(model, wanted, inside, persistent=True)
-        changes.include(attached)
+            made[name] = QuantLinear.from_quant_tensor(run.read_quantized(weight), bias)
+        elif any(specs):
+            made[name] = FakeQuantLinear.from_module(linear, input_tensors=specs[0], output_tensors=specs[1])
+        elif any(step.kind != QUANTIZE for step in steps.get(name, ())):
+            made[name] = Linear.from_linear(linear)
+    attach(model, activations, steps, linears=made, changes=changes)
+    for name, new in made.items():
+        carry_over(linears[name], new.to(linears[name].weight.device))
+    changes.replace(model, {linears[name]: new for name, new in made.items()})
     changes.commit()
 
 

@@ -32,7 +32,7 @@ from fewbit.models.untouched import Untouched, untouched
 from fewbit.nn import in_memory
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import INSTANCES, Exchange, carry_over
-from fewbit.nn.fake_quant import QUANTIZERS, FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
+from fewbit.nn.fake_quant import FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
 from fewbit.nn.in_memory import check_plain
 from fewbit.nn.linear import Linear
 from fewbit.nn.quant_linear import QuantLinear
@@ -233,7 +233,7 @@ def freeze(model: nn.Module) -> nn.Module:
         if isinstance(module, FakeQuant) and name == "":
             raise ConfigError(f"the model is itself a {type(module).__name__}: use QuantLinear.from_module(linear, …)")
         if isinstance(module, FakeQuant):
-            check_plain(module, name, known=QUANTIZERS)
+            check_plain(module, name, known=module.slots)
             made[module] = _packed(module) if isinstance(module, FakeQuantLinear) else _baked(module)
     if not made:
         raise ConfigError(f"{type(model).__name__} has nothing to freeze; call quantize_(model) first")
@@ -357,7 +357,7 @@ def _packed(module: FakeQuantLinear) -> nn.Module:
     if weight is None:
         return module
     packed = QuantLinear(weight, module.fake_bias())
-    packed.input_quantizer, packed.output_quantizer = module.input_quantizer, module.output_quantizer
+    packed.input_steps, packed.output_quantizer = module.input_steps, module.output_quantizer
     carry_over(module, packed)
     return packed
 

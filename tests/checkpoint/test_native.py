@@ -10,6 +10,7 @@ from fewbit.checkpoint.native import (
     OUTSIDE,
     NativeCheckpoint,
     NativePart,
+    StoredStep,
     block_file,
     write_manifest,
     write_part,
@@ -258,3 +259,23 @@ class TestCheckpoint:
         name = next(iter(checkpoint.parts[part].dense))
         with pytest.raises(CheckpointError, match=rf"{changed.name} is damaged.*--resume"):
             checkpoint.read([name])
+
+
+def test_steps_are_stored_in_their_order_with_what_was_folded(tmp_path):
+    scale, order = torch.rand(4), torch.tensor([3, 0, 1, 2])
+    steps = {
+        "a": [
+            StoredStep("permute", {"permute.order": order}),
+            StoredStep("divide", {"smoothing": scale}, {"folded": True}),
+        ],
+        "b": [StoredStep("flip", {}, {"every": 3})],
+    }
+    write_part(tmp_path / "part", {}, {"norm.weight": torch.ones(4)}, steps=steps, folded=["norm.weight"])
+    part = NativePart(tmp_path / "part")
+    found = part.steps()
+    assert [(step.kind, step.data) for step in found["a"]] == [("permute", {}), ("divide", {"folded": True})]
+    assert torch.equal(found["a"][0].tensors["permute.order"], order)
+    assert torch.equal(found["a"][1].tensors["smoothing"], scale)
+    assert found["b"] == [StoredStep("flip", {}, {"every": 3})]
+    assert part.folded == ["norm.weight"]
+    assert list(part.info()) == ["norm.weight"]

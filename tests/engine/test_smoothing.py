@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from torch import nn
 from walks import TENSOR, TOKEN, WEIGHT, batches, counted, emulate, run_through, walk, watch
 
 import fewbit
@@ -14,6 +13,7 @@ from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.engine.stages import Stage
 from fewbit.errors import ConfigError
+from fewbit.nn.linear import Linear
 from fewbit.numerics.scale_format import nearest_power_of_two
 
 # Each weight has a scale of its own, at which it is the largest code: quantized, but as it was.
@@ -242,12 +242,12 @@ def test_drift_is_that_of_the_input_as_it_is_divided():
     generator = torch.Generator().manual_seed(0)
     x, reference, columns = (torch.rand(64, 8, generator=generator) + 0.5 for _ in range(3))
     columns = columns[0]
-    linear = nn.Linear(8, 4)
+    linear = Linear(8, 4)
     stage = Stage(0, {"linear": linear}, lambda stage: None)
     stage.add(x, None, reference)
     plain = stage.statistics.scaled(columns)
     stage.reset()
-    linear.smoothing = columns
+    linear.divide(columns)
     stage.add(x / columns, None, reference)
     torch.testing.assert_close(stage.statistics.moment.triu(), plain.moment.triu())
     torch.testing.assert_close(stage.statistics.drift, plain.drift)

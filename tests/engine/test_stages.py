@@ -65,8 +65,10 @@ def make(kind=Block, groups=GROUPS, **configs):
     adopt(block)
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     every = configs.pop("every", None)
-    wanted = {name: configs.get(name.replace(".", "_"), every) for name in linears}
-    attach(linears, {name: found for name, found in wanted.items() if found is not None}, groups, torch.float32)
+    wanted = {name: configs.get(name.replace(".", "_"), every) or QuantizationConfig() for name in linears}
+    inputs = {f"{name}.input": config.input_tensors for name, config in wanted.items()}
+    outputs = {f"{name}.output": config.output_tensors for name, config in wanted.items()}
+    attach(block, {slot: spec for slot, spec in (inputs | outputs).items() if spec is not None}, groups=groups)
     return block
 
 
@@ -221,7 +223,7 @@ def test_a_range_is_that_of_the_smoothed_input(strategy):
 
 def _smooth(stage, columns):
     for linear in stage.members.values():
-        linear.smoothing = columns
+        linear.divide(columns)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -247,13 +247,13 @@ def test_a_block_with_smoothed_inputs_and_the_folded_block_that_is_written_agree
             done[reader] = rtn(scaled, None, spec, spec.scale_format(torch.bfloat16)).weight
             linear = block.get_submodule(reader)
             linear.weight.data = done[reader].dequantize()
-            linear.smoothing = scale
+            linear.divide(scale)
     hidden = torch.randn(1, 12, 64, generator=seeded())
     positions = rotary(hidden, torch.arange(12).unsqueeze(0))
     with torch.no_grad():
         smoothed = block(hidden, position_embeddings=positions)
         for reader in done:
-            block.get_submodule(reader).smoothing = None
+            block.get_submodule(reader).input_steps = ()
             block.get_submodule(reader).weight.data = done[reader].dequantize()
         for name, tensor in stored.items():
             if name.removesuffix(".weight") not in done:

@@ -4,16 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
+from fewbit.config.spec import AttentionConfig, QuantizationSpec
+from fewbit.errors import ArchitectureError
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.nn import attention
-from fewbit.nn.attach import attach, attach_known, attention_config, detach, quantizers
+from fewbit.nn.attach import attach, attention_config, detach, quantizers
 from fewbit.nn.linear import adopt
 from fewbit.tensor import QuantizedActivation
 
 STATIC = QuantizationSpec(dtype="int8", qscheme="per_tensor", observer="minmax")
 TOKEN = QuantizationSpec(dtype="int4", qscheme="per_token", observer="minmax", is_dynamic=True)
-INPUTS = QuantizationConfig(input_tensors=STATIC)
 KNOWN = QuantizedActivation(STATIC, torch.tensor([[0.25]]))
 
 
@@ -22,17 +21,17 @@ def model(checkpoint):
     return BlockwiseModel.from_directory(checkpoint("llama"))
 
 
-def linears(**modules):
-    """Linears by name, as blocks have them."""
-    holder = nn.ModuleDict({name: nn.Linear(8, 8) for name in modules.get("names", "abc")})
+def linears():
+    """Linears a, b and c, as blocks have them."""
+    holder = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abc"})
     adopt(holder)
-    return dict(holder.items())
+    return holder
 
 
 def test_linears_of_one_group_share_a_quantizer_if_their_specs_are_equal():
     found = linears()
-    other = QuantizationConfig(input_tensors=TOKEN)
-    attach(found, {"a": INPUTS, "b": INPUTS, "c": other}, [["a", "b", "c"]], torch.bfloat16)
+    specs = {"a.input": STATIC, "b.input": STATIC, "c.input": TOKEN}
+    attach(found, specs, groups=[["a", "b", "c"]], dtype=torch.bfloat16)
     assert found["a"].input_quantizer is found["b"].input_quantizer
     assert found["c"].input_quantizer is not found["a"].input_quantizer
     assert found["c"].input_quantizer.spec == TOKEN
@@ -42,23 +41,22 @@ def test_linears_of_one_group_share_a_quantizer_if_their_specs_are_equal():
 @pytest.mark.parametrize("groups", [[["a"], ["b"], ["c"]], []], ids=["groups of one", "in no group"])
 def test_linears_that_share_no_input_share_no_quantizer(groups):
     found = linears()
-    attach(found, dict.fromkeys("abc", INPUTS), groups, torch.float32)
+    attach(found, dict.fromkeys(["a.input", "b.input", "c.input"], STATIC), groups=groups)
     assert len({id(linear.input_quantizer) for linear in found.values()}) == 3
 
 
 def test_outputs_are_never_shared():
     found = linears()
-    attach(found, dict.fromkeys("abc", QuantizationConfig(output_tensors=TOKEN)), [list("abc")], torch.float32)
+    attach(found, dict.fromkeys(["a.output", "b.output", "c.output"], TOKEN), groups=["abc"])
     assert len({id(linear.output_quantizer) for linear in found.values()}) == 3
     assert all(linear.input_quantizer is None for linear in found.values())
 
 
-def test_only_what_a_config_names_is_quantized():
+def test_only_what_is_named_is_quantized():
     found = linears()
-    attach(found, {"a": QuantizationConfig(weight=STATIC), "b": INPUTS}, [["a", "b"]], torch.float32)
+    attach(found, {"b.input": STATIC}, groups=[["a", "b"]])
     assert found["a"].input_quantizer is found["c"].input_quantizer is None
-    assert not found["a"].quantizes
-    assert found["b"].quantizes
+    assert found["b"].input_steps == (found["b"].input_quantizer,)
 
 
 def test_what_a_checkpoint_says_is_named_as_it_says_it(model):
@@ -68,7 +66,7 @@ def test_what_a_checkpoint_says_is_named_as_it_says_it(model):
         "model.layers.0.self_attn.key": KNOWN,
         "model.layers.1.self_attn.key": QuantizedActivation(STATIC, torch.tensor([[0.5]])),
     }
-    attach_known(model.skeleton, activations)
+    attach(model.skeleton, activations)
     found = quantizers(model.skeleton)
     assert set(found) == set(activations)
     for name, known in activations.items():
@@ -79,15 +77,15 @@ def test_what_a_checkpoint_says_is_named_as_it_says_it(model):
 
 
 def test_quantizers_of_some_modules_are_found_by_the_beginning_of_their_names(model):
-    attach_known(model.skeleton, {f"model.layers.{n}.mlp.up_proj.input": KNOWN for n in range(2)})
+    attach(model.skeleton, {f"model.layers.{n}.mlp.up_proj.input": KNOWN for n in range(2)})
     assert set(quantizers(model.skeleton, "model.layers.1.")) == {"model.layers.1.mlp.up_proj.input"}
     assert quantizers(model.skeleton, "model.layers.10.") == {}
 
 
 def test_quantizers_that_linears_share_are_named_for_each_of_them():
     found = linears()
-    attach(found, dict.fromkeys("ab", INPUTS), [["a", "b"]], torch.float32)
-    named = quantizers(nn.ModuleDict(found))
+    attach(found, dict.fromkeys(["a.input", "b.input"], STATIC), groups=[["a", "b"]])
+    named = quantizers(found)
     assert set(named) == {"a.input", "b.input"}
     assert named["a.input"] is named["b.input"]
 
@@ -114,20 +112,32 @@ def test_detached_blocks_quantize_nothing_and_compute_as_before(model):
             return model.call_block(block, inputs.hidden, inputs.calls[index])
 
     plain = [output(index) for index in range(2)]
-    names = [name for name in model.linears() if "layers" in name]
-    attach(model.linears(), dict.fromkeys(names, QuantizationConfig(input_tensors=TOKEN)), [], torch.float32)
-    attention.attach(model.skeleton, AttentionConfig(key=TOKEN))
-    model.linears()[names[0]].smoothing = torch.ones(64)
+    names = [f"{name}.input" for name in model.linears() if "layers" in name]
+    attach(model.skeleton, dict.fromkeys([*names, "model.layers.0.self_attn.key"], TOKEN))
     quantized = [output(index) for index in range(2)]
     assert not any(torch.equal(one, other) for one, other in zip(plain, quantized, strict=True))
     detach(model.blocks[0])
     assert quantizers(model.blocks[0]) == {}
-    assert model.linears()[names[0]].smoothing is None
     assert torch.equal(output(0), plain[0])
     assert torch.equal(output(1), quantized[1])
 
 
 def test_blocks_with_quantizers_have_their_checkpoints_tensors_only(model):
     before = set(model.skeleton.state_dict())
-    attach_known(model.skeleton, {"model.layers.0.mlp.up_proj.input": KNOWN, "model.layers.0.self_attn.key": KNOWN})
+    attach(model.skeleton, {"model.layers.0.mlp.up_proj.input": KNOWN, "model.layers.0.self_attn.key": KNOWN})
     assert set(model.skeleton.state_dict()) == before
+
+
+def test_detaching_leaves_steps_that_the_weights_undo():
+    found = linears()
+    attach(found, {"a.input": TOKEN})
+    found["a"].divide(torch.full((8,), 2.0))
+    detach(found)
+    assert [step.kind for step in found["a"].input_steps] == ["divide"]
+
+
+def test_a_model_whose_attention_cannot_be_reached_stays_as_it_was():
+    found = linears()
+    with pytest.raises(ArchitectureError, match="no attention"):
+        attach(found, {"a.input": STATIC, "attn.key": STATIC})
+    assert quantizers(found) == {}

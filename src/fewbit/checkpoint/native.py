@@ -15,7 +15,7 @@ each file against its digest before the first tensor is taken from it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,13 +44,14 @@ def block_file(directory: Path, index: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Smoothing:
-    """What scales were folded into dense tensors, so that a resumed run can compute as the interrupted one did."""
+class StoredStep:
+    """One step of a linear's input (nn/steps.py), as it is stored."""
 
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """[in] by module: what its columns were multiplied by and its input would be divided by."""
-    folded: tuple[str, ...] = ()
-    """Tensors that changed for it; the model's own go with dividing the input."""
+    kind: str
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """By their names below the linear's."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What else its class needs, as JSON has it."""
 
 
 def write_part(
@@ -58,17 +59,17 @@ def write_part(
     quantized: Mapping[str, QuantTensor],
     dense: Mapping[str, Tensor],
     activations: Mapping[str, QuantizedActivation] | None = None,
-    smoothing: Smoothing | None = None,
+    steps: Mapping[str, Sequence[StoredStep]] | None = None,
+    folded: Iterable[str] = (),
 ) -> str:
     """Write quantized weights and plain tensors, by their names in the model, to one file atomically; returns the
     file's digest, for the journal.
 
     `activations` are named by module and slot: MODULE.input, MODULE.output, and of attention MODULE.key, MODULE.value,
-    MODULE.query.
+    MODULE.query. `steps` are those of each linear's input, in order. `folded`: tensors of `dense` into which channel
+    scales were folded; a resumed run computes with the model's own, and divides inputs instead.
     """
-    smoothing = smoothing or Smoothing()
-    tensors = dict(dense) | {f"{name}.smoothing": columns.clone() for name, columns in smoothing.columns.items()}
-    specs = {}
+    tensors, specs = dict(dense), {}
     flows = {}
     for name, activation in (activations or {}).items():
         stored = activation.to_tensors()
@@ -77,9 +78,12 @@ def write_part(
     for name, weight in quantized.items():
         specs[name] = {"spec": asdict(weight.spec), "shape": list(weight.shape)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in weight.to_tensors().items()}
+    taken: dict[str, list[dict[str, Any]]] = {}
+    for name, of_input in (steps or {}).items():
+        taken[name] = [{"kind": s.kind, "data": dict(s.data), "stored": sorted(s.tensors)} for s in of_input]
+        tensors |= {f"{name}.{part}": tensor.cpu().clone() for s in of_input for part, tensor in s.tensors.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    smoothed = {"modules": sorted(smoothing.columns), "folded": sorted(smoothing.folded)}
-    described = {"weights": specs, "activations": flows, "smoothing": smoothed}
+    described = {"weights": specs, "activations": flows, "steps": taken, "folded": sorted(folded)}
     return write_safetensors(file, tensors, {"fewbit": json.dumps(described, sort_keys=True)})
 
 
@@ -110,9 +114,13 @@ class NativePart:
         self._flows: dict[str, tuple[QuantizationSpec, list[str]]] = {
             name: (QuantizationSpec(**entry["spec"]), list(entry["stored"])) for name, entry in flows.items()
         }
-        self._smoothed: dict[str, list[str]] = described.get("smoothing", {"modules": [], "folded": []})
+        self._steps: dict[str, list[tuple[str, dict[str, Any], list[str]]]] = {
+            name: [(str(step["kind"]), dict(step["data"]), list(step["stored"])) for step in steps]
+            for name, steps in described.get("steps", {}).items()
+        }
+        self.folded: list[str] = list(described.get("folded", ()))
         stored = (
-            {f"{name}.smoothing" for name in self._smoothed["modules"]}
+            {f"{name}.{part}" for name, steps in self._steps.items() for _, _, parts in steps for part in parts}
             | {part for name, (spec, _) in self.quantized.items() for part in _stored(name, spec)}
             | {f"{name}.{part}" for name, (_, parts) in self._flows.items() for part in parts}
         )
@@ -169,13 +177,17 @@ class NativePart:
         stored = self._get([f"{name}.{part}" for part in parts])
         return QuantizedActivation.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec)
 
-    def smoothing(self) -> Smoothing:
-        """What was folded."""
-        vectors = self._get([f"{name}.smoothing" for name in self._smoothed["modules"]])
-        return Smoothing(
-            {name.removesuffix(".smoothing"): vector for name, vector in vectors.items()},
-            tuple(self._smoothed["folded"]),
-        )
+    def steps(self) -> dict[str, list[StoredStep]]:
+        """Steps of each linear's input, in order."""
+        names = [f"{name}.{part}" for name, steps in self._steps.items() for _, _, parts in steps for part in parts]
+        stored = self._get(names) if names else {}
+        return {
+            name: [
+                StoredStep(kind, {part: stored[f"{name}.{part}"] for part in parts}, data)
+                for kind, data, parts in steps
+            ]
+            for name, steps in self._steps.items()
+        }
 
     def check(self) -> None:
         """CheckpointError if the file is not the one that the run wrote."""
@@ -247,6 +259,10 @@ class NativeCheckpoint:
     def activations(self) -> dict[str, QuantizedActivation]:
         """Quantized activations of all parts, by module and slot."""
         return {name: activation for part in self.parts for name, activation in part.activations().items()}
+
+    def steps(self) -> dict[str, list[StoredStep]]:
+        """Steps of each linear's input, in order."""
+        return {name: steps for part in self.parts for name, steps in part.steps().items()}
 
     def fingerprint(self) -> str:
         """Changes with the recipe, the model, the calibration data and what was made of them."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fewbit.checkpoint.native import Smoothing
 from fewbit.engine.stage_quantizer import LinearResult
 from fewbit.models.architecture import Scaling
 
@@ -37,11 +36,14 @@ class BlockWork:
     """Other tensors that changed."""
     found: list[Found] = field(default_factory=list)
 
-    def smoothing(self) -> Smoothing:
-        """What a resumed run has to know: what norms were divided by. Linears are divided exactly."""
-        by_norm = [found for found in self.found if found.folded]
-        columns = {f"{self.prefix}{name}": found.columns.cpu() for found in by_norm for name in found.scaling.readers}
-        return Smoothing(columns, tuple(name for found in by_norm for name in found.folded))
+    @property
+    def folded(self) -> list[str]:
+        """Tensors around norms that changed, which a resumed run has to know. Linears are divided exactly."""
+        return [name for found in self.found for name in found.folded]
+
+    def divided_by_norms(self) -> set[str]:
+        """Full names of the linears that divide their input by what a norm was divided by."""
+        return {f"{self.prefix}{name}" for found in self.found if found.folded for name in found.scaling.readers}
 
     def alpha_of(self, name: str) -> float | None:
         """Exponent of the scales that a linear's input was divided by; None if it was not."""

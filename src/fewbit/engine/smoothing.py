@@ -53,16 +53,17 @@ class Smoother:
         self._head_dim = head_dim(model)
         self._source: TensorSource = model.source
         self._scalings = scalings(model, search.scaling_layers)
+        self._turned = {name for name, linear in model.linears().items() if linear.scales_at > 0}
 
     def scaling(self, group: tuple[str, ...], prefix: str) -> Scaling | None:
         """What can be scaled before a group of linears; None if nothing can be without touching something else.
 
-        Its readers are exactly the group, all of them quantized; the producer, if it is quantized, has scales of its
-        own for every row; and what it gives out is not quantized itself, neither as an output nor as the values of a
-        KV cache.
+        Its readers are exactly the group, all quantized, and take its channels as they are; the producer, if it
+        is quantized, has scales of its own for every row; and what it gives out is not quantized itself, neither as an
+        output nor as the values of a KV cache.
         """
         for scaling in self._scalings:
-            if set(scaling.readers) != set(group):
+            if set(scaling.readers) != set(group) or not self._turned.isdisjoint(f"{prefix}{name}" for name in group):
                 continue
             readers = [self._plan.linears[f"{prefix}{name}"] for name in group]
             if any(linear.spec is not None and is_cut(linear.spec, linear.shape) for linear in readers):

@@ -26,7 +26,7 @@ from fewbit.engine.reference import Reference
 from fewbit.engine.stages import ATTENTION, WEIGHTS, CalibrationStop, Stage, Stop
 from fewbit.errors import ArchitectureError
 from fewbit.nn.exchange import Exchange
-from fewbit.nn.linear import Linear
+from fewbit.nn.steps import Stepped
 
 Strategy = Literal["staged", "replay"]
 
@@ -164,18 +164,21 @@ def _suspending(stage: Stage, name: str, linear: nn.Linear) -> Callable[[Tensor]
         run = getcurrent()
         if not isinstance(run, _BatchRun):
             return original(x)
-        if stage.before is not None and not stage.before.done:
-            run.park(stage.before, x)
-        if not isinstance(linear, Linear):
-            if not stage.done:
-                run.park(stage, x)
+        if not isinstance(linear, Stepped):
+            for stop in (stage.before, stage):
+                if stop is not None and not stop.done:
+                    run.park(stop, x)
             run.check_input(stage, name, x)
             return original(x)
-        seen, smoothing = linear.seen(x), linear.smoothing
+        place = linear.scales_at
+        coming = linear.seen(x, stop=place)
+        if stage.before is not None and not stage.before.done:
+            run.park(stage.before, coming)
+        seen, steps = linear.seen(coming, place), linear.input_steps
         if not stage.done:
             run.park(stage, seen)
         run.check_input(stage, name, x)
-        return linear.multiply(seen if linear.smoothing is smoothing else linear.seen(x))
+        return linear.output(seen if linear.input_steps == steps else linear.seen(coming, place))
 
     return forward
 

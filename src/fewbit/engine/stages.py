@@ -13,6 +13,7 @@ from fewbit.models.architecture import Groups
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attention import ATTRIBUTE
 from fewbit.nn.linear import linear_of
+from fewbit.nn.steps import Stepped
 
 Order = tuple[int, int]
 """Group of linears, and what of it: earlier stops are decided first when batches wait at several."""
@@ -77,9 +78,9 @@ class Stage:
     def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
         if self.statistics is None:
             self.statistics = Statistics.empty(x.shape[-1], x.device, self._sample)
-        smoothing = getattr(next(iter(self.members.values())), "smoothing", None)
-        if reference is not None and smoothing is not None:
-            reference = reference / smoothing  # as x came
+        first = next(iter(self.members.values()))
+        if reference is not None and isinstance(first, Stepped):
+            reference = first.exactly(reference)  # as x came
         self.statistics.add(x, mask, reference)
 
     def reset(self) -> None:

@@ -23,7 +23,6 @@ from fewbit.engine.staged import StagedForward, Strategy
 from fewbit.engine.stages import Stage, calibration_stops, stages_of
 from fewbit.models.architecture import Scaling
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import attach, quantizers
 from fewbit.nn.linear import Linear
@@ -132,8 +131,8 @@ class Walk:
             emit = partial(passage.emit, index=index)
             StagedForward(stages, passage.masks, forward, reference, calibrations).run(emit, strategy)
             rows = self._write(work)
-            for linear in self._linears(work.prefix):
-                linear.smoothing = None
+            for linear in self._linears(work.prefix).values():
+                linear.leave_folded()
             return rows
 
     def _without_data(self, finished: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -161,7 +160,8 @@ class Walk:
         if columns is not None:
             for linear in stage.members.values():
                 linear.weight = nn.Parameter(linear.weight * columns, requires_grad=False)
-                linear.smoothing = columns
+                if isinstance(linear, Linear):
+                    linear.divide(columns, folded=True)
         return columns
 
     def _quantize(self, stage: Stage, work: BlockWork, scaling: Scaling | None) -> None:
@@ -220,8 +220,12 @@ class Walk:
         rest = [name for name in self.model.block_tensors(index) if name not in quantized]
         dense = self.model.source.read(rest) | work.dense
         activations = {name: quantizer.state() for name, quantizer in self._quantizers(work.prefix).items()}
+        steps = {
+            name: [s.stored() for s in linear.input_steps if not s.folded or name in work.divided_by_norms()]
+            for name, linear in self._linears(work.prefix).items()
+        }
         file = block_file(self.directory.path, index)
-        digest = write_part(file, quantized, dense, activations, work.smoothing())
+        digest = write_part(file, quantized, dense, activations, steps, work.folded)
         rows = [linear_row(name, index, result) for name, result in results.items()]
         for row in rows:
             row["scaling"] = work.alpha_of(row["name"])
@@ -233,42 +237,39 @@ class Walk:
     def _pass_through(self, index: int, passage: Passage) -> None:
         """The batches through a block that an earlier run finished, computed as it did."""
         part = NativePart(block_file(self.directory.path, index))
-        smoothing, prefix = part.smoothing(), self.model.prefix(index)
+        prefix = self.model.prefix(index)
 
         def read() -> dict[str, Tensor]:
             names = self.model.block_tensors(index)
-            tensors = {name: part.read(name, torch.float32) for name in names if name not in smoothing.folded}
-            return tensors | self.model.source.read(smoothing.folded, torch.float32)
+            tensors = {name: part.read(name, torch.float32) for name in names if name not in part.folded}
+            return tensors | self.model.source.read(part.folded, torch.float32)
 
         known = part.activations()
         for name, quantizer in self._quantizers(prefix).items():
             quantizer.load(known[name])
-        linears = self.model.linears()
-        for name, columns in smoothing.columns.items():
-            linears[name].smoothing = columns.to(self.device)
+        linears = self._linears(prefix)
+        for name, steps in part.steps().items():
+            linears[name].restore_steps(steps, folded=True)
         with self.model.loaded(index, self.device, read) as block, torch.no_grad():
             passage.cross(block, index)
-        for name in smoothing.columns:
-            linears[name].smoothing = None
+        for linear in linears.values():
+            linear.leave_folded()
         if passage.drift_batches:
             with self.model.loaded(index, self.device) as block, torch.no_grad():
                 passage.cross_in_full_precision(block, index)
 
     def _attach(self) -> None:
         """Quantize activations from here on, as the engine will."""
-        configs = {name: linear.config for name, linear in self.plan.linears.items() if linear.config is not None}
         info = self.model.source.info()
         first = self.model.prefix(0)
         dtypes = {info[f"{first}{name}.weight"].dtype for group in self.model.groups for name in group}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        attach(self.model.linears(), configs, self.model.full_groups(), dtype)
-        if self.plan.attention is not None:
-            attention.attach(self.model.skeleton, self.plan.attention, dtype=dtype)
+        attach(self.model.skeleton, self.plan.activations, groups=self.model.full_groups(), dtype=dtype)
         for quantizer in quantizers(self.model.skeleton).values():
             quantizer.passive = not self.config.calibration.quantized_activations
 
-    def _linears(self, prefix: str) -> list[Linear]:
-        return [linear for name, linear in self.model.linears().items() if name.startswith(prefix)]
+    def _linears(self, prefix: str) -> dict[str, Linear]:
+        return {name: linear for name, linear in self.model.linears().items() if name.startswith(prefix)}
 
     def _quantizers(self, prefix: str) -> dict[str, ActivationQuantizer]:
         """Those of one block's activations, by module and slot."""

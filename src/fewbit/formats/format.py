@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fewbit.checkpoint.native import NativeCheckpoint
+from fewbit.checkpoint.native import NativeCheckpoint, StoredStep
 from fewbit.checkpoint.source import TensorSource
 from fewbit.contents import Contents
 from fewbit.errors import ConfigError
@@ -22,6 +22,8 @@ class Opened:
     """Its weights; None: the directory's own safetensors, as they are."""
     activations: Mapping[str, QuantizedActivation] = field(default_factory=dict)
     """What is quantized while it runs, by module and slot."""
+    steps: Mapping[str, Sequence[StoredStep]] = field(default_factory=dict)
+    """What happens to the inputs of linears, by their names."""
 
 
 @dataclass(frozen=True)

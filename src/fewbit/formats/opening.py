@@ -12,7 +12,7 @@ from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.errors import CheckpointError
 from fewbit.formats.table import FORMATS
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.nn.attach import attach_known, refuse_quantized
+from fewbit.nn.attach import attach, refuse_quantized
 
 
 def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
@@ -26,5 +26,5 @@ def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
         method = (quantization_of(read_config(directory), directory) or {}).get("quant_method")
         raise CheckpointError(f"{directory} is quantized with {method!r}, which fewbit cannot read")
     blockwise = BlockwiseModel.from_directory(directory, opened.source)
-    attach_known(blockwise.skeleton, opened.activations)
+    attach(blockwise.skeleton, opened.activations, opened.steps)
     return blockwise

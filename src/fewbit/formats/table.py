@@ -17,7 +17,7 @@ def _open_run(directory: Path) -> Opened | None:
         return None
     run = NativeCheckpoint(directory)
     run.check_files()
-    return Opened(run, run.activations())
+    return Opened(run, run.activations(), run.steps())
 
 
 def _open_plain(directory: Path) -> Opened | None:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.checkpoint.native import StoredStep
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
-from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.nn.steps import QUANTIZE, Step
 from fewbit.numerics import scales
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantizedActivation
 
 
-class ActivationQuantizer(KeepsDtypes):
+class ActivationQuantizer(Step):
     """Quantizes and dequantizes a tensor; float in, same dtype out.
 
     Args:
@@ -34,6 +35,8 @@ class ActivationQuantizer(KeepsDtypes):
             exactly their checkpoint's tensors, so there it is not.)
     """
 
+    kind = QUANTIZE
+    exact = False
     scale: Tensor | None
     zero_point: Tensor | None
 
@@ -67,6 +70,10 @@ class ActivationQuantizer(KeepsDtypes):
         item(self._buffers, "scale", state.scale)
         item(self._buffers, "zero_point", state.zero_point)
         item(vars(self), "global_scale", state.global_scale if self.spec.scale_type == "e4m3" else None)
+
+    def stored(self) -> StoredStep:
+        """Its place among the steps of an input; spec and scale are stored as those of an activation."""
+        return StoredStep(self.kind)
 
     def state(self) -> QuantizedActivation:
         """What has to be stored."""

@@ -1,65 +1,82 @@
-"""Puts activation quantizers on a model, from a recipe or from what a checkpoint says, and tells what became of them.
+"""Puts activation quantizers and input steps on a model, from a recipe or from what a checkpoint says, and tells what
+became of them.
 
 Linears have the slots input and output, attention modules those of nn/attention.py: MODULE.input, MODULE.key …
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
+from fewbit.checkpoint.native import StoredStep
+from fewbit.config.spec import AttentionConfig, QuantizationSpec
 from fewbit.errors import ConfigError
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.linear import Linear
+from fewbit.nn.exchange import Exchange
 from fewbit.nn.saving import quantized_in
+from fewbit.nn.steps import Stepped
 from fewbit.tensor import QuantizedActivation
 
 SLOTS = ("input", "output")
 
 
 def attach(
-    linears: Mapping[str, Linear],
-    configs: Mapping[str, QuantizationConfig],
-    groups: Iterable[Iterable[str]],
-    dtype: torch.dtype,
+    model: nn.Module,
+    activations: Mapping[str, QuantizationSpec | QuantizedActivation],
+    steps: Mapping[str, Sequence[StoredStep]] | None = None,
+    *,
+    groups: Iterable[Iterable[str]] = (),
+    dtype: torch.dtype = torch.float32,
+    linears: Mapping[str, Stepped] | None = None,
+    changes: Exchange | None = None,
 ) -> None:
-    """Quantize inputs and outputs of `linears` as `configs` says, both by full names.
+    """Quantize what flows through a model, and let the inputs of its linears take steps.
 
-    Linears of one group share their input, so those with the same spec share its quantizer and its scale, as engines
-    that fuse them need it. `dtype` is what static scales are stored in.
+    Args:
+        activations: by module and slot, specs that are to be calibrated, or what calibration found.
+        steps: of each linear's input, as a run has stored them; those that are folded are left out.
+        groups: full names of linears that share their input. Those with the same spec share its quantizer and its
+            scale, as engines that fuse them need it.
+        dtype: what static scales are stored in where the spec leaves it to the checkpoint.
+        linears: by name, those that take others' places when `changes` are committed; what they quantize with is part
+            of the state dict. Without them the model's own, and all happens now.
+
+    ArchitectureError or ConfigError, before anything has changed, if the model's attention cannot be reached.
     """
+    persistent = linears is not None
+    if linears is None:
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, Stepped)}
+    attached = Exchange()
+    if (inside := attention_config(activations)) is not None:
+        states = {name: known for name, known in activations.items() if isinstance(known, QuantizedActivation)}
+        attention.attach(model, inside, states, dtype, persistent=persistent, changes=attached)
     shared: dict[tuple[int, QuantizationSpec], ActivationQuantizer] = {}
     group_of = {name: number for number, group in enumerate(groups) for name in group}
-    for number, (name, config) in enumerate(configs.items()):
-        linear = linears[name]
-        if config.input_tensors is not None:
-            key = (group_of.get(name, -1 - number), config.input_tensors)
-            if key not in shared:
-                shared[key] = ActivationQuantizer(config.input_tensors, dtype=dtype)
-            linear.input_quantizer = shared[key]
-        if config.output_tensors is not None:
-            linear.output_quantizer = ActivationQuantizer(config.output_tensors, dtype=dtype)
-
-
-def attach_known(model: nn.Module, activations: Mapping[str, QuantizedActivation]) -> None:
-    """Quantize as a checkpoint says: `activations` by module and slot."""
-    for name, activation in activations.items():
+    for name, known in activations.items():
         module, _, slot = name.rpartition(".")
-        if slot in SLOTS:
-            setattr(model.get_submodule(module), f"{slot}_quantizer", ActivationQuantizer(activation.spec, activation))
-    if (config := attention_config(activations)) is not None:
-        attention.attach(model, config, activations)
+        if slot not in SLOTS:
+            continue
+        spec, state = (known, None) if isinstance(known, QuantizationSpec) else (known.spec, known)
+        quantizer = ActivationQuantizer(spec, state, dtype, persistent)
+        if slot == "input" and module in group_of:
+            quantizer = shared.setdefault((group_of[module], spec), quantizer)
+        setattr(linears[module], f"{slot}_quantizer", quantizer)
+    for name, stored in (steps or {}).items():
+        if name in linears:
+            linears[name].restore_steps(stored)
+    attached.commit() if changes is None else changes.include(attached)
 
 
-def attention_config(activations: Mapping[str, QuantizedActivation]) -> AttentionConfig | None:
+def attention_config(activations: Mapping[str, QuantizationSpec | QuantizedActivation]) -> AttentionConfig | None:
     """What is quantized inside attention, which is the same in every layer; None if nothing is."""
-    slots = {name.rpartition(".")[2]: activation.spec for name, activation in activations.items()}
-    specs = {slot: spec for slot, spec in slots.items() if slot in attention.SLOTS}
-    return AttentionConfig(**specs) if specs else None
+    slots = {name.rpartition(".")[2]: known for name, known in activations.items()}
+    specs = {slot: known if isinstance(known, QuantizationSpec) else known.spec for slot, known in slots.items()}
+    inside = {slot: spec for slot, spec in specs.items() if slot in attention.SLOTS}
+    return AttentionConfig(**inside) if inside else None
 
 
 def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuantizer]:
@@ -68,7 +85,7 @@ def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuanti
     for name, module in model.named_modules():
         if not name.startswith(prefix):
             continue
-        if isinstance(module, Linear):
+        if isinstance(module, Stepped):
             slots = {slot: getattr(module, f"{slot}_quantizer") for slot in SLOTS}
         elif isinstance(inside := getattr(module, attention.ATTRIBUTE, None), attention.AttentionQuantizers):
             slots = dict(inside.slots())
@@ -87,8 +104,9 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def detach(block: nn.Module) -> None:
-    """Nothing below `block` quantizes activations any more."""
+    """Nothing below `block` quantizes activations any more. Steps that lose nothing stay: the weights' columns undo
+    them."""
     attention.detach(block)
     for module in block.modules():
-        if isinstance(module, Linear):
-            module.smoothing = module.input_quantizer = module.output_quantizer = None
+        if isinstance(module, Stepped):
+            module.input_quantizer = module.output_quantizer = None

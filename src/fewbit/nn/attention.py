@@ -149,6 +149,7 @@ def attach(
     dtype: torch.dtype = torch.float32,
     prefix: str = "",
     persistent: bool = False,
+    changes: Exchange | None = None,
 ) -> dict[str, AttentionQuantizers]:
     """Quantize inside every attention module of a transformers model or of one of its blocks: all of them, or none if
     something is raised.
@@ -160,45 +161,43 @@ def attach(
         dtype: what scales are stored in where the spec leaves it to the checkpoint.
         prefix: full name of `model` if it is a block, e.g. "model.layers.0".
         persistent: what calibration found is part of the model's `state_dict`.
+        changes: take what is to be done, which is done at once without it.
 
     Returns the quantizers by the full names of the modules they are on. Quantizers that were there are replaced.
     ArchitectureError if the model's attention cannot be reached.
     """
-    attached, changes = attaching(model, config, states, dtype, prefix, persistent)
-    changes.commit()
+    implementations = check(model, config, prefix)
+    modules = attention_modules(model, prefix)
+    attached = {name: AttentionQuantizers(config, states_of(name, states), dtype, persistent) for name in modules}
+    register()
+    made = Exchange()
+    for name, module in modules.items():
+        weight = next(module.parameters(), None)
+        if weight is not None and not weight.is_meta:  # a skeleton's scales go where its block is loaded
+            attached[name].to(weight.device)
+        made.item(module._modules, ATTRIBUTE, attached[name])
+        if not hasattr(module, _GUARDED):
+            hooks = module._forward_pre_hooks
+            made.item(hooks, RemovableHandle(hooks).id, _refuse_bypass)
+            made.item(vars(module), _GUARDED, True)
+        made.beforehand(_config(module), "_attn_implementation", implementations[name])
+    made.commit() if changes is None else changes.include(made)
     return attached
 
 
-def attaching(
-    model: nn.Module,
-    config: AttentionConfig,
-    states: Mapping[str, QuantizedActivation] | None = None,
-    dtype: torch.dtype = torch.float32,
-    prefix: str = "",
-    persistent: bool = False,
-) -> tuple[dict[str, AttentionQuantizers], Exchange]:
-    """The quantizers that `attach` attaches, and the changes that do it."""
+def check(model: nn.Module, config: AttentionConfig, prefix: str = "") -> dict[str, str]:
+    """Whether `attach` can quantize as `config` says, of which nothing is changed: the implementation that each
+    attention module would run, by its full name. ArchitectureError or ConfigError if it cannot."""
+    for spec in config.specs.values():
+        if spec is not None:
+            _check(spec)
     modules = attention_modules(model, prefix)
     if not modules:
         raise ArchitectureError(
             f"{type(model).__name__} has no attention that goes through transformers' attention interface, so its "
             "keys and values cannot be quantized; leave attention (the KV cache) out of the recipe"
         )
-    implementations = {name: _implementation_for(name, module, config) for name, module in modules.items()}
-    attached = {name: AttentionQuantizers(config, states_of(name, states), dtype, persistent) for name in modules}
-    register()
-    changes = Exchange()
-    for name, module in modules.items():
-        weight = next(module.parameters(), None)
-        if weight is not None and not weight.is_meta:  # a skeleton's scales go where its block is loaded
-            attached[name].to(weight.device)
-        changes.item(module._modules, ATTRIBUTE, attached[name])
-        if not hasattr(module, _GUARDED):
-            hooks = module._forward_pre_hooks
-            changes.item(hooks, RemovableHandle(hooks).id, _refuse_bypass)
-            changes.item(vars(module), _GUARDED, True)
-        changes.beforehand(_config(module), "_attn_implementation", implementations[name])
-    return attached, changes
+    return {name: _implementation_for(name, module, config) for name, module in modules.items()}
 
 
 def detach(model: nn.Module) -> None:

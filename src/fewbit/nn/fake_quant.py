@@ -29,17 +29,17 @@ from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
 from fewbit.nn.linear import multiplies
 from fewbit.nn.quantizer import quantize_matrix, round_matrix
+from fewbit.nn.steps import Stepped
 from fewbit.nn.words import METHODS, linear_config, with_methods
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-QUANTIZERS = ("input_quantizer", "output_quantizer")
 WORDS = ("w_bits", "a_bits", "w_method", "a_method", "w_group_size", "a_group_size")
 
 
-class FakeQuant(nn.Module):
+class FakeQuant(Stepped):
     """What FakeQuantLinear and the convolutions have in common. `weight` and `bias` come from the other base class."""
 
     preset: ClassVar[str | None] = None
@@ -49,8 +49,6 @@ class FakeQuant(nn.Module):
     config: QuantizationConfig
     weight: Tensor
     bias: Any  # Tensor or None, which torch declares differently for linears and convolutions
-    input_quantizer: ActivationQuantizer | None
-    output_quantizer: ActivationQuantizer | None
     _known: tuple[object, Tensor] | None
     """The weight's identity and its quantized values."""
 
@@ -131,11 +129,11 @@ class FakeQuant(nn.Module):
         if not isinstance(module, kind):
             raise ConfigError(f"{cls.__name__} stands for nn.{kind.__name__}, not for {type(module).__name__}")
         if isinstance(module, FakeQuant):
-            check_plain(module, known=QUANTIZERS)
+            check_plain(module, known=module.slots)
             return
         check_plain(module)
         own = type(module)
-        if not (multiplies(own) if isinstance(module, nn.Linear) else _convolves(own, kind)):
+        if not (multiplies(module) if isinstance(module, nn.Linear) else _convolves(own, kind)):
             raise ConfigError(
                 f"{own.__name__} computes in a way of its own, which {cls.__name__} would not; use a plain "
                 f"nn.{kind.__name__}, or leave it as it is"
@@ -206,15 +204,11 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
         cls._check_kind(module, nn.Linear)
         return cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out] in x's dtype."""
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        product = matmul.linear(x.reshape(-1, self.in_features), self.fake_weight().to(x.dtype))
+    def multiply(self, seen: Tensor) -> Tensor:
+        product = matmul.linear(seen.reshape(-1, self.in_features), self.fake_weight().to(seen.dtype))
         if (bias := self.fake_bias()) is not None:
-            product = product + bias.to(x.dtype)
-        out = product.view(*x.shape[:-1], self.out_features)
-        return out if self.output_quantizer is None else self.output_quantizer(out)
+            product = product + bias.to(seen.dtype)
+        return product.view(*seen.shape[:-1], self.out_features)
 
 
 class FakeQuantConv(FakeQuant):
@@ -241,18 +235,18 @@ class FakeQuantConv(FakeQuant):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, channels, …] or [channels, …]."""
-        x = self._quantize(x, self.input_quantizer)
-        bias = self.fake_bias()
-        bias = bias if bias is None else bias.to(x.dtype)
-        out = self._conv_forward(x, self.fake_weight().to(x.dtype), bias)  # type: ignore[operator]
-        return self._quantize(out, self.output_quantizer)
-
-    def _quantize(self, x: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
-        if quantizer is None:
-            return x
         channels = 1 - self.weight.ndim  # the axis before the spatial ones, of which the weight has all but two
-        quantized: Tensor = quantizer(x.movedim(channels, -1)).movedim(-1, channels)
-        return quantized
+        if self.input_steps:
+            x = self.seen(x.movedim(channels, -1)).movedim(-1, channels)
+        out = self.multiply(x)
+        if self.output_quantizer is not None:
+            out = self.output_quantizer(out.movedim(channels, -1)).movedim(-1, channels)
+        return out
+
+    def multiply(self, seen: Tensor) -> Tensor:
+        bias = self.fake_bias()
+        bias = bias if bias is None else bias.to(seen.dtype)
+        return self._conv_forward(seen, self.fake_weight().to(seen.dtype), bias)  # type: ignore[no-any-return, operator]
 
 
 class FakeQuantConv1d(FakeQuantConv, nn.Conv1d):

@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from fewbit.errors import ArchitectureError
+from fewbit.nn.exchange import Exchange
+from fewbit.nn.steps import Stepped
 from fewbit.numerics import matmul
 
 
-class Linear(nn.Linear):
+class Linear(Stepped, nn.Linear):
     """nn.Linear on the fast product; the same name, so that recipes that go by class names find it."""
 
-    smoothing: Tensor | None = None
-    """[in]: the input is divided by this, until it is folded into the layer before."""
-    input_quantizer: nn.Module | None
-    output_quantizer: nn.Module | None
+    saves_steps = False  # a block's tensors are its checkpoint's
 
-    def forward(self, x: Tensor) -> Tensor:
-        if (x.requires_grad or self.weight.requires_grad) and not self.quantizes:
-            return super().forward(x)  # the fast product has no gradient
-        return self.multiply(self.seen(x))
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether anything happens to inputs or outputs but the product."""
-        return not (self.smoothing is None and self.input_quantizer is None and self.output_quantizer is None)
-
-    def seen(self, x: Tensor) -> Tensor:
-        """The input as the weight meets it: smoothed and quantized."""
-        if self.smoothing is not None:
-            x = x / self.smoothing
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Self:
+        """The same linear, with the same parameters and attributes."""
+        made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        vars(made).update({name: value for name, value in vars(linear).items() if name not in vars(made)})
+        return made.train(linear.training)
 
     def multiply(self, seen: Tensor) -> Tensor:
-        """The output for an input as the weight meets it, quantized if outputs are."""
         product = matmul.linear(seen.reshape(-1, seen.shape[-1]), self.weight)
         if self.bias is not None:
             product += self.bias
-        out = product.view(*seen.shape[:-1], product.shape[-1])  # there may be no token at all
-        return out if self.output_quantizer is None else self.output_quantizer(out)
+        return product.view(*seen.shape[:-1], product.shape[-1])  # there may be no token at all
 
 
 def adopt(module: nn.Module) -> None:
-    """Make every nn.Linear below `module` a Linear, and families' own kinds of linears that compute the same. Weights
-    and everything else stay."""
-    for child in module.modules():
-        if isinstance(child, nn.Linear) and not isinstance(child, Linear) and _is_plain(child):
-            child.__class__ = Linear
-            child.register_module("input_quantizer", None)
-            child.register_module("output_quantizer", None)
+    """Exchange every nn.Linear below `module` for a Linear, and families' own kinds of linears that compute the same.
+    Parameters stay."""
+    changes = Exchange()
+    linears = [child for child in module.modules() if isinstance(child, nn.Linear) and not isinstance(child, Linear)]
+    changes.replace(module, {child: Linear.from_linear(child) for child in linears if _is_plain(child)})
+    changes.commit()
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -64,21 +55,21 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether a linear holds nothing but weight and bias, and its class computes their product."""
-    return linear.state_dict().keys() <= {"weight", "bias"} and multiplies(type(linear))
+    """Whether a linear holds nothing but weight and bias, and computes their product."""
+    return linear.state_dict().keys() <= {"weight", "bias"} and multiplies(linear)
 
 
-def multiplies(kind: type[nn.Module]) -> bool:
-    """Whether a class of linears computes x Wᵀ + b whatever its code looks like: seen on a small one."""
+def multiplies(linear: nn.Linear) -> bool:
+    """Whether a linear computes x Wᵀ + b whatever its class's code looks like: tried on a copy with a small weight."""
+    kind = type(linear)
     if kind.forward is nn.Linear.forward:
         return True
-    if not issubclass(kind, nn.Linear):
-        return False
-    small = kind.__new__(kind)
-    nn.Linear.__init__(small, 5, 3)
+    small = copy.copy(linear)
+    sizes = nn.Linear(5, 3, bias=linear.bias is not None, device="cpu", dtype=torch.float32)
+    vars(small).update(_parameters=sizes._parameters, in_features=5, out_features=3)
     x = torch.linspace(-1, 2, 10).view(2, 5)
     try:
-        found = small(x)
-    except (AttributeError, TypeError, RuntimeError):  # it needs what its own __init__ makes
+        found = kind.forward(small, x)
+    except (AttributeError, TypeError, RuntimeError):  # it needs something else
         return False
-    return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, small.weight, small.bias))
+    return isinstance(found, Tensor) and torch.allclose(found, sizes(x))

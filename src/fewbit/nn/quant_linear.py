@@ -15,12 +15,12 @@ from fewbit import process
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError
 from fewbit.nn import saving
-from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
 from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.linear import multiplies
 from fewbit.nn.quantizer import quantize_matrix
+from fewbit.nn.steps import Stepped
 from fewbit.nn.words import method_name, weight_spec
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
@@ -28,20 +28,17 @@ from fewbit.tensor import QuantTensor
 CHUNK_ELEMENTS = 2**21  # weights that are dequantized at a time: 8 MB of float32
 
 
-class QuantLinear(KeepsDtypes):
+class QuantLinear(Stepped, KeepsDtypes):
     """y = x · Ŵᵀ + b with Ŵ = (codes − zero_point) · scale, in x's dtype.
 
     Buffers: `codes` int32 [out, words] (a cast's are its own dtype [out, in]), `scale` as stored [tiles along out,
     tiles along in], `zero_point` int32 [tiles along out, words] for affine specs, `global_scale` [1] for e4m3 scales,
     `format` uint8, the spec in words, so that a state dict of another spec is refused.
-    `input_quantizer` and `output_quantizer`, where set, fake-quantize what comes in and goes out.
     """
 
     codes: Tensor
     scale: Tensor
     bias: nn.Parameter | None
-    input_quantizer: ActivationQuantizer | None
-    output_quantizer: ActivationQuantizer | None
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -52,7 +49,6 @@ class QuantLinear(KeepsDtypes):
             self.register_buffer(name, tensor)
         self.register_buffer("format", torch.tensor(list(self.spec.summary.encode()), dtype=torch.uint8))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.input_quantizer = self.output_quantizer = None
 
     @classmethod
     @process.neutral()
@@ -74,7 +70,7 @@ class QuantLinear(KeepsDtypes):
             spec: the whole spec instead of these.
             options: other fields of QuantizationSpec, e.g. observer="minmax", dtype="e4m3".
         """
-        if not multiplies(type(linear)):
+        if not multiplies(linear):
             raise ConfigError(
                 f"a QuantLinear stands for nn.Linear, not for {type(linear).__name__}, which computes in another way"
             )
@@ -107,19 +103,15 @@ class QuantLinear(KeepsDtypes):
         """The whole weight [out, in]."""
         return self.quantized.dequantize(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out]."""
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        matrix = x.reshape(-1, self.in_features)
+    def multiply(self, seen: Tensor) -> Tensor:
+        matrix = seen.reshape(-1, self.in_features)
         products = [
-            matmul.linear(matrix, self._rows(start, stop).dequantize(x.dtype)) for start, stop in self._chunks()
+            matmul.linear(matrix, self._rows(start, stop).dequantize(seen.dtype)) for start, stop in self._chunks()
         ]
         out = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
-        out = out.view(*x.shape[:-1], self.out_features)
-        return out if self.output_quantizer is None else self.output_quantizer(out)
+        return out.view(*seen.shape[:-1], self.out_features)
 
     def _chunks(self) -> list[tuple[int, int]]:
         """Ranges of rows of about CHUNK_ELEMENTS weights that cut no tile. (A tile of all rows may be cut: its scale

@@ -170,7 +170,7 @@ def _attention(model: BlockwiseModel, config: AttentionConfig | None) -> dict[st
     `config` cannot be honoured."""
     reached = set(attention.attention_modules(model.skeleton))
     if config is not None:
-        reached = set(attention.attaching(model.skeleton, config)[0])
+        reached = set(attention.check(model.skeleton, config))
     specs = {slot: spec for slot, spec in (config.specs if config else {}).items() if spec is not None}
     return {
         name: AttentionEntry(name, type(module).__name__, specs if name in reached else {})
