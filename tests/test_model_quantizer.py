@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fewbit
-from fewbit import Config, ModelQuantizer, QuantizationConfig, QuantizationSpec
+from fewbit import Config, ModelQuantizer, QuantizationConfig, QuantizationSpec, quark
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.algorithms import GPTQConfig, RTNConfig
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError
@@ -152,9 +152,9 @@ def test_without_data_dynamic_and_weight_only_recipes_work(random_model, tmp_pat
 
 
 def test_quarks_words_make_the_model_that_fewbits_do(random_model):
-    weight = QuantizationSpec(dtype=fewbit.Dtype.int8, observer_cls=fewbit.PerChannelMinMaxObserver, symmetric=True)
-    tensor = QuantizationSpec(dtype=fewbit.Dtype.int8, observer_cls=fewbit.PerTensorMinMaxObserver, is_dynamic=False)
-    quark = Config(
+    weight = QuantizationSpec(dtype=quark.Dtype.int8, observer_cls=quark.PerChannelMinMaxObserver, symmetric=True)
+    tensor = QuantizationSpec(dtype=quark.Dtype.int8, observer_cls=quark.PerTensorMinMaxObserver, is_dynamic=False)
+    theirs = Config(
         global_quant_config=QuantizationConfig(weight=weight, input_tensors=tensor),
         exclude=("lm_head",),
         algo_config=None,
@@ -167,7 +167,7 @@ def test_quarks_words_make_the_model_that_fewbits_do(random_model):
         "exclude": ["lm_head"],
     } | RTN  # fmt: skip
     models = random_model("llama"), random_model("llama")
-    ModelQuantizer(quark).quantize_model(models[0], [IDS])
+    ModelQuantizer(theirs).quantize_model(models[0], [IDS])
     quantized(models[1], plain)
     assert torch.equal(*(logits_of(model) for model in models))
 
