@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fewbit.config.spec import QuantizationSpec
-from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantizedActivation, QuantTensor, quantize
 
 ROWS, COLUMNS = 6, 40  # 40 codes fill no whole number of words at most widths
@@ -70,8 +69,7 @@ def random_tensor(spec: QuantizationSpec, scale_dtype: torch.dtype = torch.bfloa
 def quantized(spec: QuantizationSpec, rows: int = ROWS, columns: int = COLUMNS) -> QuantTensor:
     """A random weight on the grid that the spec's observer finds."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
-    unit = unit_for(float(weight.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
-    format = spec.scale_format(torch.bfloat16, unit)
+    format = spec.scale_format(torch.bfloat16, spec.global_scale(weight))
     return quantize(weight, spec, format, *spec.grid_rule(format).find(spec.tiling.split(weight)))
 
 
@@ -277,7 +275,7 @@ class TestValidation:
             QuantTensor.from_tensors(self.symmetric.to_tensors(), self.symmetric.spec, (ROWS, 2 * COLUMNS))
 
     def test_only_two_level_scales_have_a_second_level(self):
-        with pytest.raises(ValueError, match="scales of type float have no second level"):
+        with pytest.raises(ValueError, match="scales of type float have no global scale"):
             dataclasses.replace(self.symmetric, global_scale=0.5)
 
     def test_it_is_frozen(self):

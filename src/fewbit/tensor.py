@@ -25,7 +25,7 @@ class QuantTensor:
     codes: [out, in] in the format's code dtype (int8 or uint8; the dtype itself for a cast), one code per element.
     scale: [tiles along out, tiles along in] in the dtype it is stored in; floats may be negative.
     zero_point: same shape as `scale`, code dtype; None for a symmetric spec.
-    global_scale: what all scales are multiplied with (two-level scales, e.g. NVFP4); 1.0 otherwise.
+    global_scale: what all scales are multiplied by (NVFP4); 1.0 for scale types without one.
     """
 
     codes: Tensor
@@ -44,8 +44,8 @@ class QuantTensor:
             raise ValueError(f"zero point has shape {tuple(self.zero_point.shape)}, the scale {expected}")
         if self.codes.dtype != self.spec.format.code_dtype:
             raise ValueError(f"codes of {self.spec.dtype} are {self.spec.format.code_dtype}, not {self.codes.dtype}")
-        if self.global_scale != 1.0 and self.spec.scale_type != "e4m3":
-            raise ValueError(f"scales of type {self.spec.scale_type} have no second level")
+        if self.global_scale != 1.0 and not self.spec.stored_as.has_global_scale:
+            raise ValueError(f"scales of type {self.spec.scale_type} have no global scale")
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +59,7 @@ class QuantTensor:
 
     @property
     def scale_format(self) -> ScaleFormat:
-        return ScaleFormat(self.spec.scale_type, self.scale.dtype, self.global_scale)
+        return self.spec.stored_as(self.scale.dtype, self.global_scale)
 
     @property
     def scale_value(self) -> Tensor:
@@ -102,7 +102,7 @@ class QuantTensor:
         return replace(self, codes=self.codes[rows].contiguous(), scale=self.scale[own].clone(), zero_point=zero)
 
     def with_rows(self, rows: Tensor, other: QuantTensor) -> QuantTensor:
-        """A copy with some rows (bool [out]) of `other`, which has the same spec and second level.
+        """A copy with some rows (bool [out]) of `other`, which has the same spec and global scale.
 
         Rows that share scales come together.
         """
@@ -130,7 +130,7 @@ class QuantTensor:
         zero = self.unsigned_zero_point()
         if zero is not None:
             tensors["zero_point"] = pack(zero, self.spec.bits)
-        if self.spec.scale_type == "e4m3":
+        if self.spec.stored_as.has_global_scale:
             tensors["global_scale"] = torch.tensor([self.global_scale], dtype=torch.float32)
         return tensors
 
@@ -143,14 +143,13 @@ class QuantTensor:
         zero = None
         if "zero_point" in tensors:
             zero = from_unsigned(unpack(tensors["zero_point"], spec.bits, scale.shape[1]), spec)
-        unit = float(tensors["global_scale"]) if "global_scale" in tensors else 1.0
-        return cls(codes, scale, zero, spec, unit)
+        return cls(codes, scale, zero, spec, float(tensors.get("global_scale", 1.0)))
 
     @staticmethod
     def stored_names(spec: QuantizationSpec) -> list[str]:
         """Keys of `to_tensors` for a spec."""
         names = ["codes", "scale"]
-        return names + ["zero_point"] * (not spec.symmetric) + ["global_scale"] * (spec.scale_type == "e4m3")
+        return names + ["zero_point"] * (not spec.symmetric) + ["global_scale"] * spec.stored_as.has_global_scale
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class QuantizedActivation:
     """How one activation is quantized, and what calibration found for it.
 
     scale, zero_point: [rows, columns] of tiles, as stored; None for a dynamic spec, whose scales come with the tensor.
-    global_scale: second level of e4m3 scales, found by calibration even where the groups' own scales are dynamic.
+    global_scale: found by calibration even where the groups' own scales are dynamic; 1.0 for types without one.
     """
 
     spec: QuantizationSpec
@@ -173,15 +172,14 @@ class QuantizedActivation:
             tensors["scale"] = self.scale.clone()  # linears may share it, files may not
         if self.zero_point is not None:
             tensors["zero_point"] = self.zero_point.clone()
-        if self.spec.scale_type == "e4m3":
+        if self.spec.stored_as.has_global_scale:
             tensors["global_scale"] = torch.tensor([self.global_scale], dtype=torch.float32)
         return tensors
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], spec: QuantizationSpec) -> QuantizedActivation:
         """Inverse of `to_tensors`."""
-        unit = float(tensors["global_scale"]) if "global_scale" in tensors else 1.0
-        return cls(spec, tensors.get("scale"), tensors.get("zero_point"), unit)
+        return cls(spec, tensors.get("scale"), tensors.get("zero_point"), float(tensors.get("global_scale", 1.0)))
 
 
 def quantize(
@@ -194,7 +192,7 @@ def quantize(
         zero = None if zero_point is None else zero_point[tiles]
         found = scales.encode(tiling.split(weight[rows]), value[tiles], zero, spec.format, spec.round_method)
         codes[rows] = tiling.merge(found, *weight[rows].shape)
-    return QuantTensor(codes, scale, zero_point, spec, format.unit)
+    return QuantTensor(codes, scale, zero_point, spec, format.global_scale)
 
 
 def _to_unsigned(codes: Tensor, spec: QuantizationSpec) -> Tensor:

@@ -11,10 +11,10 @@ from fewbit.algorithms.gptq import column_order, drifted, gptq, inverse_factor
 from fewbit.algorithms.rtn import rtn
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
-from fewbit.numerics.scale_format import ScaleFormat, unit_for
+from fewbit.numerics.scale_format import Float
 from fewbit.numerics.second_moment import importance, quadratic_form
 
-BF16, FP32 = ScaleFormat("float", torch.bfloat16), ScaleFormat("float", torch.float32)
+BF16, FP32 = Float(torch.bfloat16), Float(torch.float32)
 SYMMETRIC = QuantizationSpec(dtype="int4", group_size=32)
 AFFINE = QuantizationSpec(dtype="uint4", group_size=32, symmetric=False)
 PLAIN = replace(SYMMETRIC, observer="minmax")
@@ -53,8 +53,7 @@ OF_ROWS = [name for name, spec in GRIDS.items() if spec.tiling.rows == 1]  # no 
 
 
 def format_of(spec, weight):
-    unit = unit_for(float(weight.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
-    return spec.scale_format(torch.bfloat16, unit)
+    return spec.scale_format(torch.bfloat16, spec.global_scale(weight))
 
 
 def correlated(rows=96, columns=128, tokens=2048, seed=0):
@@ -122,7 +121,7 @@ def test_every_grid_gains(name, observer, order):
     found = gptq(weight, moment, spec, format, GPTQConfig(order=order))
     assert loss(weight, moment, found) < 0.5 * loss(weight, moment, rtn(weight, moment, spec, format))
     assert found.weight.spec == spec
-    assert found.weight.global_scale == format.unit
+    assert found.weight.global_scale == format.global_scale
 
 
 @pytest.mark.parametrize("spec", [SYMMETRIC, AFFINE, replace(SYMMETRIC, dtype="e2m1"), GRIDS["block"]])
@@ -321,7 +320,7 @@ def test_where_columns_cannot_make_up_for_each_other_scales_are_as_good_as_those
     spec, weight, moment = INTEGERS[name], weights(kind), torch.diag(torch.logspace(-1, 1, 64))
     found, plain = gptq(weight, moment, spec, BF16, GPTQConfig()), rtn(weight, moment, spec, BF16)
     assert loss(weight, moment, found) <= loss(weight, moment, plain)
-    exact = ScaleFormat("float", torch.float32)
+    exact = Float(torch.float32)
     found, plain = gptq(weight, moment, spec, exact, GPTQConfig()), rtn(weight, moment, spec, exact)
     assert loss(weight, moment, found) < loss(weight, moment, plain)  # fitted, they gain what bfloat16 cannot hold
 

@@ -7,9 +7,9 @@ import torch
 
 from fewbit.algorithms.rtn import rtn
 from fewbit.config.spec import QuantizationSpec
-from fewbit.numerics.scale_format import ScaleFormat, unit_for
+from fewbit.numerics.scale_format import Float
 
-BF16, FP32 = ScaleFormat("float", torch.bfloat16), ScaleFormat("float", torch.float32)
+BF16, FP32 = Float(torch.bfloat16), Float(torch.float32)
 SPEC = QuantizationSpec(dtype="int4", group_size=32)
 SPECS = {
     "int4": SPEC,
@@ -35,8 +35,7 @@ def problem():
 
 
 def format_of(spec, weight):
-    unit = unit_for(float(weight.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
-    return spec.scale_format(torch.bfloat16, unit)
+    return spec.scale_format(torch.bfloat16, spec.global_scale(weight))
 
 
 def weighted_error(weight, moment, outcome):

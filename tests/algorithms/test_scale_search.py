@@ -13,7 +13,6 @@ from fewbit.config.algorithms import AWQConfig, GPTQConfig, SmoothQuantConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.models.folding import channel_map, per_row
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.numerics.scale_format import unit_for
 from fewbit.numerics.second_moment import quadratic_form
 
 INT4 = QuantizationSpec(dtype="int4", group_size=32)
@@ -61,8 +60,7 @@ def search(weights, specs, moment, config, *, sample=None, outliers=None, larges
 def quantized(weight, moment, spec, scale, method=rtn):
     """The weight that stands for `weight` when W·s is quantized under the scaled H."""
     scaled = weight * scale
-    unit = unit_for(float(scaled.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
-    format = spec.scale_format(torch.bfloat16, unit)
+    format = spec.scale_format(torch.bfloat16, spec.global_scale(scaled))
     arguments = [GPTQConfig()] if method is gptq else []
     moment = Statistics(moment).scaled(scale).moment
     return method(scaled, moment, spec, format, *arguments).weight.dequantize() / scale

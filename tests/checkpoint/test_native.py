@@ -20,7 +20,6 @@ from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CheckpointError
 from fewbit.files import write_json
-from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantizedActivation, QuantTensor, quantize
 
 SPECS = {
@@ -66,8 +65,7 @@ BLOCKS = 2
 
 def quant_tensor(spec: QuantizationSpec, seed: int) -> QuantTensor:
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-    unit = unit_for(float(weight.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
-    format = spec.scale_format(torch.bfloat16, unit)
+    format = spec.scale_format(torch.bfloat16, spec.global_scale(weight))
     return quantize(weight, spec, format, *spec.grid_rule(format).find(spec.tiling.split(weight)))
 
 

@@ -353,7 +353,7 @@ class TestDerivedProperties:
         assert rule.fmt.name == "uint3"
         assert (rule.symmetric, rule.rule, rule.percentile, rule.clip_ratio) == (False, "percentile", 99.0, 0.8)
         assert (rule.rounding, rule.mode) == ("floor", "ceil")
-        assert (rule.scale.type, rule.scale.dtype) == ("pof2", torch.float16)
+        assert (rule.scale.name, rule.scale.dtype) == ("pof2", torch.float16)
 
     @pytest.mark.parametrize("dtype", ELEMENT_FORMATS)
     def test_every_element_format_makes_a_spec(self, dtype):

@@ -17,7 +17,6 @@ from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.contents import LINEAR_SLOTS, Contents
-from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantizedActivation
 
 BLOCKS = 2
@@ -94,20 +93,18 @@ MIXED = {  # by linear
 EVERY = {"mixed": MIXED} | {name: dict.fromkeys(LINEARS, name) for name in SCHEMES}
 
 
-def quantized(weight: torch.Tensor, how: QuantizationSpec, unit: float | None = None):
+def quantized(weight: torch.Tensor, how: QuantizationSpec, global_scale: float | None = None):
     """Round to nearest; scales are stored in the weight's dtype."""
-    if how.scale_type != "e4m3":
-        unit = 1.0
-    elif unit is None:
-        unit = unit_for(float(weight.abs().max()), how.format)
-    return rtn(weight.float(), None, how, how.scale_format(weight.dtype, unit)).weight
+    if global_scale is None:
+        global_scale = how.global_scale(weight)
+    return rtn(weight.float(), None, how, how.scale_format(weight.dtype, global_scale)).weight
 
 
 def state(how: QuantizationSpec, dtype: torch.dtype, heads: int | None = None) -> QuantizedActivation:
     """What calibration on RANGE would have found; of `heads`, each has a range of its own."""
-    unit = unit_for(RANGE[1], how.format) if how.scale_type == "e4m3" else 1.0
+    global_scale = how.global_scale(torch.tensor(RANGE[1]))
     if how.is_dynamic:
-        return QuantizedActivation(how, global_scale=unit)
+        return QuantizedActivation(how, global_scale=global_scale)
     if heads is not None:
         how = replace(how, ch_axis=1)  # as HeadsQuantizer says it
     wider = 1 + torch.arange(heads or 1).view(1, -1) / 4
@@ -130,9 +127,9 @@ def write_run(
     for block in range(BLOCKS):
         prefix = f"model.layers.{block}."
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        units = {linear: _unit(inside, prefix, linear, schemes) for linear in schemes}
+        shared = {linear: _global_scale(inside, prefix, linear, schemes) for linear in schemes}
         weights = {
-            f"{prefix}{linear}.weight": _alone_or_fused(inside, prefix, linear, schemes, units[linear])
+            f"{prefix}{linear}.weight": _alone_or_fused(inside, prefix, linear, schemes, shared[linear])
             for linear in schemes
         }
         inside = {name: tensor for name, tensor in inside.items() if name not in weights}
@@ -187,24 +184,20 @@ def fused_with(linear: str) -> list[str]:
     return [other for group in FUSED if linear in group for other in group if other != linear]
 
 
-def _alone_or_fused(tensors, prefix: str, linear: str, schemes, unit: float | None):
+def _alone_or_fused(tensors, prefix: str, linear: str, schemes, global_scale: float):
     """The quantized weight of a linear; a scale per tensor it shares with those that engines fuse it with."""
     how = schemes[linear].weight
     members = [linear]
     if how.qscheme == "per_tensor" and not how.format.is_integer:
         members += [name for name in fused_with(linear) if name in schemes]
-    whole = quantized(torch.cat([tensors[f"{prefix}{member}.weight"] for member in members]), how, unit)
+    whole = quantized(torch.cat([tensors[f"{prefix}{member}.weight"] for member in members]), how, global_scale)
     return whole.rows(slice(0, len(tensors[f"{prefix}{linear}.weight"])))
 
 
-def _unit(tensors, prefix: str, linear: str, schemes) -> float | None:
-    """The second level that a linear shares with those that engines fuse it with."""
-    if schemes[linear].weight.scale_type != "e4m3":
-        return None
+def _global_scale(tensors, prefix: str, linear: str, schemes) -> float:
+    """The global scale that a linear shares with those that engines fuse it with."""
     members = [linear, *(name for name in fused_with(linear) if name in schemes)]
-    return unit_for(
-        max(float(tensors[f"{prefix}{m}.weight"].abs().max()) for m in members), schemes[linear].weight.format
-    )
+    return schemes[linear].weight.global_scale(*(tensors[f"{prefix}{member}.weight"] for member in members))
 
 
 def _fake_attention(module, query, key, value, *args, **kwargs):

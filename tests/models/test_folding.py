@@ -22,7 +22,6 @@ from fewbit.models.folding import (
     scale_columns,
 )
 from fewbit.nn.linear import adopt
-from fewbit.numerics.scale_format import unit_for
 from fewbit.tensor import QuantTensor
 
 
@@ -130,8 +129,7 @@ SPECS = {
 
 def quantized(spec, rows=24, columns=64, dtype=torch.bfloat16):
     weight = torch.randn(rows, columns, generator=seeded())
-    unit = unit_for(float(weight.abs().max()), spec.format) if spec.scale_type == "e4m3" else 1.0
-    return rtn(weight, None, spec, spec.scale_format(dtype, unit)).weight
+    return rtn(weight, None, spec, spec.scale_format(dtype, spec.global_scale(weight))).weight
 
 
 @pytest.mark.parametrize("name", SPECS)

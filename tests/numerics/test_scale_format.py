@@ -10,27 +10,31 @@ from hypothesis import strategies as st
 
 from fewbit.numerics.formats import FORMATS
 from fewbit.numerics.scale_format import (
+    E4M3,
+    E8M0,
     PAIRS,
-    ScaleFormat,
+    SCALE_TYPES,
+    Float,
+    Microexponent,
+    PowerOfTwo,
     block_exponent_scale,
     nearest_power_of_two,
-    unit_for,
 )
 
 FLOAT_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+FLOAT8, EXPONENT = torch.float8_e4m3fn, torch.float8_e8m0fnu
 SCALE_FORMATS = [
-    *(ScaleFormat(kind, dtype) for kind in ("float", "pof2") for dtype in FLOAT_DTYPES),
-    ScaleFormat("e4m3", E4M3),
-    ScaleFormat("e4m3", E4M3, 2.0**-7),
-    ScaleFormat("e8m0", E8M0),
-    ScaleFormat("microexponent", E8M0),
+    *(scale_type(dtype) for scale_type in (Float, PowerOfTwo) for dtype in FLOAT_DTYPES),
+    E4M3(FLOAT8),
+    E4M3(FLOAT8, 2.0**-7),
+    E8M0(EXPONENT),
+    Microexponent(EXPONENT),
 ]
 every_format = pytest.mark.parametrize(
-    "format", SCALE_FORMATS, ids=lambda format: f"{format.type}-{str(format.dtype).removeprefix('torch.')}"
+    "format", SCALE_FORMATS, ids=lambda format: f"{format.name}-{str(format.dtype).removeprefix('torch.')}"
 )
 power_of_two = pytest.mark.parametrize(
-    "format", [format for format in SCALE_FORMATS if format.is_power_of_two], ids=lambda format: format.type
+    "format", [format for format in SCALE_FORMATS if format.is_power_of_two], ids=lambda format: format.name
 )
 ELEMENTS = ["int4", "int8", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
 
@@ -63,12 +67,12 @@ class TestEveryScaleFormat:
 
     def test_where_nothing_is_to_be_scaled_the_scale_is_one_or_the_smallest_of_e4m3(self, format):
         stored = format.store(torch.zeros(2, PAIRS)).float()
-        assert (stored == (2.0**-9 if format.type == "e4m3" else 1.0)).all()
+        assert (stored == (2.0**-9 if format.name == "e4m3" else 1.0)).all()
 
-    def test_value_is_stored_times_unit_in_float32(self, format):
+    def test_value_is_stored_times_global_scale_in_float32(self, format):
         stored = format.store(wanted())
         assert format.value(stored).dtype == torch.float32
-        assert torch.equal(format.value(stored), stored.float() * format.unit)
+        assert torch.equal(format.value(stored), stored.float() * format.global_scale)
 
     def test_round_is_the_value_of_what_is_stored(self, format):
         assert torch.equal(format.round(wanted()), format.value(format.store(wanted())))
@@ -88,7 +92,7 @@ class TestFloat:
     @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
     def test_scales_are_rounded_to_the_dtype(self, dtype):
         scale = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(ScaleFormat("float", dtype).store(scale), scale.to(dtype))
+        assert torch.equal(Float(dtype).store(scale), scale.to(dtype))
 
 
 @power_of_two
@@ -114,7 +118,7 @@ class TestNearestPowerOfTwo:
 
 @pytest.mark.parametrize("kind", ["e8m0", "microexponent"])
 def test_bytes_reach_down_to_their_smallest_exponent(kind):
-    format = ScaleFormat(kind, E8M0)
+    format = SCALE_TYPES[kind](EXPONENT)
     scale = torch.full((1, PAIRS), 2.0**-127)
     assert format.store(scale).view(torch.uint8).tolist() == [[0] * PAIRS]
     assert torch.equal(format.round(scale), scale)
@@ -122,36 +126,36 @@ def test_bytes_reach_down_to_their_smallest_exponent(kind):
 
 
 class TestE4M3:
-    def test_scales_are_the_nearest_codes_times_the_unit(self):
-        unit = 2.0**-7
-        x = torch.exp2(torch.linspace(-9, 8.8, 5000)) * unit
-        stored = ScaleFormat("e4m3", E4M3, unit).store(x)
-        assert torch.equal(stored.view(torch.uint8), (x / unit).to(E4M3).view(torch.uint8))
+    def test_scales_are_the_nearest_codes_times_the_global_scale(self):
+        global_scale = 2.0**-7
+        x = torch.exp2(torch.linspace(-9, 8.8, 5000)) * global_scale
+        stored = E4M3(FLOAT8, global_scale).store(x)
+        assert torch.equal(stored.view(torch.uint8), (x / global_scale).to(FLOAT8).view(torch.uint8))
 
     def test_both_ends_saturate(self):
-        stored = ScaleFormat("e4m3", E4M3).store(torch.tensor([1e-9, 1e9, -3.0]))
+        stored = E4M3(FLOAT8).store(torch.tensor([1e-9, 1e9, -3.0]))
         assert stored.float().tolist() == [2.0**-9, 448.0, 2.0**-9]
 
     @given(st.floats(1e-20, 1e20), st.sampled_from(["e2m1", "int4", "e4m3"]))
     @settings(max_examples=100, deadline=None)
-    def test_the_unit_is_the_smallest_power_of_two_that_covers(self, magnitude, name):
+    def test_the_global_scale_is_the_smallest_power_of_two_that_covers(self, magnitude, name):
         fmt = FORMATS[name]
-        unit = unit_for(magnitude, fmt)
-        assert math.frexp(unit)[0] == 0.5
-        assert magnitude <= unit * 448 * fmt.largest * (1 + 1e-15)
-        assert magnitude > unit / 2 * 448 * fmt.largest * (1 - 1e-15)
+        global_scale = E4M3.global_scale_for(magnitude, fmt)
+        assert math.frexp(global_scale)[0] == 0.5
+        assert magnitude <= global_scale * 448 * fmt.largest * (1 + 1e-15)
+        assert magnitude > global_scale / 2 * 448 * fmt.largest * (1 - 1e-15)
 
     @pytest.mark.parametrize("magnitude", [0.0, math.nan, math.inf])
-    def test_a_tensor_that_nothing_can_be_said_about_has_the_unit_one(self, magnitude):
-        assert unit_for(magnitude, FORMATS["e2m1"]) == 1.0
+    def test_a_tensor_that_nothing_can_be_said_about_has_the_global_scale_one(self, magnitude):
+        assert E4M3.global_scale_for(magnitude, FORMATS["e2m1"]) == 1.0
 
-    def test_the_unit_of_what_just_fits_is_one(self):
-        assert unit_for(448.0 * 6, FORMATS["e2m1"]) == 1.0
-        assert unit_for(math.nextafter(448.0 * 6, math.inf), FORMATS["e2m1"]) == 2.0
+    def test_the_global_scale_of_what_just_fits_is_one(self):
+        assert E4M3.global_scale_for(448.0 * 6, FORMATS["e2m1"]) == 1.0
+        assert E4M3.global_scale_for(math.nextafter(448.0 * 6, math.inf), FORMATS["e2m1"]) == 2.0
 
 
 class TestMicroexponents:
-    format = ScaleFormat("microexponent", E8M0)
+    format = Microexponent(EXPONENT)
 
     def test_no_pair_is_more_than_a_bit_below_the_largest_of_its_block(self):
         stored = self.format.store(wanted()).float().unflatten(-1, (-1, PAIRS))
@@ -274,9 +278,9 @@ def test_a_scale_too_small_for_its_dtype_becomes_the_smallest_and_not_one(dtype)
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     wanted = torch.tensor([1e-60, -1e-60], dtype=torch.float64).float() if dtype == torch.float32 else None
     wanted = torch.tensor([tiny / 4, -tiny / 4]) if wanted is None else wanted
-    stored = ScaleFormat("float", dtype).store(wanted)
+    stored = Float(dtype).store(wanted)
     if dtype == torch.float32:  # nothing smaller can even be wanted
         assert stored.tolist() == [1.0, 1.0]
     else:
         assert stored.tolist() == [tiny, -tiny]
-    assert ScaleFormat("float", dtype).store(torch.zeros(1)).item() == 1.0
+    assert Float(dtype).store(torch.zeros(1)).item() == 1.0

@@ -12,21 +12,14 @@ from hypothesis import strategies as st
 from fewbit.numerics import scales
 from fewbit.numerics.formats import FORMATS
 from fewbit.numerics.grouping import Tiling
-from fewbit.numerics.scale_format import PAIRS, ScaleFormat, block_exponent_scale, unit_for
+from fewbit.numerics.scale_format import PAIRS, SCALE_TYPES, Float, block_exponent_scale
 from fewbit.numerics.scales import GridRule
 
 BITS = [2, 3, 4, 8]
 FLOATS = ["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDINGS = ["half_even", "round", "floor"]
-E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-STORED = {
-    "float": ScaleFormat("float", torch.bfloat16),
-    "pof2": ScaleFormat("pof2", torch.bfloat16),
-    "e4m3": ScaleFormat("e4m3", E4M3),
-    "e8m0": ScaleFormat("e8m0", E8M0),
-    "microexponent": ScaleFormat("microexponent", E8M0),
-}
+STORED = {name: scale_type(scale_type.own_dtype or torch.bfloat16) for name, scale_type in SCALE_TYPES.items()}
 # element format, how its scales are stored, symmetric
 GRIDS = [
     *((f"int{bits}", "float", True) for bits in BITS),
@@ -79,7 +72,7 @@ def integers(bits: int, symmetric: bool = True, stored: str = "float", **options
 def rule_for(tiles: torch.Tensor, name: str, kind: str, symmetric: bool, **options) -> GridRule:
     fmt, stored = FORMATS[name], STORED[kind]
     if kind == "e4m3":
-        stored = replace(stored, unit=unit_for(float(tiles.abs().max()), fmt))
+        stored = replace(stored, global_scale=stored.global_scale_for(float(tiles.abs().max()), fmt))
     return GridRule(fmt, stored, symmetric, **options)
 
 
@@ -98,7 +91,7 @@ def error_of(rule: GridRule, tiles, stored, zero=None, importance=None) -> torch
     squared = (decoded(rule, tiles, stored, zero).double() - tiles.double()).square()
     error = (squared if importance is None else squared * importance.double()).sum(-1)
     # pairs of a microexponent are not free: their block's byte is what is chosen
-    return error.unflatten(-1, (-1, PAIRS)).sum(-1) if rule.scale.type == "microexponent" else error
+    return error.unflatten(-1, (-1, rule.scale.block)).sum(-1)
 
 
 class TestFormulas:
@@ -106,7 +99,7 @@ class TestFormulas:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_minmax_maps_the_largest_magnitude_to_half_the_number_of_steps(self, bits, dtype):
         tiles = torch.tensor([[0.5, -1.25, 3.0], [0.5, -7.0, 3.0]])
-        rule = GridRule(FORMATS[f"int{bits}"], ScaleFormat("float", dtype), rule="minmax")
+        rule = GridRule(FORMATS[f"int{bits}"], Float(dtype), rule="minmax")
         stored, zero = rule.find(tiles)
         assert torch.equal(stored, (torch.tensor([3.0, 7.0]) / ((2**bits - 1) / 2)).to(dtype))
         assert zero is None
@@ -114,7 +107,7 @@ class TestFormulas:
     @pytest.mark.parametrize("name", FLOATS)
     def test_minmax_maps_the_largest_magnitude_to_the_largest_float(self, name):
         tiles = tiles_of("gaussian", 50, 16)
-        rule = GridRule(FORMATS[name], ScaleFormat(), rule="minmax")
+        rule = GridRule(FORMATS[name], Float(), rule="minmax")
         stored, _ = rule.find(tiles)
         assert torch.equal(stored, tiles.abs().amax(-1) / FORMATS[name].largest)
         reached = decoded(rule, tiles, stored, None).abs().amax(-1)
@@ -138,7 +131,7 @@ class TestFormulas:
 
     @per_bits
     def test_signed_max_puts_the_largest_magnitude_on_the_lowest_code_whatever_its_sign(self, bits):
-        rule = replace(integers(bits, rule="signed-max"), scale=ScaleFormat())
+        rule = replace(integers(bits, rule="signed-max"), scale=Float())
         tiles = torch.tensor([[0.5, -1.25, 3.0], [0.5, -7.0, 3.0]])
         stored, zero = rule.find(tiles)
         assert torch.equal(stored, torch.tensor([3.0, -7.0]) / -(2 ** (bits - 1)))
@@ -154,7 +147,7 @@ class TestFormulas:
     def test_signed_max_is_the_largest_element_over_the_lowest_code_rounded_to_storage(self, bits, data, dtype):
         tiles = tiles_of(data, 50, 16)
         largest = tiles.gather(-1, tiles.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        rule = GridRule(FORMATS[f"int{bits}"], ScaleFormat("float", dtype), rule="signed-max")
+        rule = GridRule(FORMATS[f"int{bits}"], Float(dtype), rule="signed-max")
         expected = (largest / -(2 ** (bits - 1))).to(dtype)
         assert torch.equal(rule.find(tiles)[0], torch.where(largest == 0, 1, expected))
 
@@ -163,7 +156,7 @@ class TestFormulas:
         steps = 2**fmt.bits - 1
         low = -float(steps // 2)
         tiles = torch.tensor([[low, 0.0, low + steps]]) / 8
-        rule = GridRule(fmt, ScaleFormat(), symmetric=False, rule="minmax")
+        rule = GridRule(fmt, Float(), symmetric=False, rule="minmax")
         stored, zero = rule.find(tiles)
         assert stored.item() == 1 / 8
         codes = scales.encode(tiles, stored, zero, fmt, "half_even")
@@ -175,7 +168,7 @@ class TestFormulas:
     def test_the_affine_range_is_widened_to_include_zero(self, fmt, shift):
         tiles = tiles_of("gaussian", 50, 16) + shift
         low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
-        stored, zero = GridRule(fmt, ScaleFormat(), symmetric=False, rule="minmax").find(tiles)
+        stored, zero = GridRule(fmt, Float(), symmetric=False, rule="minmax").find(tiles)
         assert torch.equal(stored, (high - low) / (2**fmt.bits - 1))
         assert torch.equal(zero.float(), (fmt.smallest - low / stored).round().clamp(fmt.smallest, fmt.largest))
         if shift > 0:
@@ -187,7 +180,7 @@ class TestFormulas:
     @per_data
     def test_no_element_of_an_affine_grid_is_further_off_than_one_step(self, fmt, data):
         tiles = tiles_of(data, 200, 16)
-        rule = GridRule(fmt, ScaleFormat(), symmetric=False, rule="minmax")
+        rule = GridRule(fmt, Float(), symmetric=False, rule="minmax")
         stored, zero = rule.find(tiles)
         # half a step for rounding the element, half a step for rounding the zero point
         assert ((decoded(rule, tiles, stored, zero) - tiles).abs() <= stored.unsqueeze(-1) * (1 + 1e-4)).all()
@@ -196,7 +189,7 @@ class TestFormulas:
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_the_clip_ratio_shrinks_the_range(self, rule, symmetric):
         tiles = tiles_of("gaussian", 50, 64)
-        whole = replace(integers(4, symmetric, rule=rule, percentile=99.0), scale=ScaleFormat())
+        whole = replace(integers(4, symmetric, rule=rule, percentile=99.0), scale=Float())
         clipped = replace(whole, clip_ratio=0.75)
         torch.testing.assert_close(clipped.find(tiles)[0], 0.75 * whole.find(tiles)[0])
         if not symmetric:
@@ -405,7 +398,7 @@ class TestIntegerSearch:
 def test_the_search_over_e4m3_scales_finds_the_best_of_all_codes(name, weighting):
     tiles, importance = tiles_of("gaussian", 32, 4, 16), importance_of(weighting, 32, 4, 16)
     rule = rule_for(tiles, name, "e4m3", True)
-    codes = torch.arange(1, 127, dtype=torch.uint8).view(E4M3)
+    codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
     every = [error_of(rule, tiles, code.expand(tiles.shape[:-1]), None, importance) for code in codes]
     found = error_of(rule, tiles, *rule.find(tiles, importance), importance)
     assert found.sum() <= 1.005 * torch.stack(every).amin(0).sum()
@@ -443,7 +436,7 @@ def test_the_search_over_microexponents_finds_the_best_byte_and_bits(name, weigh
 def test_searching_with_stored_scales_beats_rounding_the_scale_afterwards(data, symmetric):
     tiles = tiles_of(data, 256, 32)
     rule = integers(8, symmetric)  # steps so fine that a bf16 scale moves the far end of the grid by several
-    exact, zero = replace(rule, scale=ScaleFormat()).find(tiles)
+    exact, zero = replace(rule, scale=Float()).find(tiles)
     assert error_of(rule, tiles, *rule.find(tiles)).sum() < error_of(rule, tiles, exact.bfloat16(), zero).sum()
 
 
@@ -494,7 +487,7 @@ def test_candidates_can_be_stored_and_one_of_them_covers_the_range(grid, seed):
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
     if not symmetric:
         return
-    found = rule.candidates(low, high)
+    found, _ = rule.candidates(low, high)
     for candidate in found:
         assert torch.equal(rule.scale.round(candidate), candidate)
     reach = (found.abs() * rule.fmt.largest).amax(0)
@@ -504,7 +497,7 @@ def test_candidates_can_be_stored_and_one_of_them_covers_the_range(grid, seed):
 
 @per_bits
 def test_the_ends_just_cover_the_range(bits):
-    rule = replace(integers(bits), scale=ScaleFormat())
+    rule = replace(integers(bits), scale=Float())
     tiles = tiles_of("heavy-tailed", 100, 16)
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
     positive, negative = rule.ends(low, high)

@@ -8,7 +8,7 @@ import torch
 from fewbit.nn.quantizer import Quantizer
 from fewbit.numerics import search
 from fewbit.numerics.formats import FORMATS
-from fewbit.numerics.scale_format import ScaleFormat
+from fewbit.numerics.scale_format import E4M3, SCALE_TYPES, Float
 from fewbit.numerics.scales import GridRule
 
 TOLERANCE = 1.02
@@ -70,7 +70,7 @@ def searched_error(rule: GridRule, tiles: torch.Tensor, importance: torch.Tensor
 @pytest.mark.parametrize("weighting", [None, "per-column", "cheap-outliers"])
 def test_symmetric_scales_of_long_rows_have_the_least_error(name, data, weighting):
     tiles, importance = rows_of(data), weights_of(weighting)
-    rule = GridRule(FORMATS[name], ScaleFormat())
+    rule = GridRule(FORMATS[name], Float())
     found, least = searched_error(rule, tiles, importance), least_error(rule, tiles, importance)
     assert found.sum() <= TOLERANCE * least.sum()
     assert (found <= FEW_DECIDE * least).all()
@@ -81,7 +81,7 @@ def test_symmetric_scales_of_long_rows_have_the_least_error(name, data, weightin
 @pytest.mark.parametrize("weighting", [None, "cheap-outliers"])
 def test_affine_scales_of_long_rows_have_the_least_error(bits, data, weighting):
     tiles, importance = rows_of(data, 2, 1024), weights_of(weighting, 1024)
-    rule = GridRule(FORMATS[f"uint{bits}"], ScaleFormat(), symmetric=False)
+    rule = GridRule(FORMATS[f"uint{bits}"], Float(), symmetric=False)
     found, least = searched_error(rule, tiles, importance), least_error(rule, tiles, importance)
     assert found.sum() <= TOLERANCE * least.sum() or bits == 8
     assert (found <= FEW_DECIDE * least).all()
@@ -93,7 +93,7 @@ def test_affine_scales_of_long_rows_have_the_least_error(bits, data, weighting):
 def test_powers_of_two_of_long_rows_are_the_best_there_are(kind, name, data):
     tiles = rows_of(data)
     dtype = torch.float8_e8m0fnu if kind == "e8m0" else torch.bfloat16
-    rule = GridRule(FORMATS[name], ScaleFormat(kind, dtype))
+    rule = GridRule(FORMATS[name], SCALE_TYPES[kind](dtype))
     signs = (1, -1) if rule.scale.may_be_negative and rule.fmt.is_integer else (1,)
     powers = [sign * torch.full((ROWS,), 2.0**power) for power in range(-12, 8) for sign in signs]
     least = torch.stack([rule.error(tiles, power, None, None) for power in powers]).amin(0)
@@ -103,7 +103,7 @@ def test_powers_of_two_of_long_rows_are_the_best_there_are(kind, name, data):
 @pytest.mark.parametrize("data", DATA)
 def test_e4m3_scales_of_long_rows_are_the_best_there_are(data):
     tiles = rows_of(data)
-    rule = GridRule(FORMATS["e2m1"], ScaleFormat("e4m3", torch.float8_e4m3fn, 2.0**-6))
+    rule = GridRule(FORMATS["e2m1"], E4M3(torch.float8_e4m3fn, 2.0**-6))
     codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
     errors = [rule.error(tiles, rule.scale.value(code.expand(ROWS)), None, None) for code in codes]
     assert (searched_error(rule, tiles, None) <= 1.001 * torch.stack(errors).amin(0)).all()
@@ -112,7 +112,7 @@ def test_e4m3_scales_of_long_rows_are_the_best_there_are(data):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_tile_longer_than_a_piece_is_searched_like_any_other(symmetric, monkeypatch):
     tiles = rows_of("one-outlier")
-    rule = GridRule(FORMATS["int3" if symmetric else "uint3"], ScaleFormat(), symmetric)
+    rule = GridRule(FORMATS["int3" if symmetric else "uint3"], Float(), symmetric)
     whole, zero = rule.find(tiles)
     monkeypatch.setattr(search, "PIECE", 300)
     monkeypatch.setattr("fewbit.numerics.scales.PIECE", 300)
@@ -128,7 +128,7 @@ def test_what_a_tile_gets_does_not_depend_on_the_tiles_beside_it(name, kind, col
     if name == "uint3" and kind != "float":
         return  # bytes are for symmetric grids
     dtypes = {"float": torch.float32, "e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
-    rule = GridRule(FORMATS[name], ScaleFormat(kind, dtypes[kind]), symmetric=name != "uint3")
+    rule = GridRule(FORMATS[name], SCALE_TYPES[kind](dtypes[kind]), symmetric=name != "uint3")
     tiles = torch.cat([rows_of("one-outlier", 4, columns), rows_of("gaussian", 4, columns)])
     importance = weights_of("cheap-outliers", columns)
     together, zero = rule.find(tiles, importance)
@@ -142,7 +142,7 @@ def test_what_a_tile_gets_does_not_depend_on_the_tiles_beside_it(name, kind, col
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("value", [0.0, 1e-42, 3.0, -3.0, 1e38])
 def test_constant_rows_come_through(columns, symmetric, value):
-    rule = GridRule(FORMATS["int4" if symmetric else "uint4"], ScaleFormat(), symmetric)
+    rule = GridRule(FORMATS["int4" if symmetric else "uint4"], Float(), symmetric)
     tiles = torch.full((2, columns), value)
     stored, _ = rule.find(tiles, weights_of("per-column", columns))
     assert stored.isfinite().all()
@@ -153,5 +153,5 @@ def test_constant_rows_come_through(columns, symmetric, value):
 def test_dynamic_activations_are_searched_as_far(bits):
     tokens = rows_of("one-outlier")
     found = Quantizer(bits, "per-token", observer="mse")(tokens)
-    rule = replace(GridRule(FORMATS[f"int{bits}"], ScaleFormat()), signed=False)
+    rule = replace(GridRule(FORMATS[f"int{bits}"], Float()), signed=False)
     assert ((found - tokens).square().sum(-1) <= TOLERANCE * least_error(rule, tokens, None)).all()

@@ -39,22 +39,18 @@ def _clipped(weight: Tensor, blocks: Tensor, spec: QuantizationSpec, scale: Scal
     rule = spec.grid_rule(scale)
     tiles = weight.unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)  # [groups, rows, columns]
     low, high = scales.extremes(tiles)
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = low.T.clamp(max=0), high.T.clamp(min=0)  # [rows, groups], as scales are stored
     if spec.symmetric:
         high = torch.maximum(high, -low)
         low = -high
 
     def cost(scale_value: Tensor, zero: Tensor | None) -> Tensor:
-        delta = scales.fake_quantize(tiles, scale_value, zero, spec.format, spec.round_method).sub_(tiles)
-        return torch.bmm(delta, blocks).mul_(delta).sum(-1)
+        zero = None if zero is None else zero.T
+        delta = scales.fake_quantize(tiles, scale_value.T, zero, spec.format, spec.round_method).sub_(tiles)
+        return torch.bmm(delta, blocks).mul_(delta).sum(-1).T
 
     best = RangeSearch(rule, low, high, cost)
-    for share in SHARES:
-        best.consider(share, share)
-    if not spec.symmetric:
-        for share in SHARES:
-            best.consider(share, best.share_high)
-        for share in SHARES:
-            best.consider(best.share_low, share)
-    clipped: Tensor = tiles.clamp((best.share_low * low).unsqueeze(-1), (best.share_high * high).unsqueeze(-1))
+    best.sweep(SHARES)
+    ends = ((share * end).T.unsqueeze(-1) for share, end in ((best.share_low, low), (best.share_high, high)))
+    clipped: Tensor = tiles.clamp(*ends)
     return clipped.transpose(0, 1).flatten(1)

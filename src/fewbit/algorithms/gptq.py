@@ -110,8 +110,8 @@ def gptq(
     _, group = spec.tiling.tile(*weight.shape)
     rule = spec.grid_rule(scale)
     whole = weight.shape[1] % group == 0  # blocks may be cut at the edge
-    search = spec.observer == "search" and spec.tiling.rows == 1 and scale.type != "microexponent" and whole
-    by_group = search and spec.qscheme == "per_group"
+    search = spec.observer == "search" and spec.tiling.rows == 1 and whole
+    by_group = search and spec.qscheme == "per_group" and scale.block == 1  # else a scale depends on its neighbours
     choosing = _factored(moment, group, _CHOOSING_ORDER[config.order] if by_group else config.order, config.damping)
     solving = choosing
     if by_group and config.refits and _CHOOSING_ORDER[config.order] != config.order:
@@ -133,7 +133,7 @@ def gptq(
             solution = solve_greedily(problem, choosing)
         else:
             solution = solve(problem, choosing, fixed.map(lambda x: x[:, rows]), config.block_size)  # noqa: B023
-        if search:
+        if search and (by_group or not scale.is_power_of_two):  # else nothing can change
             solution = refit(problem, solving, solution, config)
         parts.append(solution)
     found = _to_quant_tensor(parts, spec, scale)
@@ -396,4 +396,4 @@ def _to_quant_tensor(parts: list[Solution], spec: QuantizationSpec, format: Scal
     tile_rows, _ = spec.tiling.tile(*joined.shape)
     scale = format.store(torch.cat(values)[::tile_rows].contiguous())  # the rows of a tile carried the same one
     zero_point = torch.cat(zeros)[::tile_rows].contiguous() if zeros else None
-    return QuantTensor(joined, scale, zero_point, spec, format.unit)
+    return QuantTensor(joined, scale, zero_point, spec, format.global_scale)

@@ -49,8 +49,8 @@ def candidates(w: Tensor, precision: Tensor, rule: GridRule) -> Grid:
     """Grids [candidates, rows] worth running for a group with current weights `w` [g, rows].
 
     They are the best of a net cast wide, an error in column j costing `precision` [g], and the best one refined: where
-    no column can make up for another, that is what counts, and with compensation another may be better. Few scales
-    that are not floats can be stored: their net is as fine as it can be.
+    no column can make up for another, that is what counts, and with compensation another may be better. The net of
+    a coarse scale type is as fine as it can be.
     """
     net = _net(w, rule)
     errors = torch.empty_like(net.scale)
@@ -60,7 +60,7 @@ def candidates(w: Tensor, precision: Tensor, rule: GridRule) -> Grid:
     count = min(RUN, net.scale.shape[0])
     least, best = errors.topk(count, dim=0, largest=False)
     found = net.map(lambda x: x.gather(0, best))
-    if rule.scale.type != "float":
+    if rule.scale.is_coarse:
         return found
     refined = _refined(w, found.map(lambda x: x[0]), least[0], precision, rule)
     found.scale[-1] = refined.scale  # in place of the last
@@ -74,7 +74,7 @@ def _net(w: Tensor, rule: GridRule) -> Grid:
     low, high = extremes(w, dim=0)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if rule.symmetric:
-        return Grid(rule.candidates(low, high), None, rule.fmt, rule.rounding)
+        return Grid(rule.candidates(low, high)[0], None, rule.fmt, rule.rounding)
     span = rule.fmt.largest - rule.fmt.smallest
     shrink = torch.linspace(1.0, rule.fractions[-1], AFFINE_STEPS, device=w.device)
     ends = torch.cartesian_prod(shrink, shrink)  # both ends of the range shrink on their own

@@ -43,19 +43,12 @@ from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import matmul, scales
 from fewbit.numerics.scale_format import nearest_power_of_two
 from fewbit.numerics.scales import GridRule
+from fewbit.numerics.search import Best
 from fewbit.numerics.second_moment import importance
 
 ROWS = 128  # of all members together that the error is measured on
 WORTH_IT = 0.98  # of the loss before: what gains less is within the estimate's own error, …
 WORTH_IT_COMPENSATED = 0.9  # … which is larger where GPTQ follows: it wins back most of what scales gain by itself
-# Shares of the range that are tried where the spec searches its scales, by how those are stored.
-SHARES = {
-    "float": (1.0, 0.9, 0.8, 0.7, 0.6),
-    "e4m3": (1.0, 0.85, 1.5),
-    "pof2": (1.0, 0.5),
-    "e8m0": (1.0, 0.5, 2.0),
-    "microexponent": (1.0,),
-}
 DISTORTED = 1.05  # of the loss, where storage has spoiled a scale that was asked for: rounding alone stays far below
 NEARLY_DEAD = 2.0**-16  # of what channels carry on average
 DAMPING = 0.01  # of mean(diag H), as GPTQ's default
@@ -272,7 +265,7 @@ class _Target:
     def deviation(self, scale: Tensor, costs: Tensor) -> Tensor:
         """Δ = Q(W·s)/s − W of the rows [rows, in], on the grid with the least Σ Δ² · costs [in] of each tile."""
         fmt = self.spec.format
-        format = self.spec.scale_format(self.dtype, self.spec.unit(float((self.extreme * scale).max())))
+        format = self.spec.scale_format(self.dtype, self.spec.global_scale(self.extreme * scale))
         rule = self.spec.grid_rule(format)
         scaled = (self.rows * scale).unflatten(1, (-1, self.columns))  # [rows, groups, columns]
         weights = (costs / scale.square()).view(-1, self.columns)
@@ -281,43 +274,32 @@ class _Target:
         else:
             low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
             high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)
-        best = least = None
-        grids = list(self._grids(rule, low, high))
-        for value, zero in grids:
+        best: Best | None = None
+        for value, zero in self._grids(rule, low, high):
             if self.tile_of_row is not None:
                 value, zero = value[self.tile_of_row], None if zero is None else zero[self.tile_of_row]
             delta = scales.fake_quantize(scaled, value, zero, fmt, self.spec.round_method).sub_(scaled)
-            if len(grids) == 1:
-                best = delta
-                break
-            error = delta.square().mul_(weights).sum(-1, keepdim=True)
-            if best is None or least is None:
-                best, least = delta, error
+            error = delta.square().mul_(weights).sum(-1)
+            error = format.pooled(error).unsqueeze(-1)
+            if best is None:
+                best = Best(error, delta)
             else:
-                best, least = torch.where(error < least, delta, best), torch.minimum(error, least)
+                best.consider(error, delta)
         assert best is not None
-        return best.flatten(1) / scale
+        return best.value.flatten(1) / scale
 
     def _grids(self, rule: GridRule, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Scale values and zero points of the spec's rule, or a few that stand for its search.
 
         Where rows share a scale the range that covers is the best or close to it.
         """
-        spec = self.spec
         if rule.rule not in ("search", "mse") or self.tile_of_row is not None:
             stored, zero = rule.from_range(low, high)
             yield rule.scale.value(stored), zero
             return
-        shares = SHARES[spec.scale_type]
-        if spec.symmetric:
-            # of either sign where the grid's ends differ: so the largest weight of a group is met, however it falls
-            for end in rule.ends(low.clamp(max=0), high.clamp(min=0)):
-                for share in shares:
-                    yield rule.scale.round(share * end), None
-            return
-        for share in shares:
-            stored, zero = rule.from_range(share * low, share * high)
-            yield rule.scale.value(stored), zero
+        # of either sign where the grid's ends differ: so the largest weight of a group is met, however it falls
+        values, zeros = rule.candidates(low.clamp(max=0), high.clamp(min=0), rule.scale.shares)
+        yield from zip(values, [None] * len(values) if zeros is None else zeros, strict=True)
 
 
 def _targets(
@@ -337,7 +319,7 @@ def _targets(
             by_tile = weight.unflatten(0, (-1, tile_rows))
             low, high = by_tile.amin(1), by_tile.amax(1)
             tile_of_row = chosen // tile_rows
-        extreme = weight.abs().amax(0) if spec.scale_type == "e4m3" else weight[0]
+        extreme = weight.abs().amax(0) if spec.stored_as.has_global_scale else weight[0]
         picked = weight[chosen].float()
         targets.append(_Target(picked, low, high, tile_of_row, extreme, columns, spec, dtype, out / count))
     return targets

@@ -16,7 +16,7 @@ the same, bit for bit, however the data is batched. Values are known to 0.1 % (l
 activation: 3 % at 4096); the two ends of the range are known exactly. Ranges become scales as everywhere
 (numerics/scales.py): on the format's real grid, with the scale as it will be stored.
 
-A dynamic NVFP4 input has a second-level scale that calibration must find: for it, every observer is minmax.
+A dynamic NVFP4 input has a global scale that calibration must find: for it, every observer is minmax.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Observer(ABC):
         """Take a batch [..., channels] of any float dtype into account; an empty one changes nothing."""
         if x.numel() == 0:
             return
-        # a dynamic spec finds the scales of its tiles later; only their second level, one per tensor, is observed
+        # a dynamic spec finds the scales of its tiles later; only their global scale is observed
         tiling = Tiling(rows=0, columns=0) if self.spec.is_dynamic else self.spec.tiling
         tiles = tiling.split(x.detach().reshape(-1, x.shape[-1]).float())
         if self.low is not None and self.low.shape != tiles.shape[:-1]:
@@ -93,11 +93,12 @@ class Observer(ABC):
                 "use other calibration data, is_dynamic=True, or exclude it"
             )
         low, high = torch.where(zero, low.min(), low), torch.where(zero, high.max(), high)
-        unit = self.spec.unit(float(torch.maximum(high, -low).max()))
+        global_scale = self.spec.global_scale(torch.maximum(high, -low))
         if self.spec.is_dynamic:
-            return QuantizedActivation(self.spec, global_scale=unit)
-        scale, zero_point = self.find(self.spec.grid_rule(self.spec.scale_format(self.dtype, unit)), low, high)
-        return QuantizedActivation(self.spec, scale, zero_point, unit)
+            return QuantizedActivation(self.spec, global_scale=global_scale)
+        rule = self.spec.grid_rule(self.spec.scale_format(self.dtype, global_scale))
+        scale, zero_point = self.find(rule, low, high)
+        return QuantizedActivation(self.spec, scale, zero_point, global_scale)
 
     @abstractmethod
     def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +140,8 @@ class HistogramObserver(Observer):
         self.histogram.add(tiles.reshape(low.numel(), -1))
         self.count += tiles.shape[-1]
 
-    def seen(self) -> FloatHistogram:
+    @property
+    def gathered(self) -> FloatHistogram:
         assert self.histogram is not None, "result() comes after data"
         return self.histogram
 
@@ -150,7 +152,7 @@ class PercentileObserver(HistogramObserver):
     def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         last = self.count - 1
         outside = (100.0 - rule.percentile) / 100.0 * last
-        histogram = self.seen()
+        histogram = self.gathered
         if rule.symmetric:
             top = histogram.magnitude_at(last - round(outside)).view_as(low)
             bottom = -top
@@ -166,9 +168,10 @@ class LeastErrorObserver(HistogramObserver):
     """The range with the least squared error."""
 
     def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        points, counts = self.seen().points()
+        points, counts = self.gathered.points()
         ends = low.flatten(), high.flatten()
-        at_once = max(1, PIECE // max(1, points.numel()))
+        block = rule.scale.block
+        at_once = block * max(1, PIECE // max(1, block * points.numel()))
         scales, zeros = [], []
         for start in range(0, low.numel(), at_once):
             piece = slice(start, start + at_once)
@@ -191,21 +194,15 @@ def least_error(
     for affine grids then of each end alone. The whole range is tried first, so the result is never worse than minmax.
     """
     best = RangeSearch(rule, low, high, lambda scale, zero: rule.error(tiles, scale, zero, importance))
-    for octaves in OCTAVES:
-        best.consider(2**octaves, 2**octaves)
-    if not rule.symmetric:
-        for octaves in OCTAVES:
-            best.consider(2**octaves, best.share_high)
-        for octaves in OCTAVES:
-            best.consider(best.share_low, 2**octaves)
+    best.sweep([2**octaves for octaves in OCTAVES])
     for step in FINER_OCTAVES:
         around_low, around_high = best.share_low, best.share_high
         for factor in (2**-step, 2**step):
-            best.consider(around_low * factor, around_high * factor)
+            best.shrink(around_low * factor, around_high * factor)
             if not rule.symmetric:
-                best.consider(around_low * factor, around_high)
-                best.consider(around_low, around_high * factor)
-    return rule.scale.store(best.scale), best.zero
+                best.shrink(around_low * factor, around_high)
+                best.shrink(around_low, around_high * factor)
+    return rule.scale.store(best.value), best.zero
 
 
 OBSERVERS: dict[str, type[Observer]] = {

@@ -11,7 +11,6 @@ from typing import Any
 
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError, nearest, shown
-from fewbit.numerics.scale_format import ScaleType
 
 DEFAULT_GROUP_SIZE = 128
 
@@ -25,7 +24,7 @@ def _grouped(bits: int, symmetric: bool = True) -> QuantizationSpec:
     )
 
 
-def _block(dtype: str, size: int, scale_type: ScaleType, **options: Any) -> QuantizationSpec:
+def _block(dtype: str, size: int, scale_type: str, **options: Any) -> QuantizationSpec:
     return QuantizationSpec(dtype=dtype, qscheme="per_group", group_size=size, scale_type=scale_type, **options)
 
 

@@ -7,28 +7,30 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from torch import Tensor
 
 from fewbit.config import quark
 from fewbit.config.validation import config_class
 from fewbit.errors import ConfigError, nearest, shown
 from fewbit.numerics.formats import FORMATS, NumberFormat, RoundMethod, format_of
 from fewbit.numerics.grouping import Tiling
-from fewbit.numerics.scale_format import PAIRS, ExponentMode, ScaleFormat, ScaleType, unit_for
+from fewbit.numerics.scale_format import SCALE_TYPES, ExponentMode, ScaleFormat
 from fewbit.numerics.scales import GridRule
 
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BYTE_SCALE_DTYPES = {
-    "e4m3": torch.float8_e4m3fn,
-    "e8m0": torch.float8_e8m0fnu,
-    "microexponent": torch.float8_e8m0fnu,
-}
 
 QScheme = Literal["per_tensor", "per_channel", "per_token", "per_group", "per_block"]
 Observer = Literal["search", "mse", "minmax", "signed-max", "percentile", "histogram", "moving-average", "placeholder"]
 WEIGHT_ONLY_OBSERVERS = ("search", "signed-max")
 SEARCHING_OBSERVERS = ("search", "mse", "histogram")
 ACCUMULATING_OBSERVERS = ("histogram", "moving-average")
+
+
+def _known_scale_type(name: str) -> str:
+    if name not in SCALE_TYPES:
+        raise ValueError(f"no such scale type; known are {', '.join(SCALE_TYPES)}")
+    return name
 
 
 @config_class
@@ -61,8 +63,9 @@ class QuantizationSpec:
     moving-average: minmax of each batch, averaged. placeholder: nothing (casts)."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """Percent of the values that the observer "percentile" keeps in the range."""
-    scale_type: ScaleType = "float"
-    """How scales are stored; see numerics/scale_format.py. e4m3 has one more scale for the whole tensor (NVFP4)."""
+    scale_type: Annotated[str, AfterValidator(_known_scale_type)] = "float"
+    """How scales are stored: float, pof2, e4m3 (with a global scale: NVFP4), e8m0 or microexponent; see
+    numerics/scale_format.py."""
     scale_dtype: Literal["checkpoint", "float32", "float16", "bfloat16"] = "checkpoint"
     """Dtype of float and pof2 scales; "checkpoint" is the dtype of the weight they belong to."""
     exponent_mode: ExponentMode = "even"
@@ -133,7 +136,7 @@ class QuantizationSpec:
     def _check_observer(self) -> None:
         if self.observer == "signed-max" and not (self.symmetric and self.format.is_integer):
             raise ConfigError("observer signed-max is for symmetric integers; use search or minmax")
-        if self.observer == "signed-max" and self.scale_type not in ("float", "pof2"):
+        if self.observer == "signed-max" and not self.stored_as.may_be_negative:
             raise ConfigError(f"observer signed-max needs scales with a sign; {self.scale_type} has none")
         if self.observer == "placeholder" and not self.format.is_cast:
             raise ConfigError(f"observer placeholder finds no scale, which dtype {self.dtype} needs; use minmax")
@@ -143,15 +146,16 @@ class QuantizationSpec:
             raise ConfigError(f"clip_ratio {self.clip_ratio}: observer {self.observer} finds the range; use minmax")
 
     def _check_scale(self) -> None:
-        if self.scale_type in BYTE_SCALE_DTYPES:
-            if self.scale_dtype != "checkpoint":
-                raise ConfigError(f"scale_dtype {self.scale_dtype} contradicts scale_type {self.scale_type}")
-            if not self.symmetric:
-                raise ConfigError(f"scale_type {self.scale_type} is for symmetric specs")
-        if self.scale_type == "microexponent" and (self.group_size != 2 or not self.format.is_integer):
-            raise ConfigError("scale_type microexponent shares scales by pairs of integers; use group_size 2")
-        if self.scale_type == "microexponent" and self.ch_axis in (0, -2):
-            raise ConfigError(f"ch_axis {self.ch_axis}: pairs of scale_type microexponent run along the last axis")
+        stored_as = self.stored_as
+        if stored_as.own_dtype is not None and self.scale_dtype != "checkpoint":
+            raise ConfigError(f"scale_dtype {self.scale_dtype} contradicts scale_type {self.scale_type}")
+        if not (self.symmetric or stored_as.allows_zero_points):
+            raise ConfigError(f"scale_type {self.scale_type} is for symmetric specs")
+        if (problem := stored_as.problem(self.format, self.group_size)) is not None:
+            raise ConfigError(f"scale_type {self.scale_type} {problem}")
+        if stored_as.block > 1 and (self.ch_axis in (0, -2) or self.qscheme == "per_block"):
+            where = f"ch_axis {self.ch_axis}" if self.qscheme != "per_block" else "qscheme per_block"
+            raise ConfigError(f"{where}: scale_type {self.scale_type} stores the scales along a row jointly")
 
     @property
     def format(self) -> NumberFormat:
@@ -173,10 +177,9 @@ class QuantizationSpec:
         size = self.group_size or 0
         along_rows = self.ch_axis in (0, -2)
         if self.qscheme == "per_group":
-            block = PAIRS if self.scale_type == "microexponent" else 1
-            return Tiling(rows=size, columns=1) if along_rows else Tiling(rows=1, columns=size, block=block)
+            return Tiling(size, 1) if along_rows else Tiling(1, size, block=self.stored_as.block)
         if self.qscheme == "per_channel" and self.ch_axis in (1, -1):
-            return Tiling(rows=0, columns=1)
+            return Tiling(rows=0, columns=1, block=self.stored_as.block)
         return Tiling(rows=1, columns=0)
 
     @property
@@ -190,24 +193,32 @@ class QuantizationSpec:
     @property
     def needs_data(self) -> bool:
         """Whether an activation of this spec has a scale that only calibration can find."""
-        return not self.format.is_cast and (not self.is_dynamic or self.scale_type == "e4m3")
+        return not self.format.is_cast and (not self.is_dynamic or self.stored_as.has_global_scale)
+
+    @property
+    def stored_as(self) -> type[ScaleFormat]:
+        """The scale type."""
+        return SCALE_TYPES[self.scale_type]
 
     def stored_scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
         """Dtype of the stored scales of a weight that the checkpoint holds in `weight_dtype`; float32 where
         that is none for scales (8-bit floats, float64)."""
-        if self.scale_type in BYTE_SCALE_DTYPES:
-            return BYTE_SCALE_DTYPES[self.scale_type]
+        if self.stored_as.own_dtype is not None:
+            return self.stored_as.own_dtype
         if self.scale_dtype != "checkpoint":
             return SCALE_DTYPES[self.scale_dtype]
         return weight_dtype if weight_dtype in SCALE_DTYPES.values() else torch.float32
 
-    def scale_format(self, weight_dtype: torch.dtype, unit: float = 1.0) -> ScaleFormat:
-        """How the scales of a tensor of that dtype are stored; `unit` is the second level of e4m3."""
-        return ScaleFormat(self.scale_type, self.stored_scale_dtype(weight_dtype), unit)
+    def scale_format(self, weight_dtype: torch.dtype, global_scale: float = 1.0) -> ScaleFormat:
+        """How the scales of a tensor of that dtype are stored, given its global scale (1.0 where there is none)."""
+        return self.stored_as(self.stored_scale_dtype(weight_dtype), global_scale)
 
-    def unit(self, largest: float) -> float:
-        """Second level of e4m3 scales for a tensor with that largest magnitude; 1.0 where scales have none."""
-        return unit_for(largest, self.format) if self.scale_type == "e4m3" else 1.0
+    def global_scale(self, *tensors: Tensor) -> float:
+        """The global scale that the largest magnitude of some tensors asks for, one for all of them; 1.0 where the
+        scale type has none."""
+        if not self.stored_as.has_global_scale:
+            return 1.0
+        return self.stored_as.global_scale_for(max(float(x.abs().max()) for x in tensors), self.format)
 
     def grid_rule(self, scale: ScaleFormat) -> GridRule:
         """The rule that finds this spec's scales."""
@@ -231,10 +242,8 @@ class QuantizationSpec:
         if self.format.is_cast:
             return elements
         scales = math.prod(self.tiling.scale_shape(shape))
-        if self.scale_type == "microexponent":  # a byte for eight pairs and a bit for each
-            return elements + scales * 8 // PAIRS + scales
-        per_scale = 8 * self.stored_scale_dtype(weight_dtype).itemsize + (0 if self.symmetric else self.bits)
-        return elements + per_scale * scales + (32 if self.scale_type == "e4m3" else 0)
+        zero_points = 0 if self.symmetric else self.bits * scales
+        return elements + zero_points + self.scale_format(weight_dtype).stored_bits(scales)
 
 
 ELEMENT_FORMATS = [name for name in FORMATS if name != "e8m0"]
@@ -284,7 +293,9 @@ class QuantizationConfig:
                     f"weight: observer {self.weight.observer} gathers batches; use search, mse or minmax"
                 )
         if self.bias is not None and (
-            self.bias.observer in ACCUMULATING_OBSERVERS or self.bias.scale_type in ("e4m3", "microexponent")
+            self.bias.observer in ACCUMULATING_OBSERVERS
+            or self.bias.stored_as.has_global_scale
+            or self.bias.stored_as.block > 1
         ):
             raise ConfigError(
                 "bias: one row of numbers takes a plain grid: float or e8m0 scales, found by minmax or mse"

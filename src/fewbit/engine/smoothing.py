@@ -176,7 +176,7 @@ class Smoother:
 
     def _clipped(self, member: Member, moment: Tensor) -> Member:
         spec = member.spec
-        if spec.scale_type == "e4m3":  # its scales search their range themselves, code by code
+        if spec.stored_as.has_global_scale:  # its scales search their range themselves, code by code
             return member
         return replace(member, start=clip(member.weight, moment, spec, spec.scale_format(member.dtype)))
 

@@ -14,7 +14,6 @@ from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import CodeConfig
 from fewbit.config.spec import QuantizationSpec
-from fewbit.nn.quantizer import scale_format
 from fewbit.numerics.second_moment import quadratic_form
 from fewbit.tensor import PIECE, QuantTensor, quantize
 
@@ -63,8 +62,8 @@ def quantize_stage(
         started = time.perf_counter()
         weight = batch[0].weight if len(batch) == 1 else torch.cat([member.weight for member in batch])
         spec = batch[0].spec
-        # of all members together: engines that fuse them need one second level
-        format = scale_format(weight, spec, batch[0].dtype)
+        # of all members together: engines that fuse them need one global scale
+        format = spec.scale_format(batch[0].dtype, spec.global_scale(weight))
         start = weight
         if any(member.start is not None for member in batch):
             start = torch.cat([member.weight if member.start is None else member.start for member in batch])
@@ -94,11 +93,8 @@ def round_stage(members: list[Member]) -> dict[str, LinearResult]:
     """Round the linears of a stage to nearest, without data; weights of any float dtype."""
     results: dict[str, LinearResult] = {}
     for batch in _alike(members):
-        spec, dtype = batch[0].spec, batch[0].dtype
-        largest = 1.0
-        if spec.scale_type == "e4m3":
-            largest = max(float(member.weight.abs().max()) for member in batch)
-        format = spec.scale_format(dtype, spec.unit(largest))
+        spec = batch[0].spec
+        format = spec.scale_format(batch[0].dtype, spec.global_scale(*(member.weight for member in batch)))
         shared = None
         if len(batch) > 1 and spec.tiling.rows != 1:  # one scale for all
             whole = torch.cat([member.weight for member in batch])
@@ -135,7 +131,7 @@ def _alike(members: list[Member]) -> Iterable[list[Member]]:
     for member in members:
         for batch in batches:
             first = batch[0]
-            shared = _shares_scale(member.spec) or member.spec.scale_type == "e4m3"  # stored as the first one's
+            shared = _shares_scale(member.spec) or member.spec.stored_as.has_global_scale  # stored as the first one's
             alike = member.dtype == first.dtype or shared
             if member.spec == first.spec and alike and _joins(member.spec):
                 batch.append(member)
@@ -171,4 +167,5 @@ def _first_stage(weight: Tensor, member: Member) -> Tensor:
     first = member.spec.first_stage
     if first is None:
         return weight
-    return rtn(weight, None, first, scale_format(weight, first, member.dtype)).weight.dequantize()
+    format = first.scale_format(member.dtype, first.global_scale(weight))
+    return rtn(weight, None, first, format).weight.dequantize()

@@ -109,8 +109,9 @@ def rescalable_rows(weight: QuantTensor, factor: Tensor) -> Tensor:
         return (product.to(weight.codes.dtype).double() == product).all(1)
     by_tile = factor.view(weight.scale.shape[0], -1)
     alike = (by_tile == by_tile[:, :1]).all(1)
-    wanted = weight.scale.float().double() * by_tile[:, :1].double()
-    exact = (_rescaled(weight, factor).float().double() == wanted).all(1) & (wanted != 0).all(1)
+    wanted = weight.scale_value.double() * by_tile[:, :1].double()
+    rescaled = weight.scale_format.value(_rescaled(weight, factor))
+    exact = (rescaled.double() == wanted).all(1) & (wanted != 0).all(1)
     return (alike & exact).repeat_interleave(by_tile.shape[1])
 
 
@@ -214,7 +215,7 @@ def _exact(divided: Tensor, whole: Tensor, scale: Tensor) -> Tensor:
 def _rescaled(weight: QuantTensor, factor: Tensor) -> Tensor:
     """Stored scales times the factor of their tile's first row, rounded as they are stored."""
     by_tile = factor.view(weight.scale.shape[0], -1)[:, :1]
-    return (weight.scale.float() * by_tile.float()).to(weight.scale.dtype)
+    return weight.scale_format.store(weight.scale_value * by_tile.float())
 
 
 def _whole_tiles(weight: QuantTensor, rows: Tensor) -> Tensor:

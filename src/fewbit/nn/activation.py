@@ -69,7 +69,7 @@ class ActivationQuantizer(Step):
         """What `load` sets, one `item(mapping, key, value)` each, so that many quantizers can take theirs at once."""
         item(self._buffers, "scale", state.scale)
         item(self._buffers, "zero_point", state.zero_point)
-        item(vars(self), "global_scale", state.global_scale if self.spec.scale_type == "e4m3" else None)
+        item(vars(self), "global_scale", state.global_scale if self.spec.stored_as.has_global_scale else None)
 
     def stored(self) -> StoredStep:
         """Its place among the steps of an input; spec and scale are stored as those of an activation."""
@@ -85,12 +85,12 @@ class ActivationQuantizer(Step):
         return self.spec.needs_data and self.scale is None and self.global_scale is None
 
     def format(self, x: Tensor | None = None) -> ScaleFormat:
-        """How scales are stored; without calibration the second level of e4m3 comes from x."""
-        unit = self.global_scale
-        if unit is None and x is not None:
-            unit = self.spec.unit(float(x.abs().max()))
+        """How scales are stored; without calibration the global scale comes from x."""
+        global_scale = self.global_scale
+        if global_scale is None:
+            global_scale = 1.0 if x is None else self.spec.global_scale(x)
         # no checkpoint holds a dynamic scale, so it is not rounded to what scales are stored in there
-        return self.spec.scale_format(torch.float32 if self.spec.is_dynamic else self.dtype, unit or 1.0)
+        return self.spec.scale_format(torch.float32 if self.spec.is_dynamic else self.dtype, global_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -153,8 +153,8 @@ class ActivationQuantizer(Step):
             for name in ("scale", "zero_point"):
                 if (found := state_dict.get(prefix + name)) is not None:
                     setattr(self, name, found.clone())
-            if (unit := state_dict.get(prefix + "global_scale")) is not None:
-                self.global_scale = float(unit)
+            if (found := state_dict.get(prefix + "global_scale")) is not None:
+                self.global_scale = float(found)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         if self.persistent and prefix + "global_scale" in unexpected:
             unexpected.remove(prefix + "global_scale")

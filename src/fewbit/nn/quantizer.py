@@ -160,12 +160,6 @@ def _grid(weight: Tensor, spec: QuantizationSpec, name: str) -> tuple[Tensor, Sc
     target = matrix
     if spec.first_stage is not None:
         target = quantize_matrix(weight, spec.first_stage, name).dequantize()
-    format = scale_format(matrix, spec, weight.dtype)
+    format = spec.scale_format(weight.dtype, spec.global_scale(matrix))
     stored, zero = spec.grid_rule(format).find(spec.tiling.split(target))
     return target, format, stored, zero
-
-
-def scale_format(matrix: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> ScaleFormat:
-    """How the scales of `matrix` are stored, with the second level that its largest magnitude needs."""
-    largest = float(matrix.abs().max()) if spec.scale_type == "e4m3" else 1.0
-    return spec.scale_format(dtype, spec.unit(largest))

@@ -1,95 +1,244 @@
-"""How scales are stored, and what a wanted scale becomes when it is.
-
-Every search scores the scale that will be stored, so all of them go through `ScaleFormat.store`:
+"""Scale types: how scales are stored, and what a wanted scale becomes when it is. One class each, in `SCALE_TYPES`:
 
     float            float32, float16 or bfloat16, sign allowed
     pof2             a power of two in one of those dtypes, so that scaling is a shift
-    e4m3             one byte per group times one `unit` for the whole tensor (NVFP4)
+    e4m3             one byte per group times one global scale for the whole tensor (NVFP4)
     e8m0             one byte: a bare power of two (OCP MX v1.0)
     microexponent    a byte per 16 elements and a bit per pair below it (MX6, MX9: Rouhani et al. 2023,
                      arXiv:2302.08007)
 
-The unit of e4m3 is a power of two. Formats disagree whether it multiplies (ModelOpt) or divides (compressed-tensors);
-a power of two is exact both ways, and e4m3's exponent leaves room for the half binade that may cost.
+Nothing else knows what a scale type is: searches score the values that `round` gives, over the candidates that the
+type enumerates; specs, tensors and algorithms ask for its properties. A new type is a subclass of `ScaleFormat` and an
+entry in the table.
+
+The global scale of e4m3 is a power of two. Formats disagree whether it multiplies (ModelOpt) or divides
+(compressed-tensors); a power of two is exact both ways, and e4m3's exponent leaves room for the half binade that may
+cost.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fewbit.numerics.formats import FORMATS, NumberFormat
 
-ScaleType = Literal["float", "pof2", "e4m3", "e8m0", "microexponent"]
 ExponentMode = Literal["floor", "ceil", "rceil", "even"]
 
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # of normal float32
 E8M0_SMALLEST_EXPONENT = -127  # subnormal in float32
 E4M3_SMALLEST = 2.0**-9
+# e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
+E4M3_STEPS, E4M3_STEPS_IN_OCTAVE = 6, 8
 PAIRS = 8  # of elements that share a microexponent's byte
+BINADES = (-1, 0, 1)  # around that of the covering scales, for a microexponent's byte
 
 
 @dataclass(frozen=True)
-class ScaleFormat:
-    """How the scales of one tensor are stored: value = stored · unit."""
+class ScaleFormat(ABC):
+    """How the scales of one tensor are stored; each subclass is a scale type.
 
-    type: ScaleType = "float"
+    Scales are [..., tiles], the last axis running along a row. A stored scale is one element of `dtype`, whatever its
+    bits mean: only `value` reads them. Storing the value of a stored scale gives that value again.
+    """
+
     dtype: torch.dtype = torch.float32
-    """Stored dtype: a float dtype, float8_e4m3fn or float8_e8m0fnu."""
-    unit: float = 1.0
-    """Second level, one per tensor; a power of two."""
+    """What scales are stored in."""
+    global_scale: float = 1.0
+    """What all values are multiplied by, one per tensor; 1.0 for types that have none."""
 
-    @property
-    def is_power_of_two(self) -> bool:
-        return self.type in ("pof2", "e8m0", "microexponent")
+    name: ClassVar[str]
+    """In specs."""
+    own_dtype: ClassVar[torch.dtype | None] = None
+    """The `dtype` of this type; None if scales are stored in a float dtype that the spec or the checkpoint chooses."""
+    may_be_negative: ClassVar[bool] = False
+    allows_zero_points: ClassVar[bool] = False
+    """Whether affine grids may have such scales."""
+    is_power_of_two: ClassVar[bool] = False
+    """Too coarse to be fitted to codes in closed form."""
+    is_coarse: ClassVar[bool] = False
+    """Whether a search tries every scale near the covering one (`storable`), instead of shares of it."""
+    has_global_scale: ClassVar[bool] = False
+    block: ClassVar[int] = 1
+    """Neighbours along a row that are stored jointly, so that what one becomes depends on the others."""
+    shares: ClassVar[tuple[float, ...]] = (1.0,)
+    """Of the covering scale: a few that come near what a search finds, for estimates."""
 
-    @property
-    def may_be_negative(self) -> bool:
-        return self.type in ("float", "pof2")
-
+    @abstractmethod
     def store(self, scale: Tensor) -> Tensor:
-        """The stored form of wanted scales (float32). Never zero: where nothing is to be scaled, 1 takes its place;
-        where a scale is too small for its dtype, the smallest there is (in e4m3 for both). Infinite ones are NaN in
-        bytes, so that what is not finite does not come out as a number."""
-        if self.type == "e4m3":
-            steps = (scale / self.unit).float()
-            finite = steps.isfinite()
-            steps = FORMATS["e4m3"].round_(steps.nan_to_num_()).clamp_(min=E4M3_SMALLEST)
-            return steps.masked_fill_(~finite, torch.nan).to(torch.float8_e4m3fn)
-        if self.is_power_of_two:
-            smallest = SMALLEST_EXPONENT if self.may_be_negative else E8M0_SMALLEST_EXPONENT
-            scale = nearest_power_of_two(scale, smallest)
-            if self.type == "microexponent":  # before zeros become 1: a pair of zeros lifts no other
-                scale = _share_exponents(scale)
-            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        stored = scale.to(self.dtype)
-        if not self.may_be_negative:  # a byte, which holds every power of two that is left
-            return stored
-        limits = torch.finfo(self.dtype)
-        least = torch.full_like(stored, limits.smallest_normal * limits.eps).copysign(stored)
-        instead = torch.where(scale == 0, torch.ones_like(stored), least)
-        return torch.where(stored == 0, instead, stored)
+        """The stored form [..., tiles] of wanted scales (float32).
+
+        No value is 0: where nothing is to be scaled, 1 takes its place; where a scale is too small to be stored, the
+        smallest there is (in e4m3 for both). What is not finite stays so, as NaN where there is no infinity.
+        """
 
     def value(self, stored: Tensor) -> Tensor:
         """What a stored scale stands for, float32."""
-        return stored.float() if self.unit == 1.0 else stored.float() * self.unit
+        return stored.float() if self.global_scale == 1.0 else stored.float() * self.global_scale
 
     def round(self, scale: Tensor) -> Tensor:
         """The value of a wanted scale once stored, float32."""
         return self.value(self.store(scale))
 
+    def covering(self, magnitude: Tensor, fmt: NumberFormat, mode: ExponentMode) -> Tensor:
+        """The positive scale, not yet stored, at which the largest magnitude [...] reaches the end of the grid; 0
+        where that is 0. `mode` is for block exponents."""
+        reach: float = (2**fmt.bits - 1) / 2 if fmt.is_integer else fmt.largest
+        return magnitude / reach
 
-def unit_for(magnitude: float, fmt: NumberFormat) -> float:
-    """Second-level scale of a tensor whose largest magnitude is given: the largest e4m3 scale (448) times the largest
-    element just covers it, rounded up to a power of two."""
-    if not 0 < magnitude < math.inf:
+    def storable(self, end: Tensor, octaves: Tensor) -> Iterator[Tensor]:
+        """Of a coarse type, all scales worth trying about a covering one, `end` [...]: values [...], from just above
+        it down by `octaves` [...]."""
+        raise NotImplementedError(f"scales of type {self.name} are not enumerated")
+
+    def alternatives(self, covering: Tensor) -> Iterator[Iterable[Tensor]]:
+        """Of a type that is stored jointly, candidates about the covering scales [..., tiles]: for each state of what
+        a block shares, the values [..., tiles] of which each tile may take one."""
+        raise NotImplementedError(f"scales of type {self.name} are not stored jointly")
+
+    def pooled(self, error: Tensor) -> Tensor:
+        """Errors [..., tiles], each the sum over the tiles whose scales are stored jointly."""
+        if self.block == 1:
+            return error
+        blocks = error.unflatten(-1, (-1, self.block))
+        summed: Tensor = blocks.sum(-1, keepdim=True).expand_as(blocks)
+        return summed.flatten(-2)
+
+    @classmethod
+    def global_scale_for(cls, magnitude: float, fmt: NumberFormat) -> float:
+        """The global scale of a tensor with that largest magnitude; 1.0 for types that have none."""
         return 1.0
-    exponent = math.ceil(math.log2(magnitude / (FORMATS["e4m3"].largest * fmt.largest)))
-    return 2.0 ** min(max(exponent, SMALLEST_EXPONENT), LARGEST_EXPONENT)
+
+    @classmethod
+    def problem(cls, fmt: NumberFormat, group_size: int | None) -> str | None:
+        """Why elements or groups cannot have such scales, continuing "scale_type NAME "; None if they can."""
+        return None
+
+    def stored_bits(self, scales: int) -> int:
+        """Bits that a tensor's scales take, the global one included."""
+        return 8 * self.dtype.itemsize * scales + 32 * self.has_global_scale
+
+
+class Float(ScaleFormat):
+    """A float dtype."""
+
+    name = "float"
+    may_be_negative = allows_zero_points = True
+    shares: ClassVar[tuple[float, ...]] = (1.0, 0.9, 0.8, 0.7, 0.6)
+
+    def store(self, scale: Tensor) -> Tensor:
+        stored = scale.to(self.dtype)
+        limits = torch.finfo(self.dtype)
+        least = torch.full_like(stored, limits.smallest_normal * limits.eps).copysign(stored)
+        instead = torch.where(scale == 0, torch.ones_like(stored), least)
+        return torch.where(stored == 0, instead, stored)
+
+
+class _Binades(ScaleFormat):
+    """Powers of two."""
+
+    is_power_of_two = is_coarse = True
+
+    def storable(self, end: Tensor, octaves: Tensor) -> Iterator[Tensor]:
+        down = octaves.ceil().clamp_(min=1)
+        for step in range(1, -1 - int(down.max()) if down.numel() else 0, -1):
+            yield self.round(torch.exp2(torch.clamp(-down, min=step)) * end)
+
+
+class PowerOfTwo(_Binades, Float):
+    """A power of two in a float dtype."""
+
+    name = "pof2"
+    shares = (1.0, 0.5)
+
+    def store(self, scale: Tensor) -> Tensor:
+        return Float.store(self, nearest_power_of_two(scale))
+
+
+class E4M3(ScaleFormat):
+    """A byte of three mantissa bits; the global scale puts the tensor's largest magnitude in its range."""
+
+    name = "e4m3"
+    own_dtype = torch.float8_e4m3fn
+    is_coarse = has_global_scale = True
+    shares = (1.0, 0.85, 1.5)
+
+    def store(self, scale: Tensor) -> Tensor:
+        steps = (scale / self.global_scale).float()
+        finite = steps.isfinite()
+        steps = FORMATS["e4m3"].round_(steps.nan_to_num_()).clamp_(min=E4M3_SMALLEST)
+        return steps.masked_fill_(~finite, torch.nan).to(torch.float8_e4m3fn)
+
+    def storable(self, end: Tensor, octaves: Tensor) -> Iterator[Tensor]:
+        code = self.store(end).view(torch.uint8).int()
+        down = (octaves * E4M3_STEPS_IN_OCTAVE).ceil().int().clamp_(min=E4M3_STEPS)
+        for step in range(E4M3_STEPS, -1 - int(down.max()) if down.numel() else 0, -1):
+            codes = (code + torch.clamp(-down, min=step)).clamp_(1, 126).to(torch.uint8)
+            yield self.value(codes.view(torch.float8_e4m3fn))
+
+    @classmethod
+    def global_scale_for(cls, magnitude: float, fmt: NumberFormat) -> float:
+        """The largest e4m3 number (448) times the largest element just covers the magnitude, rounded up to a power of
+        two."""
+        if not 0 < magnitude < math.inf:
+            return 1.0
+        exponent = math.ceil(math.log2(magnitude / (FORMATS["e4m3"].largest * fmt.largest)))
+        return 2.0 ** min(max(exponent, SMALLEST_EXPONENT), LARGEST_EXPONENT)
+
+
+class E8M0(_Binades):
+    """A byte that is an exponent."""
+
+    name = "e8m0"
+    own_dtype = torch.float8_e8m0fnu
+    shares: ClassVar[tuple[float, ...]] = (1.0, 0.5, 2.0)
+
+    def store(self, scale: Tensor) -> Tensor:
+        return self._bytes(nearest_power_of_two(scale, E8M0_SMALLEST_EXPONENT))
+
+    def covering(self, magnitude: Tensor, fmt: NumberFormat, mode: ExponentMode) -> Tensor:
+        return block_exponent_scale(magnitude, fmt, mode).masked_fill(magnitude == 0, 0.0)
+
+    def _bytes(self, power: Tensor) -> Tensor:
+        """The byte holds every power of two that is left."""
+        return torch.where(power == 0, torch.ones_like(power), power).to(self.dtype)
+
+
+class Microexponent(E8M0):
+    """The byte of 8 pairs and a bit for each of them. A scale is held as the byte that both amount to."""
+
+    name = "microexponent"
+    block = PAIRS
+    shares = (1.0,)
+
+    def store(self, scale: Tensor) -> Tensor:
+        power = nearest_power_of_two(scale, E8M0_SMALLEST_EXPONENT)
+        return self._bytes(_share_exponents(power))  # before zeros become 1: a pair of zeros lifts no other
+
+    def alternatives(self, covering: Tensor) -> Iterator[Iterable[Tensor]]:
+        blocks = self.round(covering).unflatten(-1, (-1, PAIRS))
+        top = blocks.amax(-1, keepdim=True).expand_as(blocks).flatten(-2)
+        for step in BINADES:
+            upper = self.round(2.0**step * top)
+            yield upper, upper / 2
+
+    @classmethod
+    def problem(cls, fmt: NumberFormat, group_size: int | None) -> str | None:
+        return None if group_size == 2 and fmt.is_integer else "shares scales by pairs of integers; use group_size 2"
+
+    def stored_bits(self, scales: int) -> int:
+        return scales * 8 // PAIRS + scales
+
+
+SCALE_TYPES: dict[str, type[ScaleFormat]] = {
+    scale_type.name: scale_type for scale_type in (Float, PowerOfTwo, E4M3, E8M0, Microexponent)
+}
 
 
 def nearest_power_of_two(scale: Tensor, smallest: int = SMALLEST_EXPONENT) -> Tensor:

@@ -14,14 +14,15 @@ grids one integer zero point, per tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbit.numerics.formats import NumberFormat, RoundMethod
-from fewbit.numerics.scale_format import ExponentMode, ScaleFormat, block_exponent_scale
-from fewbit.numerics.search import PIECE, search, storable
+from fewbit.numerics.scale_format import ExponentMode, ScaleFormat
+from fewbit.numerics.search import PIECE, search
 
 FRACTIONS = tuple(1.0 - 0.05 * step for step in range(10))  # of the covering scale
 FRACTIONS_2_BITS = tuple(1.0 - 0.05 * step for step in range(14))
@@ -73,10 +74,7 @@ class GridRule:
         """The symmetric scale, not yet stored, at which the largest magnitude reaches the end of the grid."""
         if self.fmt.is_cast:
             return torch.ones_like(magnitude)
-        if self.scale.type in ("e8m0", "microexponent"):
-            return block_exponent_scale(magnitude, self.fmt, self.mode).masked_fill(magnitude == 0, 0.0)
-        reach: float = (2**self.fmt.bits - 1) / 2 if self.fmt.is_integer else self.fmt.largest
-        return magnitude / reach
+        return self.scale.covering(magnitude, self.fmt, self.mode)
 
     @property
     def fractions(self) -> tuple[float, ...]:
@@ -96,11 +94,31 @@ class GridRule:
         smallest, largest = self.fmt.smallest, self.fmt.largest
         return [torch.maximum(high / largest, low / smallest), -torch.maximum(high / -smallest, low / -largest)]
 
-    def candidates(self, low: Tensor, high: Tensor) -> Tensor:
-        """Symmetric scales worth trying for groups with these ranges (low ≤ 0 ≤ high): values [candidates, ...]."""
-        if self.scale.type != "float":
-            return torch.stack(list(storable(self, low, high, torch.ones_like(low))))
-        return self.scale.round(torch.stack([share * end for end in self.ends(low, high) for share in self.fractions]))
+    def candidates(
+        self, low: Tensor, high: Tensor, shares: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Grids worth trying for ranges [...] (low ≤ 0 ≤ high): values of stored scales [candidates, ...], of either
+        sign where that differs, and zero points.
+
+        They are at `shares` of the range; None is `fractions`, but of a coarse scale type all that matter.
+        """
+        if shares is None and self.symmetric and self.scale.is_coarse:
+            return torch.stack(list(self.storable(low, high, torch.ones_like(low)))), None
+        shares = self.fractions if shares is None else shares
+        if self.symmetric:
+            return self.scale.round(
+                torch.stack([share * end for end in self.ends(low, high) for share in shares])
+            ), None
+        stored, zero = self.from_range(*(torch.stack([share * end for share in shares]) for end in (low, high)))
+        return self.scale.value(stored), zero
+
+    def storable(self, low: Tensor, high: Tensor, floor: Tensor) -> Iterator[Tensor]:
+        """Of a coarse scale type, all symmetric scales worth trying for groups with these ranges: values [...].
+
+        `floor` [...]: share of the range below which nothing is tried, but for the neighbours of the covering scale.
+        """
+        for end in self.ends(low, high):
+            yield from self.scale.storable(end, -floor.log2())
 
     def error(self, tiles: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None) -> Tensor:
         """Weighted squared error of each tile when its elements go to its grid: float32 [...]. `scale` is a value."""

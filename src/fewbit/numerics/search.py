@@ -17,13 +17,11 @@ A tile's result depends on the tile alone, so it does not matter which tiles are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from fewbit.numerics.scale_format import PAIRS
 
 if TYPE_CHECKING:
     from fewbit.numerics.scales import GridRule
@@ -39,9 +37,22 @@ LEAST_MARGIN = 0.4
 # best is tried. A finer grid helps only elements that are hardly normal.
 OCTAVE, WIDE = 2.0, 4  # bits of exponent
 MANTISSAS_ROOM = 4.0
-BINADES = (-1, 0, 1)
-# e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
-E4M3_STEPS, E4M3_STEPS_IN_OCTAVE = 6, 8
+
+
+class Best:
+    """Of the candidates that are considered one after another, for each group the one with the least error; the first
+    of equals. A candidate is a value [...] (a scale, as a rule) and perhaps a zero point."""
+
+    def __init__(self, error: Tensor, value: Tensor, zero: Tensor | None = None) -> None:
+        self.error, self.value, self.zero = error, value, zero
+
+    def consider(self, error: Tensor, value: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Returns where the candidate is better: bool, shaped like `error`."""
+        better = error < self.error
+        self.error, self.value = torch.where(better, error, self.error), torch.where(better, value, self.value)
+        if zero is not None and self.zero is not None:
+            self.zero = torch.where(better, zero, self.zero)
+        return better
 
 
 def search(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -49,51 +60,44 @@ def search(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Te
     each element weighted by `importance` (broadcastable to `tiles`)."""
     weights = None if importance is None else importance.expand_as(tiles)
     at_once = max(1, PIECE * tiles.shape[0] // max(1, tiles.numel()))
+    find = _search_affine if not rule.symmetric else _search_jointly if rule.scale.block > 1 else _search_symmetric
     scales, zeros = [], []
     for start in range(0, tiles.shape[0], at_once):
-        piece = tiles[start : start + at_once].float()
         weight = None if weights is None else weights[start : start + at_once]
-        if rule.scale.type == "microexponent":
-            scales.append(_search_microexponents(rule, piece, weight))
-        elif rule.symmetric:
-            scales.append(_search_symmetric(rule, piece, weight))
-        else:
-            scale, zero = _search_affine(rule, piece, weight)
-            scales.append(scale)
-            zeros.append(zero)
+        best = find(rule, tiles[start : start + at_once].float(), weight)
+        scales.append(rule.scale.store(best.value))
+        if best.zero is not None:
+            zeros.append(rule.fmt.encode(best.zero))
     return torch.cat(scales), torch.cat(zeros) if zeros else None
 
 
-def _search_symmetric(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Tensor:
+def _search_symmetric(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
     reach = torch.maximum(high, -low)
-    best = rule.scale.round(rule.covering(reach))
-    best_error = rule.error(tiles, best, None, importance)
+    covering = rule.scale.round(rule.covering(reach))
+    best = Best(rule.error(tiles, covering, None, importance), covering)
 
     def consider(scale: Tensor) -> None:
-        nonlocal best, best_error
-        error = rule.error(tiles, scale, None, importance)
-        better = error < best_error
-        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+        best.consider(rule.error(tiles, scale, None, importance), scale)
 
     floor = least_share(rule, tiles, reach, importance)
-    if rule.scale.type != "float":  # few scales can be stored, so all that matter are tried
-        for scale in storable(rule, low, high, floor):
+    if rule.scale.is_coarse:
+        for scale in rule.storable(low, high, floor):
             consider(scale)
-        return rule.scale.store(best)
+        return best
     coarse, steps = _steps(rule, tiles, importance)
     start = OCTAVE if rule.fmt.exponent_bits >= WIDE else 1.0
     for end in rule.ends(low, high):
         for share in shares(coarse, floor, start):
             consider(rule.scale.round(share * end))
     for step in steps:
-        around = best
+        around = best.value
         for factor in (1 - step, 1 + step):
             consider(rule.scale.round(factor * around))
-    return rule.scale.store(best)
+    return best
 
 
-def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
     """The grid's points are multiples of the scale; the zero point says which ones, so for a given scale the error is
     convex in it. The scale is swept from the whole range down, and the zero point follows in single steps."""
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
@@ -103,50 +107,43 @@ def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> 
     stored, zero_point = rule.from_range(low, high)
     assert zero_point is not None
     whole, zero = rule.scale.value(stored), zero_point.float()
-    best, best_zero, best_error = whole, zero, rule.error(tiles, whole, zero, importance)
+    best = Best(rule.error(tiles, whole, zero, importance), whole, zero)
 
     def follow(scale: Tensor, zero: Tensor) -> Tensor:
         """Try a scale with a zero point and its neighbours, as far as the grid may have moved; returns the best."""
-        nonlocal best, best_zero, best_error
-        error = rule.error(tiles, scale, zero, importance)
+        here = Best(rule.error(tiles, scale, zero, importance), zero)
         stride = 2 ** min(4, max(0, rule.fmt.bits - 4))
         while stride:
             for sign in (-stride, stride):
-                beside = (zero + sign).clamp_(smallest, largest)
-                found = rule.error(tiles, scale, beside, importance)
-                better = found < error
-                zero, error = torch.where(better, beside, zero), torch.where(better, found, error)
+                beside = (here.value + sign).clamp_(smallest, largest)
+                here.consider(rule.error(tiles, scale, beside, importance), beside)
             stride //= 4
-        better = error < best_error
-        best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
-        best_error = torch.where(better, error, best_error)
-        return zero
+        best.consider(here.error, scale, here.value)
+        return here.value
 
     for share in shares(coarse, floor):
         zero = follow(rule.scale.round(share * whole), zero)
     for step in steps:
-        around, zero = best, best_zero
+        around, of_best = best.value, best.zero
+        assert of_best is not None
         for factor in (1 - step, 1 + step):
-            follow(rule.scale.round(factor * around), zero)
-    return rule.scale.store(best), rule.fmt.encode(best_zero)
+            follow(rule.scale.round(factor * around), of_best)
+    return best
 
 
-def _search_microexponents(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Tensor:
-    """Scales of pairs [..., pairs, 2], tried block by block: its byte and, for each pair, its bit."""
-    magnitude = tiles.abs().amax(-1)
-    stored = rule.scale.store(rule.covering(magnitude))
-    best = rule.scale.value(stored)
-    best_error = rule.error(tiles, best, None, importance).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
-    top = best.unflatten(-1, (-1, PAIRS)).amax(-1, keepdim=True)
-    for step in BINADES:
-        upper = rule.scale.round((2.0**step * top).expand(*top.shape[:-1], PAIRS).flatten(-2))
-        whole = rule.error(tiles, upper, None, importance)
-        half = rule.error(tiles, upper / 2, None, importance)
-        error = torch.minimum(whole, half).unflatten(-1, (-1, PAIRS)).sum(-1, keepdim=True)
-        better = (error < best_error).expand(*error.shape[:-1], PAIRS).flatten(-2)
-        best = torch.where(better, torch.where(half < whole, upper / 2, upper), best)
-        best_error = torch.minimum(error, best_error)
-    return rule.scale.store(best)
+def _search_jointly(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
+    """Scales that are stored jointly [..., tiles], tried block by block: for each state of what a block shares, every
+    tile takes what suits it best."""
+    covering = rule.covering(tiles.abs().amax(-1))
+    value = rule.scale.round(covering)
+    best = Best(rule.scale.pooled(rule.error(tiles, value, None, importance)), value)
+    for values in rule.scale.alternatives(covering):
+        first, *others = values
+        of_state = Best(rule.error(tiles, first, None, importance), first)
+        for value in others:
+            of_state.consider(rule.error(tiles, value, None, importance), value)
+        best.consider(rule.scale.pooled(of_state.error), of_state.value)
+    return best
 
 
 def _steps(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[float, tuple[float, ...]]:
@@ -162,25 +159,6 @@ def shares(ratio: float, floor: Tensor, start: float = 1.0) -> Iterator[Tensor]:
     lowest = float(floor.min()) if floor.numel() else 1.0
     for step in range(1 + math.ceil(math.log(lowest / start) / math.log(ratio))):
         yield floor.clamp(min=start * ratio**step)
-
-
-def storable(rule: GridRule, low: Tensor, high: Tensor, floor: Tensor) -> Iterator[Tensor]:
-    """Symmetric scales that can be stored where few can, worth trying for tiles with these ranges: values [...].
-
-    `floor` [...]: share of the range below which nothing is tried, but for the neighbours of the covering scale.
-    """
-    octaves = -floor.log2()
-    if rule.scale.type == "e4m3":
-        code = rule.scale.store(rule.covering(torch.maximum(high, -low))).view(torch.uint8).int()
-        down = (octaves * E4M3_STEPS_IN_OCTAVE).ceil().int().clamp_(min=E4M3_STEPS)
-        for step in range(E4M3_STEPS, -1 - int(down.max()) if down.numel() else 0, -1):
-            codes = (code + torch.clamp(-down, min=step)).clamp_(1, 126).to(torch.uint8)
-            yield rule.scale.value(codes.view(torch.float8_e4m3fn))
-        return
-    down = octaves.ceil().clamp_(min=1)
-    for end in rule.ends(low, high):
-        for step in range(1, -1 - int(down.max()) if down.numel() else 0, -1):
-            yield rule.scale.round(torch.exp2(torch.clamp(-down, min=step)) * end)
 
 
 def least_share(rule: GridRule, tiles: Tensor, reach: Tensor, importance: Tensor | None) -> Tensor:
@@ -213,36 +191,41 @@ def _half_steps(rule: GridRule) -> float:
     return fmt.largest / 2.0 ** (fmt.emax - fmt.mantissa_bits)
 
 
-class RangeSearch:
+class RangeSearch(Best):
     """Tries ranges for groups of values and keeps, for each group, the one whose grid costs least so far.
 
     Args:
         rule: turns ranges into grids.
-        low, high: the whole range of each group [...], which is tried first.
+        low, high: the whole range of each group [..., groups along a row], which is tried first.
         cost: of (scale value [...], zero point [...] or None): [...].
     """
 
     def __init__(
         self, rule: GridRule, low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor | None], Tensor]
     ) -> None:
-        self._rule = rule
-        self._cost = cost
+        self._rule, self._cost = rule, cost
         self.low, self.high = low, high
         self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)
         """Of each end, in the best range."""
-        stored, self.zero = rule.from_range(low, high)
-        self.scale = rule.scale.value(stored)
-        """As it is stored, in float32."""
-        self.error = cost(self.scale, self.zero)
+        super().__init__(*self._scored(low, high))
 
-    def consider(self, share_low: Tensor | float, share_high: Tensor | float) -> None:
-        """Try shares of both ends, the same for all groups or one for each [...]."""
-        stored, zero = self._rule.from_range(share_low * self.low, share_high * self.high)
+    def _scored(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        stored, zero = self._rule.from_range(low, high)
         scale = self._rule.scale.value(stored)
-        error = self._cost(scale, zero)
-        better = error < self.error
-        self.scale, self.error = torch.where(better, scale, self.scale), torch.where(better, error, self.error)
-        if zero is not None and self.zero is not None:
-            self.zero = torch.where(better, zero, self.zero)
+        return self._rule.scale.pooled(self._cost(scale, zero)), scale, zero
+
+    def shrink(self, share_low: Tensor | float, share_high: Tensor | float) -> None:
+        """Try shares of both ends, the same for all groups or one for each [...]."""
+        better = self.consider(*self._scored(share_low * self.low, share_high * self.high))
         self.share_low = torch.where(better, share_low, self.share_low)
         self.share_high = torch.where(better, share_high, self.share_high)
+
+    def sweep(self, shares: Sequence[float]) -> None:
+        """Try shares of the whole range; for affine grids then of each end alone."""
+        for share in shares:
+            self.shrink(share, share)
+        if not self._rule.symmetric:
+            for share in shares:
+                self.shrink(share, self.share_high)
+            for share in shares:
+                self.shrink(self.share_low, share)
