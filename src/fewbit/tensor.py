@@ -182,6 +182,32 @@ class QuantizedActivation:
         return cls(spec, tensors.get("scale"), tensors.get("zero_point"), float(tensors.get("global_scale", 1.0)))
 
 
+def find_grid(
+    weight: Tensor, spec: QuantizationSpec, format: ScaleFormat, costs: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Stored scales and zero points of a weight [out, in] of any float dtype, by the spec's rule; `costs` [in] weigh
+    the squared errors of each column where it searches."""
+    weights = None if costs is None or spec.observer != "search" else spec.tiling.split(costs.expand_as(weight))
+    return spec.grid_rule(format).find(spec.tiling.split(weight), weights)
+
+
+def round_to_nearest(
+    weight: Tensor, spec: QuantizationSpec, format: ScaleFormat, costs: Tensor | None = None
+) -> QuantTensor:
+    """A weight [out, in] of any float dtype on the grid that `find_grid` finds for it. Works piece by piece: there is
+    no float32 copy of the whole."""
+    return quantize(weight, spec, format, *find_grid(weight, spec, format, costs))
+
+
+def after_first_stage(weight: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> Tensor:
+    """A weight [out, in] after the first of two stages, rounded to nearest: float32; or, of a spec with one stage, as
+    it is. `dtype` is that of the checkpoint's weight."""
+    first = spec.first_stage
+    if first is None:
+        return weight
+    return round_to_nearest(weight, first, first.scale_format(dtype, first.global_scale(weight))).dequantize()
+
+
 def quantize(
     weight: Tensor, spec: QuantizationSpec, format: ScaleFormat, scale: Tensor, zero_point: Tensor | None = None
 ) -> QuantTensor:

@@ -41,7 +41,7 @@ from fewbit.numerics.cholesky import inverse_cholesky
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.numerics.scales import GridRule
 from fewbit.numerics.second_moment import importance, quadratic_form
-from fewbit.tensor import QuantTensor, quantize
+from fewbit.tensor import QuantTensor, find_grid, round_to_nearest
 
 LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
 CHUNK_ELEMENTS = 2**23  # in · rows that are worked on at a time: bounds the memory beyond the inputs
@@ -121,7 +121,7 @@ def gptq(
     follows_drift = drift is not None and config.drift > 0
     if drift is not None and follows_drift:
         weight = drifted(weight, drift, choosing, config.drift)
-    nearest = quantize(weight, spec, scale, *_scales(weight, importance(moment), spec, rule))
+    nearest = round_to_nearest(weight, spec, scale, importance(moment))
     fixed = None if by_group else _fixed_grid(weight, choosing.cost, nearest, rule)
     ridge = solving.damping * float(moment.diagonal().mean(dtype=torch.float64))
     parts = []
@@ -339,12 +339,6 @@ def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
             w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
 
 
-def _scales(weight: Tensor, cost: Tensor, spec: QuantizationSpec, rule: GridRule) -> tuple[Tensor, Tensor | None]:
-    """Scales as they are stored and zero points, by the spec's rule; `cost` [in] of a squared error in each column."""
-    costs = spec.tiling.split(cost.expand_as(weight)) if spec.observer == "search" else None
-    return rule.find(spec.tiling.split(weight), costs)
-
-
 def _fixed_grid(weight: Tensor, cost: Tensor, nearest: QuantTensor, rule: GridRule) -> Grid:
     """Grids [groups, rows] that are fixed before the loop, for every row its own: those of rounding to nearest.
 
@@ -353,7 +347,7 @@ def _fixed_grid(weight: Tensor, cost: Tensor, nearest: QuantTensor, rule: GridRu
     """
     spec, stored, zero = nearest.spec, nearest.scale, nearest.zero_point
     if rule.rule == "search" and spec.tiling.rows == 1:
-        stored, zero = _scales(weight, cost, spec, rule)
+        stored, zero = find_grid(weight, spec, rule.scale, cost)
     rows = weight.shape[0]
     tile_rows, _ = spec.tiling.tile(*weight.shape)
     return Grid.stored(rule, stored, zero).map(lambda x: x.repeat_interleave(tile_rows, 0)[:rows].T.contiguous())

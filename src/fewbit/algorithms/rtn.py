@@ -12,11 +12,9 @@ from fewbit.algorithms.outcome import Outcome
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.numerics.second_moment import importance
-from fewbit.tensor import quantize
+from fewbit.tensor import round_to_nearest
 
 
 def rtn(weight: Tensor, moment: Tensor | None, spec: QuantizationSpec, scale: ScaleFormat) -> Outcome:
     """Quantize `weight` [out, in] float32; `moment` is H = XᵀX [in, in] float32 or None."""
-    weights = None if moment is None else spec.tiling.split(importance(moment).expand_as(weight))
-    stored, zero = spec.grid_rule(scale).find(spec.tiling.split(weight), weights)
-    return Outcome(quantize(weight, spec, scale, stored, zero))
+    return Outcome(round_to_nearest(weight, spec, scale, None if moment is None else importance(moment)))

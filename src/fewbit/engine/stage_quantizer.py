@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fewbit.algorithms import quantize_weight
-from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import CodeConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics.second_moment import quadratic_form
-from fewbit.tensor import PIECE, QuantTensor, quantize
+from fewbit.tensor import PIECE, QuantTensor, after_first_stage, find_grid, quantize
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def quantize_stage(
         start = weight
         if any(member.start is not None for member in batch):
             start = torch.cat([member.weight if member.start is None else member.start for member in batch])
-        start = _first_stage(start, batch[0])
+        start = after_first_stage(start, spec, batch[0].dtype)
         outcome = quantize_weight(start, statistics, spec, format, algorithm)
         error = outcome.error if start is weight else None  # else it is measured against what codes were found for
         error = _errors(outcome.weight.dequantize().sub_(weight), moment) if error is None else error
@@ -98,13 +97,12 @@ def round_stage(members: list[Member]) -> dict[str, LinearResult]:
         shared = None
         if len(batch) > 1 and spec.tiling.rows != 1:  # one scale for all
             whole = torch.cat([member.weight for member in batch])
-            shared = spec.grid_rule(format).find(spec.tiling.split(whole))
+            shared = find_grid(whole, spec, format)
             del whole
         for member in batch:
             started = time.perf_counter()
-            weight = _first_stage(member.weight, member)
-            stored, zero = shared or spec.grid_rule(format).find(spec.tiling.split(weight))
-            found = quantize(weight, spec, format, stored, zero)
+            weight = after_first_stage(member.weight, spec, member.dtype)
+            found = quantize(weight, spec, format, *(shared or find_grid(weight, spec, format)))
             results[member.name] = LinearResult(
                 weight=found,
                 tokens=0,
@@ -160,12 +158,3 @@ def _shares_scale(spec: QuantizationSpec) -> bool:
 def _errors(delta: Tensor, moment: Tensor | None) -> Tensor:
     """Squared output of each row, or without statistics its own square: float64 [rows]."""
     return delta.square().sum(-1, dtype=torch.float64) if moment is None else quadratic_form(delta, moment)
-
-
-def _first_stage(weight: Tensor, member: Member) -> Tensor:
-    """The weight after the first of two stages (round to nearest), or as it is."""
-    first = member.spec.first_stage
-    if first is None:
-        return weight
-    format = first.scale_format(member.dtype, first.global_scale(weight))
-    return rtn(weight, None, first, format).weight.dequantize()

@@ -18,7 +18,7 @@ from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.words import input_spec
 from fewbit.numerics import scales
 from fewbit.numerics.scale_format import ScaleFormat
-from fewbit.tensor import QuantTensor, quantize
+from fewbit.tensor import QuantTensor, after_first_stage, find_grid, round_to_nearest
 
 
 class Quantizer(KeepsDtypes):
@@ -134,32 +134,32 @@ def quantize_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the wei
     spec's groups do not cover it, or it holds NaN or infinity.
     """
     spec.check_stored(name)
-    target, format, stored, zero = _grid(weight, spec, name)
-    return quantize(target, spec, format, stored, zero)
+    return round_to_nearest(*_checked(weight, spec, name))
 
 
 def round_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the weight") -> Tensor:
     """What a matrix [out, in] becomes, in its dtype: as `quantize_matrix`, and for dtypes that have no codes, too."""
     if spec.format.has_codes:
         return quantize_matrix(weight, spec, name).dequantize(weight.dtype)
-    target, format, stored, zero = _grid(weight, spec, name)
+    target, _, format = _checked(weight, spec, name)
+    stored, zero = find_grid(target, spec, format)
     tiles = spec.tiling.split(target)
     values = scales.fake_quantize(tiles, format.value(stored), zero, spec.format, spec.round_method)
     return spec.tiling.merge(values, *target.shape).to(weight.dtype)
 
 
-def _grid(weight: Tensor, spec: QuantizationSpec, name: str) -> tuple[Tensor, ScaleFormat, Tensor, Tensor | None]:
-    """What is rounded (float32), how its scales are stored, the scales and the zero points."""
+def _checked(weight: Tensor, spec: QuantizationSpec, name: str) -> tuple[Tensor, QuantizationSpec, ScaleFormat]:
+    """What is rounded to nearest (float32, after a first stage), by which spec, and how its scales are stored."""
     matrix = weight.detach().float()
     if not bool(torch.isfinite(matrix).all()):
         raise ConfigError(f"{name} holds NaN or infinity; is the model damaged?")
-    try:
-        spec.tiling.tile(*matrix.shape)
-    except ValueError as error:
-        raise ConfigError(f"{name} cannot be quantized {spec.summary}: {error}") from None
-    target = matrix
+    for stage in (spec, spec.first_stage):
+        if stage is not None:
+            try:
+                stage.tiling.tile(*matrix.shape)
+            except ValueError as error:
+                raise ConfigError(f"{name} cannot be quantized {stage.summary}: {error}") from None
     if spec.first_stage is not None:
-        target = quantize_matrix(weight, spec.first_stage, name).dequantize()
+        spec.first_stage.check_stored(name)
     format = spec.scale_format(weight.dtype, spec.global_scale(matrix))
-    stored, zero = spec.grid_rule(format).find(spec.tiling.split(target))
-    return target, format, stored, zero
+    return after_first_stage(matrix, spec, weight.dtype), spec, format
