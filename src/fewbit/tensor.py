@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbit.config.spec import QuantizationSpec
+from fewbit.errors import CalibrationError, ConfigError
 from fewbit.numerics import scales
 from fewbit.numerics.packing import pack, unpack
 from fewbit.numerics.scale_format import ScaleFormat
@@ -180,6 +181,39 @@ class QuantizedActivation:
     def from_tensors(cls, tensors: dict[str, Tensor], spec: QuantizationSpec) -> QuantizedActivation:
         """Inverse of `to_tensors`."""
         return cls(spec, tensors.get("scale"), tensors.get("zero_point"), float(tensors.get("global_scale", 1.0)))
+
+    def split(self, matrix: Tensor) -> Tensor:
+        """Matrix [rows, channels] → tiles [rows, columns, n]; ConfigError if they do not cover it exactly."""
+        try:
+            return self.spec.tiling.split(matrix)
+        except ValueError as error:
+            raise ConfigError(f"an activation cannot be quantized {self.spec.summary}: {error}") from None
+
+    def find_scale(self, tiles: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor | None]:
+        """Stored scale and zero point of tiles [rows, columns, n]: found now, or known from calibration."""
+        if self.spec.is_dynamic:
+            return replace(self.spec.grid_rule(format), signed=False).find(tiles.float())
+        if self.scale is None:
+            raise CalibrationError(
+                f"a static activation ({self.spec.summary}) has no scale yet; run data through the model inside "
+                "`with fewbit.calibrate(model):` first, or use is_dynamic=True"
+            )
+        return self.scale, self.zero_point
+
+    def fake_quantize(self, x: Tensor, format: ScaleFormat) -> Tensor:
+        """x [..., channels] quantized and dequantized in its dtype, whatever the spec says of a residual."""
+        spec = self.spec
+        if spec.format.is_cast:
+            return spec.format.encode(x).to(x.dtype)
+        if not x.is_floating_point():
+            raise ConfigError(f"only floats can be quantized, not {x.dtype}")
+        if x.numel() == 0:  # an expert without tokens
+            return x
+        matrix = x.reshape(-1, x.shape[-1])
+        tiles = self.split(matrix)
+        stored, zero = self.find_scale(tiles, format)
+        values = scales.fake_quantize(tiles, format.value(stored), zero, spec.format, spec.round_method)
+        return spec.tiling.merge(values, *matrix.shape).reshape(x.shape).to(x.dtype)
 
 
 def find_grid(

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewbit.calibration.observers import make_observer
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.spec import ACCUMULATING_OBSERVERS, QuantizationSpec
-from fewbit.nn.activation import ActivationQuantizer
+from fewbit.tensor import QuantizedActivation
 
 PARTS = 4
 MIX = -7046029254386353131  # odd: spreads the sums of bit patterns over all bits
@@ -39,12 +39,13 @@ class Scored:
     def deviation(self, scale: Tensor) -> Tensor:
         """e = Q(x/s) − x/s of the tokens [tokens, in], s [in]."""
         scaled = self.tokens / scale
-        known = None
         if self.fitted is not None:
             observer = make_observer(self.spec)
             observer(self.fitted / scale)
-            known = observer.result()
-        quantized: Tensor = ActivationQuantizer(self.spec, known)(scaled)
+            return _fake_quantized(scaled, observer.result()).sub_(scaled)
+        quantized = _fake_quantized(scaled, QuantizedActivation(self.spec))
+        if self.spec.residual:
+            quantized = quantized + _fake_quantized(scaled - quantized, QuantizedActivation(self.spec))
         return quantized.sub_(scaled)
 
 
@@ -73,6 +74,14 @@ def scored_tokens(statistics: Statistics, spec: QuantizationSpec | None) -> list
         if all(bool(sample[~chosen].any()) for chosen in parts):
             return [Scored(sample[chosen], weights[chosen], spec, sample[~chosen]) for chosen in parts]
     return [Scored(sample, weights, replace(spec, is_dynamic=True, observer=quick))]
+
+
+def _fake_quantized(x: Tensor, known: QuantizedActivation) -> Tensor:
+    """Scales are float32 where the spec leaves their dtype to the checkpoint; the global scale of a dynamic input is
+    that of the tokens at hand."""
+    spec = known.spec
+    global_scale = spec.global_scale(x) if spec.is_dynamic else known.global_scale
+    return known.fake_quantize(x, spec.scale_format(torch.float32, global_scale))
 
 
 def _parts(tokens: Tensor) -> Tensor:

@@ -218,7 +218,8 @@ class QuantizationSpec:
         scale type has none."""
         if not self.stored_as.has_global_scale:
             return 1.0
-        return self.stored_as.global_scale_for(max(float(x.abs().max()) for x in tensors), self.format)
+        largest = max((float(x.abs().max()) for x in tensors if x.numel()), default=0.0)
+        return self.stored_as.global_scale_for(largest, self.format)
 
     def grid_rule(self, scale: ScaleFormat) -> GridRule:
         """The rule that finds this spec's scales."""

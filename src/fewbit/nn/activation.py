@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from fewbit.checkpoint.native import StoredStep
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import CalibrationError, ConfigError
 from fewbit.nn.steps import QUANTIZE, Step
-from fewbit.numerics import scales
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.tensor import QuantizedActivation
 
@@ -106,38 +103,16 @@ class ActivationQuantizer(Step):
 
     def find_scale(self, tiles: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor | None]:
         """Stored scale and zero point of tiles [rows, columns, n]: found now, or known from calibration."""
-        if self.spec.is_dynamic:
-            return replace(self.spec.grid_rule(format), signed=False).find(tiles.float())
-        if self.scale is None:
-            raise CalibrationError(
-                f"a static activation ({self.spec.summary}) has no scale yet; run data through the model inside "
-                "`with fewbit.calibrate(model):` first, or use is_dynamic=True"
-            )
-        return self.scale, self.zero_point
+        return self.state().find_scale(tiles, format)
 
     def split(self, matrix: Tensor) -> Tensor:
         """Matrix [rows, channels] → tiles [rows, columns, n]; ConfigError if they do not cover it exactly."""
-        try:
-            return self.spec.tiling.split(matrix)
-        except ValueError as error:
-            raise ConfigError(f"an activation cannot be quantized {self.spec.summary}: {error}") from None
+        return self.state().split(matrix)
 
     @torch.no_grad()
     def once(self, x: Tensor) -> Tensor:
         """One stage of quantization, whatever the spec says of a residual."""
-        spec = self.spec
-        if spec.format.is_cast:
-            return spec.format.encode(x).to(x.dtype)
-        if not x.is_floating_point():
-            raise ConfigError(f"only floats can be quantized, not {x.dtype}")
-        if x.numel() == 0:  # an expert without tokens
-            return x
-        matrix = x.reshape(-1, x.shape[-1])
-        tiles = self.split(matrix)
-        format = self.format(x)
-        stored, zero = self.find_scale(tiles, format)
-        values = scales.fake_quantize(tiles, format.value(stored), zero, spec.format, spec.round_method)
-        return spec.tiling.merge(values, *matrix.shape).reshape(x.shape).to(x.dtype)
+        return self.state().fake_quantize(x, self.format(x))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
