@@ -6,8 +6,10 @@ from importlib import import_module
 import pytest
 import torch
 
-from fewbit.algorithms.gptq import _factored as factored
-from fewbit.algorithms.gptq import column_order, drifted, gptq, inverse_factor
+from fewbit.algorithms.columns import Problem, solve
+from fewbit.algorithms.factor import column_order, factored, inverse_factor
+from fewbit.algorithms.gptq import drifted, gptq
+from fewbit.algorithms.grids import Grid
 from fewbit.algorithms.rtn import rtn
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
@@ -380,9 +382,8 @@ def test_one_scale_per_row_is_as_good_as_textbook_gptq_with_scales_by_brute_forc
     tried = [rule.scale.round(sign * largest * share) for sign in (1, -1) for share in torch.linspace(0.1, 1.3, 160)]
     errors = torch.stack([rule.error(weight, scale, None, weights) for scale in tried])
     scale = torch.stack(tried).gather(0, errors.argmin(0, keepdim=True))
-    module = import_module("fewbit.algorithms.gptq")
-    problem = module._Problem(weight, moment, 0.0, weight.shape[1], rule)
-    grid = module.Grid(scale, None, spec.format, spec.round_method)
-    levels = module.solve(problem, factored(moment, 128, "activation", 0.01), grid, 128).levels
+    problem = Problem(weight, moment, 0.0, weight.shape[1], rule)
+    grid = Grid(scale, None, spec.format, spec.round_method)
+    levels = solve(problem, factored(moment, 128, "activation", 0.01), grid, 128).levels
     textbook = float(quadratic_form(levels * scale.T - weight, moment).sum())
     assert loss(weight, moment, gptq(weight, moment, spec, BF16, GPTQConfig())) < 1.02 * textbook

@@ -7,7 +7,8 @@ import torch
 
 from fewbit.algorithms.gptq import gptq
 from fewbit.algorithms.rtn import rtn
-from fewbit.algorithms.scale_search import column_costs, search_scales
+from fewbit.algorithms.scale_loss import column_costs
+from fewbit.algorithms.scale_search import search_scales
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import AWQConfig, GPTQConfig, SmoothQuantConfig
 from fewbit.config.spec import QuantizationSpec

@@ -21,77 +21,30 @@ drift of the inputs (see `drifted`):
 Grids that are fixed before the loop (a scale per channel, blocks) are searched by the same Σ ((w_j − v_j) / U_jj)².
 
 In the end each row is compared with itself rounded to nearest, by the true loss, so it is never worse than that.
-Scales are always scored as they are stored. All of it works on columns as rows (Wᵀ, contiguous) and on many output
-channels at once; leaves of a few columns are updated one by one, everything beyond them by matrix products.
+Scales are always scored as they are stored. The inverse of H is in factor.py, the loop in columns.py, the fit of the
+scales in refit.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from fewbit.algorithms.grids import Grid, candidates
+from fewbit.algorithms.columns import Problem, Solution, solve, solve_greedily
+from fewbit.algorithms.factor import Factor, factored
+from fewbit.algorithms.grids import Grid
 from fewbit.algorithms.outcome import Outcome
+from fewbit.algorithms.refit import refit
 from fewbit.config.algorithms import GPTQConfig
 from fewbit.config.spec import QuantizationSpec
-from fewbit.numerics import matmul
-from fewbit.numerics.cholesky import inverse_cholesky
 from fewbit.numerics.scale_format import ScaleFormat
 from fewbit.numerics.scales import GridRule
 from fewbit.numerics.second_moment import importance, quadratic_form
 from fewbit.tensor import QuantTensor, find_grid, round_to_nearest
 
-LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
 CHUNK_ELEMENTS = 2**23  # in · rows that are worked on at a time: bounds the memory beyond the inputs
-FIT_ELEMENTS = 2**24  # rows · groups² in one solve for the scales
-DAMPING_STEPS = (1.0, 10.0, 100.0)
 # Order in which scales are chosen, by the order in which codes are found: choosing needs whole groups.
 _CHOOSING_ORDER = {"activation": "group-aware", "group-aware": "group-aware", "none": "none"}
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The damped inverse of H for columns in some order: column k of the loop is column order[k] of the weight."""
-
-    order: Tensor
-    update: Tensor
-    """Rows of U divided by their diagonal: what the error of a column does to later ones."""
-    precision: Tensor
-    """1/U_jj²: what a squared error of column j costs once later columns have made up for it."""
-    damping: float
-
-    @property
-    def cost(self) -> Tensor:
-        """`precision` in the order of the weight's columns. (diag(H) is what an error costs that no column makes
-        up for.)"""
-        return torch.empty_like(self.precision).index_copy_(0, self.order, self.precision)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Levels [rows, in], their grids [groups, rows], and the loss of each row [rows] under the damped H."""
-
-    levels: Tensor
-    grid: Grid
-    loss: Tensor
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Some rows of a weight, H, and the grid's constants."""
-
-    weight: Tensor
-    """[rows, in]."""
-    moment: Tensor
-    """H [in, in]."""
-    ridge: float
-    """What damping adds to H's diagonal. Scales are fitted under the damped H, too: with fewer tokens than groups, H
-    alone says nothing of most scales."""
-    group: int
-    """Columns per scale."""
-    rule: GridRule
 
 
 def gptq(
@@ -112,10 +65,10 @@ def gptq(
     whole = weight.shape[1] % group == 0  # blocks may be cut at the edge
     search = spec.observer == "search" and spec.tiling.rows == 1 and whole
     by_group = search and spec.qscheme == "per_group" and scale.block == 1  # else a scale depends on its neighbours
-    choosing = _factored(moment, group, _CHOOSING_ORDER[config.order] if by_group else config.order, config.damping)
+    choosing = factored(moment, group, _CHOOSING_ORDER[config.order] if by_group else config.order, config.damping)
     solving = choosing
     if by_group and config.refits and _CHOOSING_ORDER[config.order] != config.order:
-        solving = _factored(moment, group, config.order, config.damping)
+        solving = factored(moment, group, config.order, config.damping)
     if choosing is None or solving is None:
         return None
     follows_drift = drift is not None and config.drift > 0
@@ -128,7 +81,7 @@ def gptq(
     rows_at_once = max(64, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
-        problem = _Problem(weight[rows], moment, ridge, group, rule)
+        problem = Problem(weight[rows], moment, ridge, group, rule)
         if fixed is None:
             solution = solve_greedily(problem, choosing)
         else:
@@ -155,188 +108,6 @@ def drifted(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tens
     result = weight.clone()
     result[:, factor.order] += share * correction
     return result
-
-
-def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
-    """Order in which columns are quantized [in], given diag(H): the costliest to get wrong first."""
-    if order == "none":
-        return torch.arange(diagonal.numel(), device=diagonal.device)
-    if order == "activation":
-        return diagonal.argsort(descending=True, stable=True)
-    if diagonal.numel() % group:  # the last group of blocks may be partial: no order of whole groups exists
-        return torch.arange(diagonal.numel(), device=diagonal.device)
-    by_group = diagonal.view(-1, group)
-    groups = by_group.mean(1).argsort(descending=True, stable=True)
-    inside = by_group[groups].argsort(dim=1, descending=True, stable=True)
-    return (groups.unsqueeze(1) * group + inside).flatten()
-
-
-def _factored(moment: Tensor, group: int, order_name: str, damping: float) -> Factor | None:
-    order = column_order(moment.diagonal(), group, order_name)
-    found = inverse_factor(moment, order, damping)
-    if found is None:
-        return None
-    upper, used = found
-    diagonal = upper.diagonal().clone()
-    return Factor(order, upper.div_(diagonal.unsqueeze(1)), diagonal.square_().reciprocal_(), used)
-
-
-def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float] | None:
-    """Upper triangular U with (H + damping · mean(diag H) · I)⁻¹ = UᵀU for H in `order`, and the damping it took.
-
-    With J the reversal of rows and columns, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J): one Cholesky factor and one
-    triangular inverse. Damping grows tenfold while that fails; then float64 is tried; then None is returned.
-    """
-    mean = float(moment.diagonal().mean(dtype=torch.float64))
-    if not mean > 0:
-        return None
-    reverse = order.flip(0)
-    for dtype in (torch.float32, torch.float64):
-        for step in DAMPING_STEPS:
-            reversed_moment = moment[reverse][:, reverse].to(dtype)
-            reversed_moment.diagonal().add_(damping * step * mean)
-            inverse = inverse_cholesky(reversed_moment)
-            if inverse is not None:
-                return inverse.flip(0, 1).float(), damping * step
-    return None
-
-
-def solve(problem: _Problem, factor: Factor, grid: Grid, block_size: int) -> Solution:
-    """Codes on given grids [groups, rows], columns in any order."""
-    w = problem.weight.T[factor.order].contiguous()  # [in, rows]
-    levels = torch.empty_like(w)
-    groups = factor.order // problem.group
-    for start in range(0, w.shape[0], block_size):
-        block = slice(start, start + block_size)
-        here = grid.map(lambda x: x[groups[block]])  # noqa: B023
-        _run_columns(w[block], levels[block], factor.update[block, block], here)
-        w[block.stop :].addmm_(factor.update[block, block.stop :].T, w[block], alpha=-1)
-    loss = torch.mv(w.square_().T, factor.precision)
-    return Solution(_in_original_order(levels, factor.order), grid, loss)
-
-
-def solve_greedily(problem: _Problem, factor: Factor) -> Solution:
-    """Codes and grids, each group's scale chosen by the loss when the loop reaches it. Groups must be contiguous."""
-    w = problem.weight.T[factor.order].contiguous()  # [in, rows]
-    levels = torch.empty_like(w)
-    size, (columns, rows) = problem.group, w.shape
-    total = torch.zeros(rows, device=w.device)
-    chosen: dict[int, Grid] = {}
-    for start in range(0, columns, size):
-        block = slice(start, start + size)
-        precision = factor.precision[block]
-        grids = candidates(w[block], precision, problem.rule)
-        count = grids.scale.shape[0]
-        # all candidates side by side: [g, candidates · rows]
-        work = w[block].repeat(1, count)  # always a copy: it is worked on in place
-        trial = torch.empty_like(work)
-        _run_columns(work, trial, factor.update[block, block], grids.map(lambda x: x.reshape(1, -1).expand(size, -1)))
-        loss, best = torch.mv(work.square().T, precision).view(count, rows).min(0, keepdim=True)  # [1, rows]
-        total += loss[0]
-        index = best.expand(size, 1, rows)
-        levels[block] = trial.view(size, count, rows).gather(1, index)[:, 0]
-        error = work.view(size, count, rows).gather(1, index)[:, 0]
-        chosen[int(factor.order[start]) // size] = grids.map(lambda x: x.gather(0, best))  # noqa: B023
-        w[block.stop :].addmm_(factor.update[block, block.stop :].T, error, alpha=-1)
-    in_order = [chosen[number] for number in range(columns // size)]
-    lows = [grid.low for grid in in_order if grid.low is not None]
-    low = torch.cat(lows) if lows else None
-    grid = replace(in_order[0], scale=torch.cat([grid.scale for grid in in_order]), low=low)
-    return Solution(_in_original_order(levels, factor.order), grid, total)
-
-
-def refit(problem: _Problem, factor: Factor, solution: Solution, config: GPTQConfig) -> Solution:
-    """Fit the scales to the codes and find the codes again, `config.refits` times; each row keeps what is better.
-
-    In the end the scales are fitted to the codes that were kept.
-    """
-    projected = matmul.linear(problem.weight, problem.moment)
-    projected.add_(problem.weight, alpha=problem.ridge)  # W·H, damped, needed by every fit
-    for _ in range(config.refits):
-        grid = replace(solution.grid, scale=fitted_scale(problem, projected, solution))
-        found = solve(problem, factor, grid, config.block_size)
-        better = found.loss < solution.loss
-        solution = Solution(
-            torch.where(better.unsqueeze(1), found.levels, solution.levels),
-            replace(grid, scale=torch.where(better, grid.scale, solution.grid.scale)),
-            torch.where(better, found.loss, solution.loss),
-        )
-    grid = replace(solution.grid, scale=fitted_scale(problem, projected, solution))
-    return replace(solution, grid=grid)
-
-
-def fitted_scale(problem: _Problem, projected: Tensor, solution: Solution) -> Tensor:
-    """Scales [groups, rows] with the least loss for fixed levels t, as they are stored.
-
-    The loss of a row is sᵀAs − 2bᵀs + const with A_gh = t_g H_gh t_h and b_g = (W·H)_g · t_g (`projected` is W·H
-    [rows, in], H damped). Rows whose loss does not fall, once rounded, keep their scales; so do groups of zero levels.
-    """
-    if problem.rule.scale.is_power_of_two:  # too coarse to be fitted: the search has chosen the binade
-        return solution.grid.scale
-    groups = solution.levels.shape[1] // problem.group
-    rows_at_once = max(1, FIT_ELEMENTS // groups**2)
-    return torch.cat(
-        [
-            _fitted_scale(problem, *piece)
-            for piece in zip(
-                projected.split(rows_at_once),
-                solution.levels.split(rows_at_once),
-                solution.grid.scale.split(rows_at_once, dim=1),
-                strict=True,
-            )
-        ],
-        dim=1,
-    )
-
-
-def _fitted_scale(problem: _Problem, projected: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    """`fitted_scale` of some rows: projected and levels [rows, in], scale [groups, rows]."""
-    rows, columns = levels.shape
-    size, groups = problem.group, columns // problem.group
-    quadratic = torch.zeros(groups, groups, rows, device=levels.device)
-    for number in range(groups):
-        start = number * size
-        image = matmul.linear(levels[:, start : start + size], problem.moment[start:, start : start + size])
-        row = image.mul_(levels[:, start:]).view(rows, groups - number, size).sum(-1).T
-        quadratic[number, number:] = row
-        quadratic[number + 1 :, number] = row[1:]
-    quadratic = quadratic.permute(2, 0, 1)  # [rows, groups, groups]
-    size_of_levels = levels.view(rows, groups, size).square().sum(-1)
-    quadratic.diagonal(dim1=1, dim2=2).add_(size_of_levels, alpha=problem.ridge)
-    linear = (projected * levels).view(rows, groups, size).sum(-1)  # [rows, groups]
-    diagonal = quadratic.diagonal(dim1=1, dim2=2)
-    empty = diagonal <= 0
-    tiny = 1e-6 * diagonal + empty + torch.finfo(torch.float32).tiny  # each group's own: one may be huge
-    lower, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(tiny))
-    residual = linear - (quadratic @ scale.T.unsqueeze(-1)).squeeze(-1)
-    fitted = scale.T + torch.cholesky_solve(residual.unsqueeze(-1), lower).squeeze(-1)
-    fitted = torch.where(empty | ~torch.isfinite(fitted), scale.T, fitted)
-    fitted = problem.rule.scale.round(fitted)
-
-    def loss(s: Tensor) -> Tensor:
-        return ((quadratic @ s.unsqueeze(-1)).squeeze(-1) - 2 * linear).mul_(s).sum(-1)
-
-    better = (loss(fitted) < loss(scale.T)) & (info == 0)
-    return torch.where(better, fitted.T, scale)
-
-
-def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
-    """The recursion inside a block of columns. `w` [g, rows] becomes the errors w_j − v_j; `levels` is filled.
-
-    `update` [g, g]; `grid` has one entry per column [g, rows].
-    """
-    columns = w.shape[0]
-    inverse = grid.scale.reciprocal()
-    for leaf in range(0, columns, LEAF):
-        stop = min(leaf + LEAF, columns)
-        for j in range(leaf, stop):
-            level = torch.mul(w[j], inverse[j], out=levels[j])
-            grid.snap_(level, None if grid.low is None else grid.low[j])
-            w[j].addcmul_(level, grid.scale[j], value=-1)
-            if j + 1 < stop:
-                w[j + 1 : stop].addr_(update[j, j + 1 : stop], w[j], alpha=-1)
-        if stop < columns:
-            w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
 
 
 def _fixed_grid(weight: Tensor, cost: Tensor, nearest: QuantTensor, rule: GridRule) -> Grid:
@@ -366,13 +137,6 @@ def _better(weight: Tensor, moment: Tensor, found: QuantTensor, nearest: QuantTe
     if not bool(worse.any()):
         return found, error
     return found.with_rows(worse, nearest), torch.where(worse, plain, error)
-
-
-def _in_original_order(levels: Tensor, order: Tensor) -> Tensor:
-    """[in, rows] in loop order → [rows, in]."""
-    restored = torch.empty_like(levels)
-    restored[order] = levels
-    return restored.T.contiguous()
 
 
 def _to_quant_tensor(parts: list[Solution], spec: QuantizationSpec, format: ScaleFormat) -> QuantTensor:

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.algorithms.input_error import Scored
+from fewbit.algorithms.input_error import Scored, scored_tokens
+from fewbit.calibration.statistics import Statistics
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import matmul, scales
 from fewbit.numerics.scales import GridRule
@@ -44,6 +45,23 @@ class Objective:
     """p of the columns where GPTQ follows."""
     scored: list[Scored]
     """Tokens of the input that tell what its quantization costs."""
+
+    @classmethod
+    def of(
+        cls,
+        weights: Sequence[Tensor],
+        specs: Sequence[QuantizationSpec],
+        statistics: Statistics,
+        *,
+        dtype: torch.dtype,
+        input_spec: QuantizationSpec | None,
+        compensated: bool,
+        rows: int,
+    ) -> Objective:
+        """Of linears that share an input; the arguments are those of `search_scales`."""
+        moment = statistics.moment
+        costs = column_costs(moment) if compensated else None
+        return cls(_targets(weights, specs, dtype, rows), moment, costs, scored_tokens(statistics, input_spec))
 
     def weights(self, scale: Tensor) -> float:
         """By the error of the weights."""
@@ -129,7 +147,7 @@ class Target:
         yield from zip(values, [None] * len(values) if zeros is None else zeros, strict=True)
 
 
-def targets_of(
+def _targets(
     weights: Sequence[Tensor], specs: Sequence[QuantizationSpec], dtype: torch.dtype, rows: int
 ) -> list[Target]:
     """Some `rows` of all weights [out, in] together, evenly spaced, that stand for them; casts lose nothing."""

@@ -1,0 +1,113 @@
+"""GPTQ's loop: columns get their codes one after another, and the error of each is moved into those still to come.
+
+It works on columns as rows (Wᵀ, contiguous) and on many output channels at once; leaves of a few columns are updated
+one by one, everything beyond them by matrix products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewbit.algorithms.factor import Factor
+from fewbit.algorithms.grids import Grid, candidates
+from fewbit.numerics.scales import GridRule
+
+LEAF = 8  # columns that are updated one by one; beyond them matrix products are faster
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Levels [rows, in], their grids [groups, rows], and the loss of each row [rows] under the damped H."""
+
+    levels: Tensor
+    grid: Grid
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Some rows of a weight, H, and the grid's constants."""
+
+    weight: Tensor
+    """[rows, in]."""
+    moment: Tensor
+    """H [in, in]."""
+    ridge: float
+    """What damping adds to H's diagonal. Scales are fitted under the damped H, too: with fewer tokens than groups, H
+    alone says nothing of most scales."""
+    group: int
+    """Columns per scale."""
+    rule: GridRule
+
+
+def solve(problem: Problem, factor: Factor, grid: Grid, block_size: int) -> Solution:
+    """Codes on given grids [groups, rows], columns in any order."""
+    w = problem.weight.T[factor.order].contiguous()  # [in, rows]
+    levels = torch.empty_like(w)
+    groups = factor.order // problem.group
+    for start in range(0, w.shape[0], block_size):
+        block = slice(start, start + block_size)
+        here = grid.map(lambda x: x[groups[block]])  # noqa: B023
+        _run_columns(w[block], levels[block], factor.update[block, block], here)
+        w[block.stop :].addmm_(factor.update[block, block.stop :].T, w[block], alpha=-1)
+    loss = torch.mv(w.square_().T, factor.precision)
+    return Solution(_in_original_order(levels, factor.order), grid, loss)
+
+
+def solve_greedily(problem: Problem, factor: Factor) -> Solution:
+    """Codes and grids, each group's scale chosen by the loss when the loop reaches it. Groups must be contiguous."""
+    w = problem.weight.T[factor.order].contiguous()  # [in, rows]
+    levels = torch.empty_like(w)
+    size, (columns, rows) = problem.group, w.shape
+    total = torch.zeros(rows, device=w.device)
+    chosen: dict[int, Grid] = {}
+    for start in range(0, columns, size):
+        block = slice(start, start + size)
+        precision = factor.precision[block]
+        grids = candidates(w[block], precision, problem.rule)
+        count = grids.scale.shape[0]
+        # all candidates side by side: [g, candidates · rows]
+        work = w[block].repeat(1, count)  # always a copy: it is worked on in place
+        trial = torch.empty_like(work)
+        _run_columns(work, trial, factor.update[block, block], grids.map(lambda x: x.reshape(1, -1).expand(size, -1)))
+        loss, best = torch.mv(work.square().T, precision).view(count, rows).min(0, keepdim=True)  # [1, rows]
+        total += loss[0]
+        index = best.expand(size, 1, rows)
+        levels[block] = trial.view(size, count, rows).gather(1, index)[:, 0]
+        error = work.view(size, count, rows).gather(1, index)[:, 0]
+        chosen[int(factor.order[start]) // size] = grids.map(lambda x: x.gather(0, best))  # noqa: B023
+        w[block.stop :].addmm_(factor.update[block, block.stop :].T, error, alpha=-1)
+    in_order = [chosen[number] for number in range(columns // size)]
+    lows = [grid.low for grid in in_order if grid.low is not None]
+    low = torch.cat(lows) if lows else None
+    grid = replace(in_order[0], scale=torch.cat([grid.scale for grid in in_order]), low=low)
+    return Solution(_in_original_order(levels, factor.order), grid, total)
+
+
+def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
+    """The recursion inside a block of columns. `w` [g, rows] becomes the errors w_j − v_j; `levels` is filled.
+
+    `update` [g, g]; `grid` has one entry per column [g, rows].
+    """
+    columns = w.shape[0]
+    inverse = grid.scale.reciprocal()
+    for leaf in range(0, columns, LEAF):
+        stop = min(leaf + LEAF, columns)
+        for j in range(leaf, stop):
+            level = torch.mul(w[j], inverse[j], out=levels[j])
+            grid.snap_(level, None if grid.low is None else grid.low[j])
+            w[j].addcmul_(level, grid.scale[j], value=-1)
+            if j + 1 < stop:
+                w[j + 1 : stop].addr_(update[j, j + 1 : stop], w[j], alpha=-1)
+        if stop < columns:
+            w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
+
+
+def _in_original_order(levels: Tensor, order: Tensor) -> Tensor:
+    """[in, rows] in loop order → [rows, in]."""
+    restored = torch.empty_like(levels)
+    restored[order] = levels
+    return restored.T.contiguous()
