@@ -111,7 +111,7 @@ def test_ctrl_c_in_any_verb_says_how_to_start_again(cli, monkeypatch, verb, tmp_
     def interrupted(*given, **options):
         raise KeyboardInterrupt
 
-    for name in ("export.export", "export.verify", "evaluation.evaluate", "config.recipe.Config.read_yaml",
+    for name in ("formats.export", "formats.verify", "evaluation.evaluate", "config.recipe.Config.read_yaml",
                  "models.demo.make_demo_model"):  # fmt: skip
         monkeypatch.setattr(f"fewbit.{name}", interrupted)
     monkeypatch.setattr("rich.table.Table.add_column", interrupted)
