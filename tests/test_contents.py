@@ -41,8 +41,8 @@ def test_the_plan_says_before_the_work_what_the_checkpoint_says_after_it(checkpo
     assert planned.model_type == family
     assert planned.tied == ({} if family == "llama" else {"lm_head.weight": "model.embed_tokens.weight"})
     for linear in planned.linears.values():
-        assert linear.name == f"{planned.blocks}.{linear.block}.{linear.role}"
-        assert linear.name not in planned.unquantized
+        inside = linear.block is not None
+        assert linear.name == (f"{planned.blocks}.{linear.block}.{linear.role}" if inside else "lm_head")
     assert "lm_head" in planned.unquantized
     assert {known.kind for known in planned.attention.values()} == {type_of_attention(family)}
     assert all(bool(known.specs) == (recipe == "cache") for known in planned.attention.values())

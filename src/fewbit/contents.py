@@ -22,19 +22,45 @@ NOMINAL_SHAPE = (4096, 4096)
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """A linear of which something is quantized."""
+    """A linear: what is quantized of it, or why nothing is."""
 
     name: str
     shape: tuple[int, int]
     """[out, in]"""
-    weight: QuantizationSpec | None
-    input: QuantizationSpec | None = None
-    output: QuantizationSpec | None = None
+    config: QuantizationConfig | None
+    """None if nothing is quantized. (A bias is stored rounded; a checkpoint does not know its spec.)"""
+    rule: str = ""
+    """The recipe's rule, or the reason, for which nothing is."""
+    block: int | None = None
+    """Number of the block that it is in, if it is in one."""
     role: str = ""
-    """Its path inside its block, e.g. "self_attn.q_proj"."""
-    block: int = 0
+    """Its path inside the block, e.g. "self_attn.q_proj"."""
     routed: bool = False
     """Tokens are routed to it: it is part of an expert."""
+
+    @property
+    def weight(self) -> QuantizationSpec | None:
+        return self.config.weight if self.config is not None else None
+
+    @property
+    def input(self) -> QuantizationSpec | None:
+        return self.config.input_tensors if self.config is not None else None
+
+    @property
+    def output(self) -> QuantizationSpec | None:
+        return self.config.output_tensors if self.config is not None else None
+
+    @property
+    def status(self) -> str:
+        """A word for reports."""
+        if self.config is not None:
+            return "quantized" if self.config.weight is not None else "activations"
+        return "excluded" if self.rule.startswith("exclude") else "skipped"
+
+    @property
+    def reason(self) -> str:
+        """Why its weight stays as it is, if it does."""
+        return self.rule or "its weight stays as it is"
 
     @property
     def weight_name(self) -> str:
@@ -66,7 +92,7 @@ class AttentionEntry:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything that is quantized in a model, and what has to be known of the rest."""
+    """What is quantized in a model and what is not."""
 
     linears: Mapping[str, LinearEntry]
     """By name, in the model's order."""
@@ -75,8 +101,6 @@ class Contents:
     fused: tuple[tuple[str, ...], ...] = ()
     """Names of linears that engines compute as one, because they share an input and lie in one module: q, k and v,
     gate and up. In the order of their rows, quantized or not."""
-    unquantized: tuple[str, ...] = ()
-    """Names of the linears that stay as they are, weights and inputs."""
     others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the matrices that belong to no linear and stay as they are: routers, experts in one tensor."""
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +116,11 @@ class Contents:
     def weights(self) -> list[LinearEntry]:
         """The linears with a quantized weight."""
         return [linear for linear in self.linears.values() if linear.weight is not None]
+
+    @property
+    def unquantized(self) -> list[str]:
+        """Names of the linears that stay as they are, weights and inputs."""
+        return [name for name, linear in self.linears.items() if linear.config is None]
 
     @cached_property
     def activations(self) -> dict[str, QuantizationSpec]:
@@ -135,7 +164,11 @@ class Contents:
             "attention": {name: known.kind for name, known in self.attention.items()},
             "fused": [list(names) for names in self.fused],
             "routed": [linear.name for linear in self.linears.values() if linear.routed],
-            "unquantized": list(self.unquantized),
+            "unquantized": {
+                name: [linear.rule, linear.block, *linear.shape]
+                for name, linear in self.linears.items()
+                if linear.config is None
+            },
             "others": {name: list(shape) for name, shape in self.others.items()},
             "tied": dict(self.tied),
         }
@@ -149,19 +182,17 @@ class Contents:
     ) -> Contents:
         """From `facts` and what the blocks' files say: spec, shape and block of linears by name, and activations."""
         blocks, routed = str(facts["blocks"]), set(facts["routed"])
-        linears = {
-            name: LinearEntry(
-                name,
-                shape,
-                spec,
-                activations.get(f"{name}.input"),
-                activations.get(f"{name}.output"),
-                name.removeprefix(f"{blocks}.{block}."),
-                block,
-                name in routed,
-            )
-            for name, (spec, shape, block) in weights.items()
-        }
+
+        def entry(name: str, block: int | None, shape: tuple[int, int], **known: Any) -> LinearEntry:
+            role = "" if block is None else name.removeprefix(f"{blocks}.{block}.")
+            return LinearEntry(name, shape, **known, block=block, role=role, routed=name in routed)
+
+        linears = {}
+        for name, (spec, shape, block) in weights.items():
+            flows = {f"{slot}_tensors": activations.get(f"{name}.{slot}") for slot in LINEAR_SLOTS}
+            linears[name] = entry(name, block, shape, config=QuantizationConfig(weight=spec, **flows))
+        for name, (rule, block, rows, columns) in facts["unquantized"].items():
+            linears[name] = entry(name, block, (rows, columns), config=None, rule=rule)
         inside: dict[str, dict[str, QuantizationSpec]] = {name: {} for name in facts["attention"]}
         for name, spec in activations.items():
             module, _, slot = name.rpartition(".")
@@ -171,7 +202,6 @@ class Contents:
             linears,
             {name: AttentionEntry(name, facts["attention"].get(name, ""), specs) for name, specs in inside.items()},
             tuple(tuple(names) for names in facts["fused"]),
-            tuple(facts["unquantized"]),
             {name: tuple(shape) for name, shape in facts["others"].items()},
             dict(facts["tied"]),
             *(str(facts[name]) for name in ("family", "model_type", "blocks")),
@@ -180,7 +210,6 @@ class Contents:
 
 def nominal(config: QuantizationConfig | None = None, attention: AttentionConfig | None = None) -> Contents:
     """One linear and one attention module, quantized like this: to ask what can become of a scheme."""
-    config = config or QuantizationConfig()
-    linear = LinearEntry("m", NOMINAL_SHAPE, config.weight, config.input_tensors, config.output_tensors)
     specs = {} if attention is None else {slot: spec for slot, spec in attention.specs.items() if spec is not None}
-    return Contents({"m": linear} if config.quantizes else {}, {"a": AttentionEntry("a", "Attention", specs)})
+    linears = {} if config is None else {"m": LinearEntry("m", NOMINAL_SHAPE, config)}
+    return Contents(linears, {"a": AttentionEntry("a", "Attention", specs)})

@@ -157,7 +157,7 @@ def facts_of(fused=(), unquantized=(), classes=None, routed=()):
     """What a run's manifest says of its contents."""
     family = {"family": "llama", "model_type": "llama", "blocks": "model.layers"}
     told = family | {"attention": classes or {}, "fused": fused, "routed": routed}
-    return told | {"unquantized": list(unquantized), "others": {}, "tied": {}}
+    return told | {"unquantized": {name: ["excluded", None, 64, 64] for name in unquantized}, "others": {}, "tied": {}}
 
 
 def contents_of(weights, activations=None, shapes=None, unquantized=(), classes=None) -> Contents:

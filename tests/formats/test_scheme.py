@@ -128,7 +128,6 @@ REFUSED_WEIGHTS = {
 }
 REFUSED_INPUTS = {
     "residual": (dynamic("int8", residual=True), "quantized twice"),
-    "two stages": (dynamic("int8", first_stage=spec("e4m3", "per_tensor")), "quantized twice"),
     "clip": (dynamic("int8", clip_ratio=0.9), "clip_ratio 0.9"),
     "percentile": (dynamic("int8", observer="percentile"), "observer percentile"),
     "mse": (dynamic("int8", observer="mse"), "observer mse"),
@@ -165,6 +164,11 @@ def test_inputs_that_readers_would_quantize_otherwise_are_refused_by_name(case):
     how, reason = REFUSED_INPUTS[case]
     with pytest.raises(ConfigError, match=rf"compressed-tensors: 'm.weight' has .*{reason}"):
         check(contents_of(WEIGHT, {"m.input": how}))
+
+
+def test_what_no_recipe_can_say_of_an_input_is_refused_as_well():
+    with pytest.raises(ConfigError, match="quantized twice"):
+        activation_args(dynamic("int8", first_stage=spec("e4m3", "per_tensor")))
 
 
 @pytest.mark.parametrize("case", REFUSED_ATTENTION)

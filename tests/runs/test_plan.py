@@ -28,9 +28,9 @@ def statuses(plan):
 def test_every_linear_of_the_model_has_a_place_in_the_plan(model):
     plan = plan_of(model)
     assert set(plan.linears) == set(model.linears())
-    assert plan.contents.unquantized == ("lm_head",)
+    assert plan.contents.unquantized == ["lm_head"]
     assert plan.linears["lm_head"].status == "skipped"
-    assert plan.linears["lm_head"].rule == "outside the blocks' groups"
+    assert plan.linears["lm_head"].reason == "outside the blocks' groups"
     assert set(statuses(plan).values()) == {"quantized", "skipped"}
     assert plan.block_groups == [model.groups] * 2
     assert plan.warnings == []
@@ -42,7 +42,7 @@ def test_exclude_leaves_out_and_says_by_which_pattern(model):
         "lm_head",
         *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")),
     }
-    assert plan.linears["lm_head"].rule == "exclude 'lm_head'"
+    assert plan.linears["lm_head"].reason == "exclude 'lm_head'"
     assert plan.block_groups[0] == (*model.groups[:2], (), ())
     assert plan.block_groups[1] == model.groups
 

@@ -251,10 +251,10 @@ class NativeCheckpoint:
         return {name: info for part in self.parts for name, info in part.info().items()}
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        return {name: self._part(name).read(name, dtype) for name in names}
+        return {name: self.part(name).read(name, dtype) for name in names}
 
     def read_quantized(self, name: str) -> QuantTensor:
-        return self._part(name).read_quantized(name)
+        return self.part(name).read_quantized(name)
 
     def activations(self) -> dict[str, QuantizedActivation]:
         """Quantized activations of all parts, by module and slot."""
@@ -286,7 +286,8 @@ class NativeCheckpoint:
         except CheckpointError:
             raise _damaged(file) from None
 
-    def _part(self, name: str) -> NativePart:
+    def part(self, name: str) -> NativePart:
+        """The part that holds a tensor."""
         if name not in self._part_of:
             raise CheckpointError(f"{self.directory} holds no tensor {name!r}")
         return self._part_of[name]

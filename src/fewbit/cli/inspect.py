@@ -47,7 +47,8 @@ def inspect(
     if found.plan is None or found.bytes_quantized is None:
         return
     counts = Counter(
-        (linear.status, linear.spec.dtype if linear.spec else linear.rule) for linear in found.plan.linears.values()
+        (linear.status, linear.weight.dtype if linear.weight else linear.reason)
+        for linear in found.plan.contents.linears.values()
     )
     for (status, what), count in sorted(counts.items()):
         typer.echo(f"{status:14} {count} linears: {what}")

@@ -66,7 +66,7 @@ class Smoother:
             if set(scaling.readers) != set(group) or not self._turned.isdisjoint(f"{prefix}{name}" for name in group):
                 continue
             readers = [self._plan.linears[f"{prefix}{name}"] for name in group]
-            if any(linear.spec is not None and is_cut(linear.spec, linear.shape) for linear in readers):
+            if any(linear.weight is not None and is_cut(linear.weight, linear.shape) for linear in readers):
                 return None
             producer = f"{prefix}{scaling.producer}"
             activations = self._plan.activations  # what a linear inside attention gives to another are values

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
-from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
+from fewbit.config.spec import AttentionConfig, QuantizationSpec
 from fewbit.contents import AttentionEntry, Contents, LinearEntry
 from fewbit.errors import ConfigError
 from fewbit.models.architecture import Groups
@@ -20,46 +20,27 @@ from fewbit.nn.linear import Linear
 
 
 @dataclass(frozen=True)
-class LinearPlan:
-    """One linear: its spec if it is quantized, otherwise why not."""
-
-    name: str
-    shape: tuple[int, int]
-    config: QuantizationConfig | None
-    """What is quantized of it; None if nothing is."""
-    rule: str
-    """The matching rule that decided, or the reason for which a linear cannot be quantized."""
-
-    @property
-    def spec(self) -> QuantizationSpec | None:
-        """Of the weight."""
-        return self.config.weight if self.config is not None else None
-
-    @property
-    def status(self) -> str:
-        if self.config is not None:
-            return "quantized"
-        return "excluded" if self.rule.startswith("exclude") else "skipped"
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Every linear of the model, and the groups of each block that have something to quantize."""
+    """What the run will hold, and the groups of each block that have something to quantize."""
 
-    linears: dict[str, LinearPlan]
+    contents: Contents
     block_groups: list[Groups]
     """Per block: of each of the model's groups, in the same order, the linears whose weights are quantized (by their
     names inside the block); empty where none is."""
-    contents: Contents
     warnings: list[str]
     attention: AttentionConfig | None = None
     untouched: tuple[Untouched, ...] = ()
     """Tensors that are no linears and stay as they are."""
 
     @property
+    def linears(self) -> Mapping[str, LinearEntry]:
+        """Every linear of the model."""
+        return self.contents.linears
+
+    @property
     def weights(self) -> dict[str, QuantizationSpec]:
         """Spec of every weight that is quantized, by the weight's name."""
-        return {f"{name}.weight": linear.spec for name, linear in self.linears.items() if linear.spec is not None}
+        return {linear.weight_name: linear.weight for linear in self.contents.weights if linear.weight is not None}
 
     @property
     def activations(self) -> Mapping[str, QuantizationSpec]:
@@ -72,83 +53,65 @@ class Plan:
         return any(spec.needs_data for spec in self.activations.values())
 
     def spec(self, name: str) -> QuantizationSpec:
-        spec = self.linears[name].spec
+        spec = self.linears[name].weight
         assert spec is not None
         return spec
 
 
 def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     """Match the recipe against the model. ConfigError for what cannot be honoured, before anything is written."""
-    modules = model.linears()
-    found = resolve(config, {name: type(module).__name__ for name, module in modules.items()})
-    grouped = {name for group in model.full_groups() for name in group}
-    linears = {}
-    for name, match in found.items():
-        shape = (modules[name].out_features, modules[name].in_features)
-        wanted = match.config if match.config is not None and match.config.quantizes else None
-        rule = match.rule
-        if name not in grouped and wanted is not None:
-            if match.rule not in ("global",) and not match.rule.startswith("type"):
-                raise ConfigError(
-                    f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})"
-                )
-            wanted, rule = None, "outside the blocks' groups"
-        if wanted is not None and wanted.bias is not None and wanted.weight is None:
-            raise ConfigError(f"bias of {name!r} is quantized with its weight only; give weight a spec, too ({rule})")
-        linears[name] = LinearPlan(name, shape, wanted, rule)
+    linears = _linears(model, config)
     _check_divides(linears)
     if not any(linear.config for linear in linears.values()) and config.attention is None:
         raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no spec")
     search = config.scale_search
-    if search is not None and not any(linear.spec for linear in linears.values()):
+    if search is not None and not any(linear.weight for linear in linears.values()):
         raise ConfigError(
             f"algorithm {search.name}: scales are searched before linears whose weights are quantized, which none is; "
             "give weights a spec, or leave it out"
         )
-    groups = [_to_quantize(model, index, linears) for index in range(len(model))]
     left = tuple(untouched(model.skeleton, linears))
-    inside = _attention(model, config.attention)
-    contents = _contents(model, linears, inside, left)
-    warnings = _unlike_specs(contents, linears) + _cut_blocks(contents) + _not_of_the_model(model)
-    if left:
-        warnings.append(sentence(left))
-    return Plan(linears, groups, contents, warnings, config.attention, left)
-
-
-def _contents(
-    model: BlockwiseModel,
-    linears: Mapping[str, LinearPlan],
-    inside: Mapping[str, AttentionEntry],
-    left: Iterable[Untouched],
-) -> Contents:
-    """What will be in the run."""
-    quantized = {}
-    for index in range(len(model)):
-        prefix = model.prefix(index)
-        for name in (name for group in model.groups for name in group):
-            config = linears[prefix + name].config
-            if config is not None:
-                quantized[prefix + name] = LinearEntry(
-                    prefix + name,
-                    linears[prefix + name].shape,
-                    config.weight,
-                    config.input_tensors,
-                    config.output_tensors,
-                    name,
-                    index,
-                    routed=".experts." in name,
-                )
-    return Contents(
-        quantized,
-        inside,
+    contents = Contents(
+        linears,
+        _attention(model, config.attention),
         tuple(_siblings(model.full_groups())),
-        tuple(name for name, linear in linears.items() if linear.config is None),
         {tensor.name: tensor.shape for tensor in left},
         aliases(model.skeleton, model.source.info()),
         model.architecture.name,
         str(model.config.model_type),
         model.architecture.blocks,
     )
+    groups = [_to_quantize(model, index, linears) for index in range(len(model))]
+    return Plan(contents, groups, list(_warnings(model, contents, left)), config.attention, left)
+
+
+def _linears(model: BlockwiseModel, config: Config) -> dict[str, LinearEntry]:
+    """Every linear of the model, with what the recipe says of it."""
+    modules = model.linears()
+    places = {
+        f"{model.prefix(index)}{name}": (index, name)
+        for index in range(len(model))
+        for group in model.groups
+        for name in group
+    }
+    linears = {}
+    for name, match in resolve(config, {name: type(module).__name__ for name, module in modules.items()}).items():
+        wanted = match.config if match.config is not None and match.config.quantizes else None
+        reason = match.rule if wanted is None else ""
+        if name not in places and wanted is not None:
+            if match.rule not in ("global",) and not match.rule.startswith("type"):
+                raise ConfigError(
+                    f"{name!r} cannot be quantized: it is in no group of the model's blocks ({match.rule})"
+                )
+            wanted, reason = None, "outside the blocks' groups"
+        if wanted is not None and wanted.bias is not None and wanted.weight is None:
+            raise ConfigError(
+                f"bias of {name!r} is quantized with its weight only; give weight a spec, too ({match.rule})"
+            )
+        shape = (modules[name].out_features, modules[name].in_features)
+        block, role = places.get(name, (None, ""))
+        linears[name] = LinearEntry(name, shape, wanted, reason, block, role, ".experts." in role)
+    return linears
 
 
 def _siblings(groups: Groups) -> Iterator[tuple[str, ...]]:
@@ -180,7 +143,7 @@ def _attention(model: BlockwiseModel, config: AttentionConfig | None) -> dict[st
     }
 
 
-def _check_divides(linears: dict[str, LinearPlan]) -> None:
+def _check_divides(linears: dict[str, LinearEntry]) -> None:
     """ConfigError for the first group that does not divide, with a group size that fits all linears."""
     planned = [linear for linear in linears.values() if linear.config is not None]
     inputs = [linear.shape[1] for linear in planned]
@@ -195,7 +158,7 @@ def _check_divides(linears: dict[str, LinearPlan]) -> None:
                 )
 
 
-def _grouped(linear: LinearPlan) -> Iterator[tuple[int, int, str, bool]]:
+def _grouped(linear: LinearEntry) -> Iterator[tuple[int, int, str, bool]]:
     """Group sizes of a linear's tensors, the number of channels that each must divide, which these are, and whether
     --group-size can change it: activations and formats have their own."""
     config = linear.config
@@ -219,40 +182,28 @@ def _runs_along_rows(spec: QuantizationSpec | None) -> bool:
     return spec is not None and spec.ch_axis in (0, -2)
 
 
-def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearPlan]) -> Groups:
+def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearEntry]) -> Groups:
     prefix = model.prefix(index)
-    return tuple(tuple(name for name in group if linears[prefix + name].spec is not None) for group in model.groups)
+    return tuple(tuple(name for name in group if linears[prefix + name].weight is not None) for group in model.groups)
 
 
-def _not_of_the_model(model: BlockwiseModel) -> list[str]:
-    """Stored tensors that no module of the model has."""
-    unknown = unexpected(model.skeleton, model.source.info())
-    if not unknown:
-        return []
-    return [
-        f"{len(unknown)} stored tensors are not part of {model.architecture.name} and are left out "
-        f"(first: {unknown[0]})"
-    ]
-
-
-def _unlike_specs(contents: Contents, linears: Mapping[str, LinearPlan]) -> list[str]:
-    """Engines fuse linears that share an input into one matrix, which works only if they are quantized alike."""
-    mixed = [group for group in contents.fused if len({linears[name].config for name in group}) > 1]
-    if not mixed:
-        return []
-    first = f"{_owner(mixed[0][0])}.{{{', '.join(name.rpartition('.')[2] for name in mixed[0])}}}"
-    return [
-        f"{len(mixed)} groups of linears that engines fuse have unlike specs (first: {first}); vLLM will refuse them"
-    ]
-
-
-def _cut_blocks(contents: Contents) -> list[str]:
-    """Engines fuse linears that share an input, whose blocks of rows must then end where the linears do."""
-    cut = contents.cut_block()
-    if cut is None:
-        return []
-    linear, _ = cut
-    return [
-        f"blocks of {linear.block_rows} rows do not divide the {linear.shape[0]} of {linear.name}, which engines fuse "
-        "with others; the run can be evaluated, but not exported"
-    ]
+def _warnings(model: BlockwiseModel, contents: Contents, left: Collection[Untouched]) -> Iterator[str]:
+    """What a user should know before the work."""
+    mixed = [group for group in contents.fused if len({contents.linears[name].config for name in group}) > 1]
+    if mixed:
+        first = f"{_owner(mixed[0][0])}.{{{', '.join(name.rpartition('.')[2] for name in mixed[0])}}}"
+        what = f"{len(mixed)} groups of linears that engines fuse have unlike specs"
+        yield f"{what} (first: {first}); vLLM will refuse them"
+    if (cut := contents.cut_block()) is not None:
+        linear, _ = cut
+        yield (
+            f"blocks of {linear.block_rows} rows do not divide the {linear.shape[0]} of {linear.name}, which engines "
+            "fuse with others; the run can be evaluated, but not exported"
+        )
+    if unknown := unexpected(model.skeleton, model.source.info()):
+        yield (
+            f"{len(unknown)} stored tensors are not part of {model.architecture.name} and are left out "
+            f"(first: {unknown[0]})"
+        )
+    if left:
+        yield sentence(left)

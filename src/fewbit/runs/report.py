@@ -16,11 +16,11 @@ import torch
 import transformers
 
 from fewbit.config.recipe import Config
-from fewbit.contents import LINEAR_SLOTS, Contents
+from fewbit.contents import LINEAR_SLOTS, Contents, LinearEntry
 from fewbit.engine.stage_quantizer import LinearResult
 from fewbit.errors import CheckpointError
 from fewbit.files import read_json_object
-from fewbit.runs.plan import LinearPlan, Plan
+from fewbit.runs.plan import Plan
 from fewbit.version import __version__
 
 REPORT = "report.json"
@@ -44,12 +44,12 @@ def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
     }
 
 
-def untouched_row(linear: LinearPlan) -> dict[str, Any]:
+def untouched_row(linear: LinearEntry) -> dict[str, Any]:
     """The report's line of a linear that stays as it is."""
     return {
         "name": linear.name,
-        "status": linear.status if linear.config is None else "activations",
-        "reason": linear.rule if linear.config is None else "its weight stays as it is",
+        "status": linear.status,
+        "reason": linear.reason,
         "weights": linear.shape[0] * linear.shape[1],
     }
 
@@ -59,7 +59,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The whole report. `rows` are the quantized linears; `run` says what was quantized, with which data and how."""
     contents = plan.contents
-    untouched = [untouched_row(linear) for linear in plan.linears.values() if linear.spec is None]
+    untouched = [untouched_row(linear) for linear in contents.linears.values() if linear.weight is None]
     for row in rows + untouched:
         if (linear := contents.linears.get(row["name"])) is not None:
             row |= {slot: spec.summary for slot in LINEAR_SLOTS if (spec := getattr(linear, slot)) is not None}

@@ -29,7 +29,7 @@ def unshared(checkpoint: NativeCheckpoint) -> str | None:
 def _single_numbers(checkpoint: NativeCheckpoint, linear: LinearEntry) -> Iterator[tuple[str, float]]:
     """Scales of a linear that are one number for its weight or its input."""
     assert linear.weight is not None
-    part = checkpoint.parts[linear.block]
+    part = checkpoint.part(linear.weight_name)
     if linear.weight.scale_type == "e4m3":
         yield "weights global scale", part.global_scale(linear.weight_name)
     if _per_tensor(linear.weight):
