@@ -4,7 +4,6 @@ from fewbit import fqt as fqt
 from fewbit import io as io
 from fewbit import quark as quark
 from fewbit.api import Run as Run
-from fewbit.api import evaluate as evaluate
 from fewbit.api import load as load
 from fewbit.api import quantize as quantize
 from fewbit.calibration.recorded import DefaultDataset as DefaultDataset
@@ -28,6 +27,7 @@ from fewbit.engine.sequential_smoothing import (
     run_smooth_quant_for_sequential_layers as run_smooth_quant_for_sequential_layers,
 )
 from fewbit.errors import FewbitError as FewbitError
+from fewbit.evaluation import evaluate as evaluate
 from fewbit.evaluation.reference import Reference as Reference
 from fewbit.model_quantizer import ModelQuantizer as ModelQuantizer
 from fewbit.models.forward_manager import LayerForwardManager as LayerForwardManager

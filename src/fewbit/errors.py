@@ -13,7 +13,7 @@ class FewbitError(Exception):
     """What was found, what was expected, what to do: one sentence, no traceback."""
 
 
-class ConfigError(FewbitError, ValueError):
+class ConfigError(FewbitError):
     """A recipe, scheme or option that cannot be honoured."""
 
 

@@ -23,6 +23,7 @@ from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
+from fewbit.config.run_options import RunOptions
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.models.untouched import Untouched, sentence
 from fewbit.nn import attention, in_memory
@@ -96,7 +97,7 @@ class ModelQuantizer:
             raise CalibrationError("the dataloader gave no batch; calibration needs at least one")
         with temporary_directory("model-quantizer") as scratch:
             kept = scratch / "run" if output is None else output
-            directory = quantize_model(model, self.config, kept, calibration=data, progress=False)
+            directory = quantize_model(model, self.config, kept, calibration=data, options=RunOptions(progress=False))
             install(model, NativeCheckpoint(directory))
 
     def _by_replacement(self, model: nn.Module, dataloader: Iterable[Any] | None) -> None:

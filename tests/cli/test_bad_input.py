@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fewbit.checkpoint.arguments import parse_size
+from fewbit.config.run_options import parse_size
 
 
 @pytest.fixture

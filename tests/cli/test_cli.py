@@ -1,6 +1,8 @@
 """Every verb of the command line, on a tiny checkpoint."""
 
+import dataclasses
 import importlib.metadata
+import inspect
 import json
 import subprocess
 import sys
@@ -8,9 +10,12 @@ import sys
 import pytest
 import torch
 import yaml
+from typer.main import get_command
 
 import fewbit
-from fewbit.cli import VERBS, main
+from fewbit.cli import VERBS, build_app, main
+from fewbit.cli.options import options_of
+from fewbit.config.run_options import RunOptions
 from fewbit.config.schemes import KV_CACHES, SCHEMES
 from fewbit.contents import nominal
 
@@ -54,6 +59,24 @@ finally:
 def test_help_does_not_wait_for_torch():
     found = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize("verb", ["quantize", "evaluate"])
+def test_options_are_the_arguments_of_the_library_and_say_their_defaults(verb):
+    ours = {parameter.name: parameter for parameter in get_command(build_app()).commands[verb].params}
+    library = inspect.signature(getattr(fewbit, verb)).parameters
+    assert set(ours) - set(library) <= {"recipe", "log", "as_json"}  # the command line's own
+    assert set(library) - set(ours) <= {"config", "tokenizer", "progress"}  # objects of Python
+    for name, parameter in library.items():
+        if name in ours and isinstance(parameter.default, str | int) and not isinstance(parameter.default, bool):
+            assert ours[name].default is None
+            assert f"(default {parameter.default})" in ours[name].help
+
+
+def test_help_of_an_option_is_the_docstring_of_its_field():
+    options = options_of("fewbit.config.run_options", "ComputeOptions", "RunOptions")
+    assert list(options) == [field.name for field in dataclasses.fields(RunOptions)]
+    assert options["resume"].help == "Continue an interrupted run."
 
 
 def test_schemes_lists_every_scheme_with_its_bits(cli):
@@ -132,9 +155,9 @@ def test_quantize_exports_on_the_way_and_verify_and_evaluate_read_it(
 def test_resume_of_a_finished_run_with_its_export_is_no_error(cli, checkpoint, small, tmp_path):
     command = ["quantize", checkpoint("llama"), "--output", tmp_path / "run", *small, "--export", "compressed-tensors"]
     assert cli(*command)[0] == 0
-    code, out, _ = cli(*command, "--resume")
+    code, _, err = cli(*command, "--resume")
     assert code == 0
-    assert "(already there)" in out
+    assert f"{tmp_path / 'run' / 'exports' / 'compressed-tensors'} is already there" in err
 
 
 def test_export_writes_where_it_is_told(cli, finished_run, tmp_path):

@@ -7,7 +7,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbit.api import merge_recipe
 from fewbit.config.algorithms import (
     AWQConfig,
     GPTQConfig,
@@ -16,7 +15,7 @@ from fewbit.config.algorithms import (
     SmoothQuantConfig,
     algorithm_configs,
 )
-from fewbit.config.recipe import CalibrationConfig, Config
+from fewbit.config.recipe import CalibrationConfig, Config, merge_recipe
 from fewbit.config.schemes import parse_scheme, scheme_config
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
@@ -337,13 +336,11 @@ class TestShorthands:
         pytest.param({"attention": {"keys": {"dtype": "float16"}}}, "did you mean 'key'", id="attention-field"),
         pytest.param({"attention": {"key": {"dtyp": "int8"}}}, "did you mean 'dtype'", id="attention-spec-field"),
         pytest.param({"attention": "KV8"}, "attention", id="attention-text"),
-        pytest.param({"calibration": 128}, "calibration must be a table", id="calibration-number"),
+        pytest.param({"calibration": 128}, "calibration: must be a table", id="calibration-number"),
         pytest.param({"calibration": {"num_sample": 1}}, "did you mean 'num_samples'", id="calibration-field"),
         pytest.param({"layer_quant_config": ["a"]}, "layer_quant_config must be a table", id="layers-list"),
         pytest.param({"layer_quant_config": {"a": "W9"}}, "unknown scheme 'W9'", id="layer-scheme"),
-        pytest.param(
-            {"layer_quant_config": {"a": {"weight": "int4"}}}, "weight: Input should be a dictionary", id="weight-text"
-        ),
+        pytest.param({"layer_quant_config": {"a": {"weight": "int4"}}}, "weight: must be a table", id="weight-text"),
         pytest.param({"layer_quant_config": {"a": {"weight": {"bits": 4}}}}, "no field 'bits'", id="spec-field"),
         pytest.param({"layer_quant_config": {1: "W8A16"}}, "layer_quant_config", id="layer-number"),
         pytest.param({"group_size": 0}, "group size", id="group-size-0"),

@@ -7,7 +7,10 @@ import pytest
 import fewbit
 from fewbit.checkpoint.journal import Journal
 from fewbit.errors import RunError
+from fewbit.formats import exporter
 from fewbit.formats.verification import ORIGIN
+from fewbit.runs.progress import SilentProgress
+from fewbit.runs.quantize import export_missing
 
 FORMAT = "compressed-tensors"
 
@@ -46,18 +49,17 @@ def test_one_that_is_not_there_is_made(again, empty, tmp_path):
 def test_half_an_export_is_not_taken_for_done(again, lost, monkeypatch):
     run = again()
     (place(run.directory) / lost).unlink()
-    monkeypatch.setattr("fewbit.api.quantize_model", lambda *given, **options: pytest.fail("the work began"))
+    monkeypatch.setattr("fewbit.runs.quantize.open_model", lambda model: pytest.fail("the work began"))
     with pytest.raises(RunError, match="is no complete export of this run; move it away or remove it"):
         again()
 
 
-def test_an_export_of_what_the_run_was_before_is_named(again, monkeypatch):
+def test_an_export_of_what_the_run_was_before_is_named(again):
     run = again()
-    monkeypatch.setattr("fewbit.api.quantize_model", lambda *given, **options: run.directory)
     block = Journal(run.directory).blocks()[0]
     Journal(run.directory).add_block(0, "0" * 64 + ":1", block.linears)
     with pytest.raises(RunError, match="was made from what the run was before"):
-        again()
+        export_missing(run.directory, [exporter(FORMAT)], SilentProgress())
 
 
 def test_two_exports_at_once_are_one_whole_export_and_one_sentence(finished_run, tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import fewbit
+from fewbit.config.run_options import RunOptions
 from fewbit.errors import ArchitectureError, CheckpointError
 from fewbit.models.architecture import ATTENTION_AND_GATED_MLP
 from fewbit.models.blockwise import BlockwiseModel
@@ -275,7 +276,7 @@ def test_a_detected_family_is_quantized_end_to_end(random_model, tokenizer, tmp_
         }
     )
     run = quantize_model(
-        random_model("phi"), config, tmp_path / "run", calibration=tokens(4), device="cpu", progress=False
+        random_model("phi"), config, tmp_path / "run", calibration=tokens(4), options=RunOptions("cpu", progress=False)
     )
     rows = json.loads((run / "report.json").read_text())["linears"]
     assert sum(row["status"] == "quantized" for row in rows) == 2 * 6

@@ -8,34 +8,32 @@ from typing import Annotated
 
 import typer
 
+from fewbit.cli.options import options_of
+
+_OPTIONS = options_of("fewbit.config.run_options", "ComputeOptions", "EvaluationOptions")
+
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint, model id, run, or compressed-tensors export.")],
     text: Annotated[
         Path,
         typer.Option(help="Text file, or rows (.jsonl, .json, .csv, .parquet); not the one used for calibration."),
     ],
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Use only the first windows of the text.")] = None,
+    sequence_length: Annotated[int | None, _OPTIONS["sequence_length"]] = None,
+    max_windows: Annotated[int | None, _OPTIONS["max_windows"]] = None,
     against: Annotated[
         str | None, typer.Option(help="Reference model: adds KL divergence and top-1 agreement.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    activation_memory: Annotated[str, typer.Option(help="Memory for hidden states; the rest goes to disk.")] = "4GiB",
+    device: Annotated[str | None, _OPTIONS["device"]] = None,
+    activation_memory: Annotated[str | None, _OPTIONS["activation_memory"]] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity, and the distance to a reference model, block by block for models larger than memory."""
     from fewbit.evaluation import evaluate as run_evaluation
 
-    result = run_evaluation(
-        model,
-        text,
-        sequence_length=sequence_length,
-        max_windows=max_windows,
-        against=against,
-        device=device,
-        activation_memory=activation_memory,
-    )
+    given = {name: value for name, value in context.params.items() if value is not None and name != "as_json"}
+    result = run_evaluation(**given)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return

@@ -17,8 +17,7 @@ def inspect(
     """Show architecture, groups of linears and sizes, before any work."""
     from collections import Counter
 
-    from fewbit.api import merge_recipe
-    from fewbit.config.recipe import Config
+    from fewbit.config.recipe import Config, merge_recipe
     from fewbit.errors import ConfigError
     from fewbit.models.untouched import sentence
     from fewbit.runs.inspection import inspect as look

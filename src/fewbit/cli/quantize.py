@@ -8,23 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit.cli.options import options_of
+
+_RECIPE = options_of("fewbit.config.recipe", "ShortForms", "CalibrationConfig", "Config")
+_RUN = options_of("fewbit.config.run_options", "ComputeOptions", "RunOptions")
+
 
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint directory, or a model id of the hub.")],
     output: Annotated[
         Path, typer.Option(help="Directory of the run: quantized checkpoint, journal, report, exports.")
     ],
-    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given here go before its fields.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="Named scheme, e.g. W4A16; see 'fewbit schemes'.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale (default 128); -1: one scale per output channel.")
-    ] = None,
-    algorithm: Annotated[
-        str | None,
-        typer.Option(
-            help="gptq (default), rtn, awq, smoothquant; joined by +, options after a colon: awq+gptq:drift=0.5"
-        ),
-    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe; options given here override its fields.")] = None,
+    scheme: Annotated[str | None, _RECIPE["scheme"]] = None,
+    group_size: Annotated[int | None, _RECIPE["group_size"]] = None,
+    algorithm: Annotated[str | None, _RECIPE["algorithm"]] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -32,24 +31,20 @@ def quantize(
             "rtn without data. Default: the text fewbit ships."
         ),
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Calibration sequences (default 128).")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence (default 2048).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Chooses the calibration sequences (default 0).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    activation_memory: Annotated[
-        str, typer.Option(help="Memory for hidden states between blocks; what does not fit goes to disk.")
-    ] = "4GiB",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    export: Annotated[
-        list[str] | None, typer.Option(help="Also export to this format, into RUN/exports/FORMAT; may be repeated.")
-    ] = None,
+    num_samples: Annotated[int | None, _RECIPE["num_samples"]] = None,
+    sequence_length: Annotated[int | None, _RECIPE["sequence_length"]] = None,
+    seed: Annotated[int | None, _RECIPE["seed"]] = None,
+    device: Annotated[str | None, _RUN["device"]] = None,
+    activation_memory: Annotated[str | None, _RUN["activation_memory"]] = None,
+    resume: Annotated[bool | None, _RUN["resume"]] = None,
+    export: Annotated[list[str] | None, _RUN["export"]] = None,
     log: Annotated[Path | None, typer.Option(help="File for a log with every layer's error.")] = None,
 ) -> None:
     """Quantize a model out of core: calibrate, quantize block by block, report, export."""
     from fewbit.api import quantize as run_quantization
     from fewbit.config.recipe import Config
     from fewbit.errors import ConfigError
-    from fewbit.formats import already_there, export_directory
+    from fewbit.formats import export_directory
     from fewbit.formats.verification import read_origin
     from fewbit.runs.progress import setup_logging
 
@@ -59,27 +54,13 @@ def quantize(
         )
     if log is not None:
         setup_logging(log)
-    there = {name for name in export or [] if resume and already_there(output, name, finished=False)}
-    run = run_quantization(
-        model,
-        scheme,
-        output=output,
-        calibration=calibration,
-        config=Config.read_yaml(recipe) if recipe is not None else None,
-        group_size=group_size,
-        algorithm=algorithm,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        device=device,
-        activation_memory=activation_memory,
-        resume=resume,
-        export=export or (),
-    )
+    given = {name: value for name, value in context.params.items() if value is not None}
+    given["config"] = Config.read_yaml(recipe) if recipe is not None else None
+    run = run_quantization(**{name: value for name, value in given.items() if name not in ("recipe", "log")})
     _print_summary(run.report)
     for name in export or []:
         target = export_directory(output, name)
-        typer.echo(f"export     {target}{' (already there)' if name in there else ''}")
+        typer.echo(f"export     {target}")
         for note in read_origin(target).notes:
             typer.echo(f"note       {note}")
     typer.echo(f"report     {output / 'report.json'}")

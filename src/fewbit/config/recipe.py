@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypedDict
 
 import yaml
 from pydantic import Field
@@ -22,7 +22,19 @@ from fewbit.config.schemes import parse_scheme, scheme_config, takes_group_size,
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
 from fewbit.config.yaml_text import read_yaml
-from fewbit.errors import ConfigError, nearest, shown
+from fewbit.errors import ConfigError, shown
+
+
+class ShortForms(TypedDict, total=False):
+    """What plain data may give instead of a Config's own fields. `fewbit.quantize` and the command line take the same,
+    and `num_samples`, `sequence_length` and `seed`."""
+
+    scheme: str
+    """Named scheme, e.g. W4A16; see 'fewbit schemes'."""
+    group_size: int
+    """Weights that share a scale (default 128); -1: one scale per output channel."""
+    algorithm: str | AlgorithmConfig | Sequence[str | AlgorithmConfig]
+    """gptq (default), rtn, awq, smoothquant; joined by +, options after a colon: awq+gptq:drift=0.5"""
 
 
 @config_class
@@ -30,7 +42,7 @@ class CalibrationConfig:
     """How much of the calibration text is used."""
 
     num_samples: Annotated[int, Field(gt=0, lt=2**31)] = 128
-    """Sequences."""
+    """Calibration sequences."""
     sequence_length: Annotated[int, Field(gt=1, lt=2**31)] = 2048
     """Tokens per sequence; short texts are packed together, none is dropped."""
     quantized_activations: bool = True
@@ -38,29 +50,36 @@ class CalibrationConfig:
     found either way."""
 
 
-def _translate_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """Quark's names: one algorithm or None for the list, `quant_mode`, fields without a meaning here."""
+def _written_out(fields: Mapping[str, Any], group_size: int | None = None) -> dict[str, Any]:
+    """Fields of a Config, with configs for schemes' names and for None, and tuples for single values.
+
+    Groups get `group_size` in the global config and in schemes by name; a layer's spec written out has its own.
+    """
     fields = quark.translate_recipe(fields)
+    whole, sized = fields.get("global_quant_config"), False
+    if isinstance(whole, str) and (cache := parse_scheme(whole)[1]) is not None:
+        if fields.get("attention") is not None:
+            raise ConfigError("a recipe names the KV cache either in the scheme or in attention, not in both")
+        fields["attention"] = cache
+    if whole is not None:
+        fields["global_quant_config"], sized = _sized(whole, group_size)
+    for table in ("layer_type_quant_config", "layer_quant_config"):
+        if table in fields:
+            rules = {key: _of_layers(value, group_size) for key, value in _mapping(fields[table], table).items()}
+            fields[table] = {key: config for key, (config, _) in rules.items()}
+            sized = sized or any(reached for _, reached in rules.values())
+    if group_size is not None and not sized:
+        with_group_size(fields["global_quant_config"], group_size)  # says why it has none
     if isinstance(fields.get("exclude"), str):
         fields["exclude"] = (fields["exclude"],)
-    for table in ("layer_quant_config", "layer_type_quant_config"):
-        if isinstance(fields.get(table), Mapping):  # None: leave these layers as they are
-            entries = fields[table].items()
-            fields[table] = {key: QuantizationConfig() if value is None else value for key, value in entries}
-    if isinstance(fields.get("layer_type_quant_config"), Mapping):
-        by_type = fields["layer_type_quant_config"]
-        fields["layer_type_quant_config"] = {
-            key.__name__ if isinstance(key, type) else key: value for key, value in by_type.items()
-        }
     if "algo_config" in fields:
-        given = fields["algo_config"]
-        fields["algo_config"] = algorithm_configs([] if given is None else given)
+        fields["algo_config"] = algorithm_configs(fields["algo_config"])
     return fields
 
 
 @config_class
 class Config:
-    """What is done to the whole model."""
+    """What is done to the whole model. Wherever it takes a QuantizationConfig, it takes a scheme's name or a table."""
 
     global_quant_config: QuantizationConfig
     """Applies to every linear of the repeating blocks that no other rule names."""
@@ -71,14 +90,15 @@ class Config:
     exclude: tuple[str, ...] = ()
     """Names, wildcards or "re:" patterns of modules that stay as they are."""
     algo_config: tuple[AlgorithmConfig, ...] = (GPTQConfig(),)
-    """How scales of channels (awq, smoothquant) and codes (rtn, gptq) are found, in this order."""
+    """How channel scales (awq, smoothquant) and codes (rtn, gptq) are found, in this order."""
     attention: AttentionConfig | None = None
     """What is quantized inside attention: the KV cache, the query, the probabilities."""
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
-    """Chooses the calibration sequences. Same recipe, model and text: same bytes."""
+    """Chooses the calibration sequences; the same recipe, model and text give the same bytes."""
 
-    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_config)
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_written_out)
+    also_known: ClassVar[tuple[str, ...]] = tuple(ShortForms.__annotations__)
 
     def __post_init__(self) -> None:
         configs = {"global_quant_config": self.global_quant_config, **self.layer_type_quant_config}
@@ -96,61 +116,25 @@ class Config:
 
     @property
     def scale_search(self) -> ScaleSearchConfig | None:
-        """The algorithm that searches scales of channels, if there is one."""
+        """The algorithm that searches channel scales, if there is one."""
         return next((config for config in self.algo_config if isinstance(config, ScaleSearchConfig)), None)
-
-    SHORTHANDS: ClassVar[tuple[str, ...]] = ("scheme", "group_size", "algorithm")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Config:
-        """Build a Config from plain data (YAML, JSON). Besides the fields it takes the shorthands of the CLI:
-        `scheme: W4A16`, `group_size: 64`, `algorithm: gptq`; a scheme's name may stand for any QuantizationConfig.
-        """
-        values = quark.translate_recipe(data)
-        known = [field.name for field in dataclasses.fields(cls)] + list(cls.SHORTHANDS)
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"a recipe has no field {shown(name)}{nearest(name, known)}")
-        group_size = values.pop("group_size", None)
+        """Build a Config from plain data (YAML, JSON): its fields and ShortForms."""
+        fields = _mapping(data, "a recipe")
+        group_size = fields.pop("group_size", None)
         if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
             raise ConfigError(f"group_size must be a whole number, not {shown(group_size)}")
-        if "scheme" in values:
-            if "global_quant_config" in values:
-                raise ConfigError("a recipe gives either scheme or global_quant_config, not both")
-            values["global_quant_config"] = values.pop("scheme")
-        if "algorithm" in values:
-            if "algo_config" in values:
-                raise ConfigError("a recipe gives either algorithm or algo_config, not both")
-            values["algo_config"] = values.pop("algorithm")
-        if values.get("global_quant_config") is None:
-            raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
-        if isinstance(values["global_quant_config"], str):
-            suite = parse_scheme(values["global_quant_config"])[1]
-            if suite is not None:
-                if values.get("attention") is not None:
-                    raise ConfigError("a recipe names the KV cache either in the scheme or in attention, not in both")
-                values["attention"] = suite
-        values["global_quant_config"], sized = _sized(values["global_quant_config"], group_size)
-        for field in ("layer_type_quant_config", "layer_quant_config"):
-            if field in values:
-                made = {key: _of_layers(value, group_size) for key, value in _mapping(values[field], field).items()}
-                values[field] = {key: config for key, (config, _) in made.items()}
-                sized = sized or any(reached for _, reached in made.values())
-        if group_size is not None and not sized:
-            with_group_size(values["global_quant_config"], group_size)  # says why it has none
-        if "exclude" in values:
-            exclude = values["exclude"]
-            if not isinstance(exclude, str | list | tuple):
-                raise ConfigError(f"exclude must be a pattern or a list of patterns, not {shown(exclude)}")
-            values["exclude"] = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        if "algo_config" in values:
-            values["algo_config"] = algorithm_configs(values["algo_config"])
-        if isinstance(values.get("attention"), Mapping):
-            slots = _mapping(values["attention"], "attention")
-            values["attention"] = AttentionConfig(**_with_specs(slots, slots, "attention."))
-        if "calibration" in values:
-            values["calibration"] = CalibrationConfig(**_mapping(values["calibration"], "calibration"))
-        return cls(**values)
+        for short, field in (("scheme", "global_quant_config"), ("algorithm", "algo_config")):
+            if short in fields:
+                if field in fields:
+                    raise ConfigError(f"a recipe gives either {short} or {field}, not both")
+                fields[field] = fields.pop(short)
+        if fields.get("global_quant_config") is not None:
+            return cls(**_written_out(fields, group_size))
+        cls(**_written_out(fields | {"global_quant_config": {}}, group_size))  # a misspelt name is said first
+        raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Config:
@@ -159,7 +143,7 @@ class Config:
 
     @staticmethod
     def read_yaml(path: str | Path) -> dict[str, Any]:
-        """A recipe file as plain data, shorthands and all."""
+        """A recipe file as plain data, short forms and all."""
         return _mapping(read_yaml(Path(path)), f"recipe {path}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,6 +156,29 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
+def merge_recipe(recipe: Config | Mapping[str, Any] | None, **given: Any) -> Config:
+    """A recipe overridden by those of ShortForms, `num_samples`, `sequence_length` and `seed` that are not None."""
+    data = dict(recipe.to_dict() if isinstance(recipe, Config) else recipe or {})
+    given = {name: value for name, value in given.items() if value is not None}
+    lengths = {name: given.pop(name) for name in ("num_samples", "sequence_length") if name in given}
+    if lengths:
+        data["calibration"] = dict(data.get("calibration") or {}) | lengths
+    if "scheme" in given:
+        data.pop("global_quant_config", None)
+        if parse_scheme(given["scheme"])[1] is not None:
+            data.pop("attention", None)  # the scheme names its own KV cache
+    if "algorithm" in given:
+        before = data.pop("algo_config", None) or data.get("algorithm")
+        named = isinstance(given["algorithm"], str) and ":" not in given["algorithm"]
+        if named and before is not None and _names(before) == _names(given["algorithm"]):
+            given["algorithm"] = before  # bare names of the algorithms that the recipe has keep their options
+    return Config.from_dict(data | given)
+
+
+def _names(algorithms: Any) -> list[str]:
+    return [config.name for config in algorithm_configs(algorithms)]
+
+
 def _check_stored(what: str, spec: QuantizationSpec | None) -> None:
     """ConfigError, which names `what`, for a spec whose codes nothing can store."""
     if spec is not None:
@@ -179,42 +186,26 @@ def _check_stored(what: str, spec: QuantizationSpec | None) -> None:
         _check_stored(f"{what} first_stage", spec.first_stage)
 
 
-def _sized(value: Any, group_size: int | None) -> tuple[QuantizationConfig, bool]:
-    """The config that a scheme's name or plain data stands for, with groups of that size if it has groups; whether it
+def _sized(value: Any, group_size: int | None) -> tuple[Any, bool]:
+    """The config that a scheme's name stands for, or `value`, with groups of that size if it has groups; whether it
     has."""
     if isinstance(value, str):
         config = parse_scheme(value)[0]
         if group_size is not None and takes_group_size(config):
             return parse_scheme(value, group_size)[0], True
         return config, False
-    config = value if isinstance(value, QuantizationConfig) else _quantization_config(value)
-    if group_size is None or not takes_group_size(config):
-        return config, False
-    return with_group_size(config, group_size), True
+    if group_size is None:
+        return value, False
+    config = QuantizationConfig(**value) if isinstance(value, Mapping) else value
+    return (with_group_size(config, group_size), True) if takes_group_size(config) else (config, False)
 
 
-def _of_layers(value: Any, group_size: int | None) -> tuple[QuantizationConfig, bool]:
-    """The same for a rule of some layers, where None means as they are. The size is for schemes by name: whoever
-    writes a spec out says its own."""
+def _of_layers(value: Any, group_size: int | None) -> tuple[Any, bool]:
+    """The same for a rule of some layers, where None leaves them as they are."""
     if isinstance(value, str):
         scheme_config(value)  # refuses one that names a KV cache
         return _sized(value, group_size)
-    return _sized({} if value is None else value, None)
-
-
-def _quantization_config(value: Any) -> QuantizationConfig:
-    options = _mapping(value, "a quantization config")
-    return QuantizationConfig(**_with_specs(options, ("weight", "input_tensors", "output_tensors", "bias")))
-
-
-def _with_specs(fields: dict[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """`fields` with specs for the tables of those names."""
-    return {
-        name: QuantizationSpec(**_mapping(value, prefix + name))
-        if name in names and isinstance(value, Mapping)
-        else value
-        for name, value in fields.items()
-    }
+    return QuantizationConfig() if value is None else value, False
 
 
 def _plain(value: Any) -> Any:
@@ -225,9 +216,11 @@ def _plain(value: Any) -> Any:
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
+    """A table by names; classes stand for their names."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{what} must be a table of fields, not {shown(value)}")
-    for key in value:
+    table = {key.__name__ if isinstance(key, type) else key: item for key, item in value.items()}
+    for key in table:
         if not isinstance(key, str):
             raise ConfigError(f"{what} has no field {shown(key)}: names are text")
-    return dict(value)
+    return table

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
 
 from fewbit.errors import ConfigError, nearest, shown
 
@@ -20,41 +21,40 @@ def config_class(cls: type[T]) -> type[T]:
     """A frozen pydantic dataclass that raises ConfigError: unknown fields name the nearest known one.
 
     A class may have a static method `translate(fields) -> fields`, which turns other libraries' names for its fields
-    and their values into its own before anything is checked.
+    and their values into its own before anything is checked, and `also_known`: names to suggest besides its fields.
     """
-    translate: Callable[[dict[str, Any]], dict[str, Any]] | None = getattr(cls, "translate", None)
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = getattr(cls, "translate", dict)
 
-    def prepare(given: dict[str, Any]) -> dict[str, Any]:
-        given = given if translate is None else translate(given)
-        for name in given:
-            if name not in fields:
-                raise ConfigError(f"{cls.__name__} has no field {shown(name)}{nearest(name, fields)}")
-        return given
+    def prepared(given: Mapping[str, Any]) -> dict[str, Any]:
+        fields = translate(dict(given))
+        known = [field.name for field in dataclasses.fields(made)]
+        for name in fields:
+            if name not in known:
+                suggested = [*known, *getattr(cls, "also_known", ())]
+                raise ConfigError(f"{cls.__name__} has no field {shown(name)}{nearest(name, suggested)}")
+        return fields
 
-    def prepare_nested(_: type[T], given: Any) -> Any:  # a table inside another config does not pass __init__
-        return prepare(dict(given)) if isinstance(given, Mapping) else given
-
-    before: Any = model_validator(mode="before")
-    cls._prepare_nested = before(classmethod(prepare_nested))  # type: ignore[attr-defined]
-    made: Any = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
-    validate: Callable[..., None] = made.__init__
-    fields = [field.name for field in dataclasses.fields(made)]
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (it is the class's __init__)
-        kwargs = prepare(kwargs)
+    def validate(_: type[T], given: Any, check: Callable[[Any], Any]) -> Any:
+        if isinstance(given, Mapping):  # a table inside another config, whose error names the place
+            return check(prepared(given))
+        if not isinstance(given, ArgsKwargs):
+            return check(given)
+        fields = prepared(given.kwargs or {})
         try:
-            validate(self, *args, **kwargs)
+            return check(ArgsKwargs(given.args, fields))
         except ValidationError as error:
             raise ConfigError(_sentence(cls.__name__, error)) from None
 
-    made.__init__ = __init__
+    wrap: Any = model_validator(mode="wrap")
+    cls._validate = wrap(classmethod(validate))  # type: ignore[attr-defined]
+    made: Any = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
     return made  # type: ignore[no-any-return]
 
 
 def _sentence(name: str, error: ValidationError) -> str:
     problems = []
     for detail in error.errors(include_url=False):
-        reason = detail["msg"].removeprefix("Value error, ")
+        reason = "must be a table of fields" if detail["type"] == "dataclass_type" else detail["msg"]
         where = ".".join(str(part) for part in detail["loc"])
         given = f" (got {shown(detail['input'])})" if where else ""
         problems.append(f"{name}.{where}: {reason}{given}" if where else f"{name}: {reason}")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from fewbit.calibration.tokens import (
     stream_of,
     token_batch,
 )
-from fewbit.checkpoint.arguments import DEFAULT_ACTIVATION_MEMORY, choose_device, load_tokenizer, parse_size
-from fewbit.errors import CalibrationError, CheckpointError, ConfigError
+from fewbit.checkpoint.tokenizer import load_tokenizer
+from fewbit.config.run_options import EvaluationOptions, choose_device, parse_size
+from fewbit.errors import CalibrationError, CheckpointError
 from fewbit.evaluation import metrics
 from fewbit.evaluation.reference import Reference, last_hidden_states
 from fewbit.formats.opening import open_any
@@ -69,15 +70,15 @@ class Evaluation:
 
 @process.neutral()
 def evaluate(
-    model: str | Path | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel,
     text: CalibrationData,
     *,
-    sequence_length: int = 2048,
-    max_windows: int | None = None,
-    against: str | Path | PreTrainedModel | Reference | None = None,
+    sequence_length: int = EvaluationOptions.sequence_length,
+    max_windows: int | None = EvaluationOptions.max_windows,
+    against: str | os.PathLike[str] | PreTrainedModel | Reference | None = None,
     tokenizer: Any = None,
-    device: str = "auto",
-    activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
+    device: str = EvaluationOptions.device,
+    activation_memory: str | int = EvaluationOptions.activation_memory,
 ) -> Evaluation:
     """Perplexity of a checkpoint, run, export or module on a text file (or texts, or rows: whatever calibration takes)
     in windows of `sequence_length` tokens, or on token ids [windows, tokens].
@@ -85,10 +86,7 @@ def evaluate(
     With `against`, also the distance to that model; a Reference computes its side once for several comparisons.
     Raises FewbitError for unusable input.
     """
-    if sequence_length < 2:
-        raise ConfigError(f"the sequence length must be at least 2, not {sequence_length}")
-    if max_windows is not None and max_windows < 1:
-        raise ConfigError(f"the number of windows must be at least 1, not {max_windows}")
+    options = EvaluationOptions(device, activation_memory, sequence_length, max_windows)
     blockwise = open_any(model)
     reference = against if isinstance(against, Reference | None) else Reference(against)
     models = [blockwise] if reference is None else [blockwise, reference.model]
@@ -98,10 +96,10 @@ def evaluate(
             f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; only models with the same tokens can "
             "be compared"
         )
-    ids = _windows(text, tokenizer, blockwise, sequence_length, max_windows)
+    ids = _windows(text, tokenizer, blockwise, options)
     warnings = _check(models, ids)
-    target = choose_device(device)
-    budget = parse_size(activation_memory) // len(models)
+    target = choose_device(options.device)
+    budget = parse_size(options.activation_memory) // len(models)
     with temporary_directory("evaluate") as scratch:
         hidden = last_hidden_states(blockwise, ids, target, budget, scratch / "states")
         if reference is None:
@@ -122,8 +120,9 @@ def _check(models: list[BlockwiseModel], ids: Tensor) -> tuple[str, ...]:
     return warnings
 
 
-def _windows(text: Any, tokenizer: Any, model: BlockwiseModel, length: int, most: int | None) -> Tensor:
-    """Token ids [windows, tokens]: as they are given, or the text cut into windows of `length`; `most` of them."""
+def _windows(text: Any, tokenizer: Any, model: BlockwiseModel, options: EvaluationOptions) -> Tensor:
+    """Token ids [windows, tokens]: as they are given, or the text cut into windows; not more than `max_windows`."""
+    most = options.max_windows
     found, source = rows_of(text)
     if not isinstance(found, Tensor) and all_ids(found, source):
         found = _stacked(found)
@@ -133,7 +132,7 @@ def _windows(text: Any, tokenizer: Any, model: BlockwiseModel, length: int, most
             raise CalibrationError("windows of one token have no next token to predict; give at least two")
         return ids
     tokens, first = stream_of(found, source, tokenizer, partial(load_tokenizer, model.source.directory))
-    length = max(1, length - first.numel())
+    length = max(1, options.sequence_length - first.numel())
     count = tokens.numel() // length
     if count == 0:
         raise CalibrationError(f"text {source} has {tokens.numel()} tokens, less than one window of {length}")

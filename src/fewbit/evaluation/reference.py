@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ class Reference:
     """
 
     @process.neutral()
-    def __init__(self, model: str | Path | PreTrainedModel) -> None:
+    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel) -> None:
         self.model = open_any(model)
         self._scratch = temporary_directory("reference")
         self._ids: Tensor | None = None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from fewbit.checkpoint.arguments import resolve_directory
 from fewbit.checkpoint.configuration import quantization_of, read_config
+from fewbit.checkpoint.hub import resolve_directory
 from fewbit.errors import CheckpointError
 from fewbit.formats.table import FORMATS
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.nn.attach import attach, refuse_quantized
 
 
-def open_any(model: str | Path | PreTrainedModel) -> BlockwiseModel:
+def open_any(model: str | os.PathLike[str] | PreTrainedModel) -> BlockwiseModel:
     """A directory in one of the FORMATS, a hub id, or a model in memory. Activations are quantized as it says."""
     if isinstance(model, nn.Module):
         refuse_quantized(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,33 +18,32 @@ from transformers import PreTrainedModel
 
 from fewbit import process
 from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibration_set
-from fewbit.checkpoint.arguments import (
-    DEFAULT_ACTIVATION_MEMORY,
-    choose_device,
-    load_tokenizer,
-    parse_size,
-    resolve_directory,
-)
+from fewbit.checkpoint.hub import resolve_directory
 from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.checkpoint.side_files import copy_side_files, in_words, mend_generation_config, saved_side_files
 from fewbit.checkpoint.source import SafetensorsSource
+from fewbit.checkpoint.tokenizer import load_tokenizer
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
+from fewbit.config.run_options import RunOptions, choose_device, parse_size
 from fewbit.engine.smoothing import Smoother
 from fewbit.engine.walk import Walk
 from fewbit.errors import ConfigError
 from fewbit.files import write_json
+from fewbit.formats import already_there, export, export_directory, exporter
+from fewbit.formats.format import ExportFormat
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.limits import check_length, check_tokens
 from fewbit.models.memory import trim_heap
 from fewbit.nn.attach import refuse_quantized
 from fewbit.runs.plan import Plan, make_plan
-from fewbit.runs.progress import progress_view
+from fewbit.runs.progress import ProgressView, progress_view
 from fewbit.runs.report import REPORT, build_report
 from fewbit.runs.run_directory import Identity, RunDirectory
 from fewbit.version import __version__
 
 NO_CALIBRATION = "none"
+DEFAULTS = RunOptions()
 
 
 @process.neutral()
@@ -55,11 +54,7 @@ def quantize_model(
     *,
     calibration: CalibrationData | None = None,
     tokenizer: Any = None,
-    device: str = "auto",
-    activation_memory: str | int = DEFAULT_ACTIVATION_MEMORY,
-    resume: bool = False,
-    progress: bool = True,
-    check: Callable[[Plan], None] | None = None,
+    options: RunOptions = DEFAULTS,
 ) -> Path:
     """Quantize `model` by `config` into the directory `output`; returns that directory.
 
@@ -68,59 +63,67 @@ def quantize_model(
         calibration: text file, texts, token ids or batches (see calibration.tokens); None is the shipped text,
             "none" quantizes without data (round to nearest only).
         tokenizer: of a model in memory; directories bring their own.
-        activation_memory: bytes ("4GiB") that hidden states may take; the rest goes to disk.
-        resume: continue a run that was interrupted.
-        check: called with the plan before any work; raises to refuse.
 
     Raises FewbitError with a sentence for the user; nothing is written before model, recipe and data are checked.
     """
     started = time.perf_counter()
     directory = RunDirectory(output)
-    directory.refuse(resume)
-    chosen_device = choose_device(device)
-    memory = parse_size(activation_memory)
+    targets = _targets(directory, options)
+    directory.refuse(options.resume)
+    device, memory = choose_device(options.device), parse_size(options.activation_memory)
     blockwise = open_model(model)
     plan = make_plan(blockwise, config)
-    if check is not None:
-        check(plan)
+    for target in targets:
+        target.check(plan.contents)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
-    warnings = [] if data is None else _check(data, blockwise, plan, config)
+    plan = replace(plan, warnings=plan.warnings + _check(data, blockwise, plan, config))
     search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
     smoother = Smoother(blockwise, plan, config, search) if search is not None else None
     identity = _identity(blockwise, config, data, plan)
-    if not resume:
+    if not options.resume:
         _check_weights(blockwise)
-    view = progress_view(progress)
+    view = progress_view(options.progress)
     try:
         with _side_files(blockwise, tokenizer) as (files, notes):
-            directory.open(identity, resume)
+            directory.open(identity, options.resume)
             notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
             notes += mend_generation_config(directory.path)
-        plan = replace(plan, warnings=plan.warnings + warnings + notes)
+        plan = replace(plan, warnings=plan.warnings + notes)
         prepared = time.perf_counter()
         for warning in plan.warnings:
             view.warn(warning)
-        walk = Walk(blockwise, plan, config, directory, view, chosen_device, memory, smoother)
+        walk = Walk(blockwise, plan, config, directory, view, device, memory, smoother)
         rows = walk.run(data)
         walked = time.perf_counter()
         plan = replace(plan, warnings=plan.warnings + directory.damaged)
         digest = write_part(directory.path / OUTSIDE, {}, blockwise.source.read(blockwise.outside_tensors()))
         directory.record_files({OUTSIDE: digest})
-        run = {
-            "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
-            "architecture": blockwise.architecture.name,
-            "blocks": len(blockwise),
-            "device": str(chosen_device),
-            "compute_dtype": "float32",
-            "forward": walk.strategy(data) if data is not None else "none",
-            "calibration": _describe(data),
-        }
+        run = _described(model, blockwise, device, data, walk.strategy(data) if data is not None else "none")
         seconds = {"prepare": prepared - started, "blocks": walked - prepared, "total": time.perf_counter() - started}
         write_json(directory.path / REPORT, build_report(config, plan, rows, run, seconds))
     finally:
         view.stop()
         directory.close()
+    export_missing(directory.path, targets, view)
     return directory.path
+
+
+def _targets(directory: RunDirectory, options: RunOptions) -> list[ExportFormat]:
+    """Formats to export to. What is in the way of an export is said before the work."""
+    targets = [exporter(name) for name in dict.fromkeys(options.export)]
+    for target in targets if options.resume else ():
+        already_there(directory.path, target.name, finished=False)
+    return targets
+
+
+def export_missing(run: Path, targets: Iterable[ExportFormat], view: ProgressView) -> None:
+    """Export to each format of which the run has no export yet."""
+    for target in targets:
+        place = export_directory(run, target.name)
+        if already_there(run, target.name):
+            view.note(f"{place} is already there")
+        else:
+            export(run, target.name, place)
 
 
 def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
@@ -149,9 +152,11 @@ def _calibration(
     return calibration_set(data, tokenizer, wanted.num_samples, wanted.sequence_length, config.seed, load)
 
 
-def _check(data: CalibrationSet, model: BlockwiseModel, plan: Plan, config: Config) -> list[str]:
+def _check(data: CalibrationSet | None, model: BlockwiseModel, plan: Plan, config: Config) -> list[str]:
     """CalibrationError if the model cannot be fed with the data; warnings if sequences are too long, or tokens too few
     for H to tell all channels of an input apart."""
+    if data is None:
+        return []
     check_tokens(model, data.batches)
     warnings = check_length(model, max(batch["input_ids"].shape[1] for batch in data.batches))
     widths = [linear.shape[1] for linear in plan.contents.weights]
@@ -202,6 +207,25 @@ def _side_files(model: BlockwiseModel, tokenizer: Any) -> Iterator[tuple[Path, l
     else:
         assert model.source.directory is not None
         yield model.source.directory, []
+
+
+def _described(
+    model: str | Path | PreTrainedModel,
+    blockwise: BlockwiseModel,
+    device: torch.device,
+    data: CalibrationSet | None,
+    forward: str,
+) -> dict[str, Any]:
+    """What the report says of the run."""
+    return {
+        "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
+        "architecture": blockwise.architecture.name,
+        "blocks": len(blockwise),
+        "device": str(device),
+        "compute_dtype": "float32",
+        "forward": forward,
+        "calibration": _describe(data),
+    }
 
 
 def _describe(data: CalibrationSet | None) -> dict[str, Any]:

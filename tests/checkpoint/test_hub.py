@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fewbit
-from fewbit.checkpoint.arguments import load_tokenizer, resolve_directory
+from fewbit.checkpoint.hub import resolve_directory
+from fewbit.checkpoint.tokenizer import load_tokenizer
 from fewbit.errors import CheckpointError
 
 QUICK = {"scheme": "W8A16", "group_size": 32, "algorithm": "rtn", "progress": False}
