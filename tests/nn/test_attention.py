@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import greenlet
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -17,6 +20,7 @@ from fewbit.errors import ArchitectureError, ConfigError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.nn.attention import (
     IMPLEMENTATION_OVER,
+    OWN_WAYS,
     AttentionQuantizers,
     HeadsQuantizer,
     attach,
@@ -353,6 +357,23 @@ def test_an_attention_that_treats_its_implementation_specially_is_refused(
     model.config._attn_implementation = "eager"
     with pytest.raises(ArchitectureError, match="does something of its own under 'eager'"):
         attach(model, AttentionConfig(key=spec()))
+
+
+def test_every_attention_of_transformers_that_treats_an_implementation_specially_is_known() -> None:
+    found = {}
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "ALL_ATTENTION_FUNCTIONS" not in text or not re.search("_attn_implementation.*(==|!=| in )", text):
+            continue
+        classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+        for own in (node for node in classes if "layer_idx" in ast.unparse(node)):
+            for forward in (node for node in own.body if getattr(node, "name", "") == "forward"):
+                nodes = list(ast.walk(forward))
+                names = {node.id for node in nodes if isinstance(node, ast.Name)}
+                constants = {node.value for node in nodes if isinstance(node, ast.Constant)}
+                if "ALL_ATTENTION_FUNCTIONS" in names and (special := {"eager", "sdpa"} & constants):
+                    found[own.name] = tuple(sorted(special))
+    assert found == OWN_WAYS
 
 
 def test_other_implementations_are_refused(random_model: Callable[..., PreTrainedModel]) -> None:

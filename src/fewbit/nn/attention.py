@@ -34,10 +34,16 @@ SLOTS = ("key", "value", "query", "probabilities")
 ATTRIBUTE = "attention_quantizers"
 """Where an attention module holds its AttentionQuantizers."""
 
-_REGISTRY, _EAGER = (
-    "ALL_ATTENTION_FUNCTIONS",
-    "eager_attention_forward",
-)  # in every modeling file that has the interface
+OWN_WAYS = {
+    **dict.fromkeys(("DecisionTransformerGPT2Attention", "GPT2Attention"), ("eager",)),
+    **dict.fromkeys(
+        ("AXK2Attention", "DeepseekV32Attention", "GlmMoeDsaAttention", "HYV4Attention", "MiniMaxM3VLAttention"),
+        ("eager", "sdpa"),
+    ),
+}
+"""Attention classes of transformers that do something else under some implementations: those."""
+
+_REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in modeling files that have the interface
 _CACHED = "_fewbit_quantized_by_cache"
 _GUARDED = "_fewbit_attention_guarded"
 _PREVIOUS = {name: previous for previous, name in IMPLEMENTATION_OVER.items()}
@@ -218,14 +224,16 @@ def detach(model: nn.Module) -> None:
 def attention_modules(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """Attention modules of the decoder that can be reached, by their full names; `prefix` is that of `model`.
 
-    They look their implementation up by name, and have a layer's index (a place in the KV cache).
+    Their file looks implementations up by name, and they have a layer's index (a place in the KV cache) and what
+    logits are scaled by.
     """
     return {
         f"{prefix}.{name}".strip("."): module
         for name, module in model.named_modules()
         if getattr(module, "layer_idx", None) is not None
+        and hasattr(module, "scaling")
         and hasattr(getattr(module, "config", None), "_attn_implementation")
-        and _REGISTRY in _forward(module).__code__.co_names
+        and _REGISTRY in _names(module)
     }
 
 
@@ -302,14 +310,14 @@ def _config(module: nn.Module) -> Any:
     return module.config
 
 
-def _forward(module: nn.Module) -> Any:
-    """The undecorated forward of a module's class."""
-    return inspect.unwrap(type(module).forward)
+def _names(module: nn.Module) -> dict[str, Any]:
+    """What is defined in the file in which a module's forward is written."""
+    return inspect.unwrap(type(module).forward).__globals__  # type: ignore[no-any-return]
 
 
 def _previous(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What the module's own file understands by an implementation's name."""
-    names = _forward(module).__globals__
+    names = _names(module)
     found: Callable[..., tuple[Tensor, Tensor | None]] = names[_REGISTRY].get(name, names.get(_EAGER))
     return found
 
@@ -323,13 +331,12 @@ def _implementation_for(name: str, module: nn.Module, config: AttentionConfig) -
             f"{name} runs attention implementation {previous!r}, inside which nothing can be quantized; load the "
             "model with attn_implementation='sdpa'"
         )
-    code = _forward(module)
-    if previous in _flat(code.__code__.co_consts):
+    if any(previous in OWN_WAYS.get(kind.__name__, ()) for kind in type(module).__mro__):
         raise ArchitectureError(
             f"{name} ({type(module).__name__}) does something of its own under {previous!r}, which would be lost with "
             "quantized attention; leave attention (the KV cache) out of the recipe"
         )
-    if _EAGER not in code.__globals__ and (previous == "eager" or config.probabilities is not None):
+    if _EAGER not in _names(module) and (previous == "eager" or config.probabilities is not None):
         raise ArchitectureError(
             f"{name} ({type(module).__name__}) has no eager attention, whose probabilities could be quantized; leave "
             "probabilities out of the recipe"
@@ -342,11 +349,6 @@ def _implementation_for(name: str, module: nn.Module, config: AttentionConfig) -
                 f"attention {slot}: group_size {spec.tiling.span} does not divide {name}'s {head_dim} channels"
             )
     return IMPLEMENTATION_OVER[previous]
-
-
-def _flat(constants: Any) -> list[Any]:
-    nested = [_flat(item) if isinstance(item, tuple | frozenset) else [item] for item in constants]
-    return [item for items in nested for item in items]
 
 
 def _check(spec: QuantizationSpec) -> None:
