@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from fewbit import ptq
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantConv2d, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear
+from fewbit.nn.words import named_input
 from fewbit.ptq import calibrate, freeze, quantize_
 
 TOKEN = QuantizationSpec(dtype="int8", qscheme="per_token", observer="minmax", is_dynamic=True)
@@ -72,7 +72,7 @@ class TestQuantize:
         quantize_(model, name)
         quantize_(other, "int8")
         assert torch.equal(model(IMAGES), other(IMAGES))
-        assert ptq._dtype("qfloat8_e4m3fn", "weights") == ptq._dtype("torch.float8_e4m3fn", "weights") == "e4m3"
+        assert named_input("qfloat8_e4m3fn") == named_input("torch.float8_e4m3fn") == named_input("e4m3")
 
     def test_groups_are_as_large_as_the_inputs_allow(self):
         model = network()

@@ -112,11 +112,7 @@ class ModelQuantizer:
                 f"{type(model).__name__} is no language model of transformers: its attention cannot be quantized"
             )
         modules = {name: type(module).__name__ for name, module in ptq.quantizable(model).items()}
-        if "" in modules:
-            raise ConfigError(f"the model is itself a {modules['']}: use FakeQuantLinear.from_module(model, …)")
         configs = {name: match.config for name, match in resolve(config, modules).items() if match.config is not None}
-        if not modules:
-            raise ConfigError(f"{type(model).__name__} has no linears or convolutions (or is quantized already)")
         if not configs:
             raise ConfigError("the recipe quantizes nothing: every linear and convolution is excluded")
         needs_data = any(found.needs_data for found in configs.values())

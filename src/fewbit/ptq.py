@@ -36,20 +36,9 @@ from fewbit.nn.fake_quant import FakeQuant, FakeQuantConv1d, FakeQuantConv2d, Fa
 from fewbit.nn.in_memory import check_plain
 from fewbit.nn.linear import Linear
 from fewbit.nn.quant_linear import QuantLinear
+from fewbit.nn.words import named_input, named_weight
 
 ModuleFilter = Callable[[nn.Module, str], bool]
-GROUP_SIZES = (128, 64, 32)  # of weights of less than 8 bits: the first that divides the inputs, else per channel
-
-DTYPES = {
-    **{f"int{bits}": f"int{bits}" for bits in range(2, 9)},
-    **{f"uint{bits}": f"uint{bits}" for bits in range(2, 9)},
-    **dict.fromkeys(("fp8", "float8", "float8_e4m3fn", "e4m3"), "e4m3"),
-    **dict.fromkeys(("float8_e5m2", "e5m2"), "e5m2"),
-    **dict.fromkeys(("fp4", "float4", "e2m1"), "e2m1"),
-    **dict.fromkeys(("fp6", "float6", "e2m3"), "e2m3"),
-}
-"""Names for weights and activations; optimum-quanto's (qint8, qfloat8 …) and torch's dtypes are understood, too."""
-
 _FAKE: dict[type[nn.Module], type[Any]] = {
     nn.Linear: FakeQuantLinear,
     Linear: FakeQuantLinear,
@@ -124,10 +113,6 @@ def quantize_(
         raise ConfigError("nothing to quantize: name weights, activations or both")
     model = in_memory.unwrapped(model)
     found = quantizable(model)
-    if "" in found:
-        raise ConfigError(f"the model is itself a {type(model).__name__}: use FakeQuantLinear.from_module(model, …)")
-    if not found:
-        raise ConfigError(f"{type(model).__name__} has no linears or convolutions (or is quantized already)")
     left_out = _matching(() if exclude is None else exclude, found, "exclude")
     chosen = _matching("*" if modules is None else modules, found, "modules")
     excluded = tuple(name for name in found if name in left_out or name not in chosen)
@@ -146,8 +131,14 @@ def quantize_(
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:
-    """The linears and convolutions of a model that can be fake-quantized, by name."""
-    return {name: module for name, module in model.named_modules() if type(module) in _FAKE}
+    """The linears and convolutions of a model that can be fake-quantized, by name. ConfigError if there are none, or
+    the model is one."""
+    found = {name: module for name, module in model.named_modules() if type(module) in _FAKE}
+    if "" in found:
+        raise ConfigError(f"the model is itself a {type(model).__name__}: use FakeQuantLinear.from_module(model, …)")
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no linears or convolutions (or is quantized already)")
+    return found
 
 
 def replacing(model: nn.Module, configs: Mapping[str, QuantizationConfig]) -> Exchange:
@@ -266,8 +257,8 @@ def _config(
     """The config of one module, given specs or names."""
     assert isinstance(module.weight, nn.Parameter)
     return QuantizationConfig(
-        weight=_weight_spec(weights, module.weight.flatten(1).shape[1]) if isinstance(weights, str) else weights,
-        input_tensors=_input_spec(activations) if isinstance(activations, str) else activations,
+        weight=named_weight(weights, module.weight.flatten(1).shape[1]) if isinstance(weights, str) else weights,
+        input_tensors=named_input(activations) if isinstance(activations, str) else activations,
     )
 
 
@@ -289,28 +280,6 @@ def _installing(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> Exchan
             # torch's fused kernel would go past the quantized linears
             changes.item(vars(module), "activation_relu_or_gelu", 0)
     return changes
-
-
-def _dtype(name: str, argument: str) -> str:
-    plain = name.lower().removeprefix("torch.").removeprefix("q")
-    if plain not in DTYPES:
-        raise ConfigError(f"{argument}: unknown dtype {name!r}{nearest(plain, DTYPES)}")
-    return DTYPES[plain]
-
-
-def _weight_spec(name: str, columns: int) -> QuantizationSpec:
-    dtype = _dtype(name, "weights")
-    spec = QuantizationSpec(dtype=dtype, qscheme="per_channel", symmetric=not dtype.startswith("uint"))
-    size = next((size for size in GROUP_SIZES if columns % size == 0), None)
-    if spec.bits == 8 or size is None:
-        return spec
-    return replace(spec, qscheme="per_group", group_size=size)
-
-
-def _input_spec(name: str) -> QuantizationSpec:
-    dtype = _dtype(name, "activations")
-    symmetric = not dtype.startswith("uint")
-    return QuantizationSpec(dtype=dtype, qscheme="per_tensor", symmetric=symmetric, observer="minmax")
 
 
 def _row(name: str, module: nn.Module, fake: FakeQuant) -> PTQRow:

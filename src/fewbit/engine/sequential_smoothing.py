@@ -77,7 +77,9 @@ class SequentialSmoothQuantConfig:
         a_size = self.group_size if self.a_method == "per-block" else None
         if self.group_size is not None and w_size is None and a_size is None:
             raise ConfigError(f"group_size {self.group_size}: nothing of {name} has groups; say w_method='per-block'")
-        return with_methods(chosen, self.w_method, self.a_method, w_size, a_size)
+        return with_methods(
+            chosen, w_method=self.w_method, a_method=self.a_method, w_group_size=w_size, a_group_size=a_size
+        )
 
     @property
     def algorithm(self) -> ScaleSearchConfig:

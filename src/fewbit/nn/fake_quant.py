@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, Unpack
 
 from torch import Tensor, nn
 
@@ -30,13 +30,12 @@ from fewbit.nn.in_memory import check_plain
 from fewbit.nn.linear import multiplies
 from fewbit.nn.quantizer import quantize_matrix, round_matrix
 from fewbit.nn.steps import Stepped
-from fewbit.nn.words import METHODS, linear_config, with_methods
+from fewbit.nn.words import METHODS, WORDS, Granularity, linear_config, with_methods
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-WORDS = ("w_bits", "a_bits", "w_method", "a_method", "w_group_size", "a_group_size")
 
 
 class FakeQuant(Stepped):
@@ -55,16 +54,12 @@ class FakeQuant(Stepped):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """A fresh module, with the arguments of its torch class, quantized as its preset and words say.
 
-        Words are w_bits, a_bits, w_method, a_method, w_group_size and a_group_size (nn/words.py); a FakeQuantLinear
-        has 8 bits and per-token unless told otherwise.
+        Words are those of nn/words.py; a FakeQuantLinear has 8 bits and per-token unless told otherwise.
         """
-        words = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
+        words: Any = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
         super().__init__(*args, **kwargs)
         saving.guard()
-        if self.preset is None and self.default is not None and not words:
-            self.set_config(self.default)
-        else:
-            self.set_config(_resolve(self.preset, words, {}))
+        self.set_config(_resolve(self.preset or (None if words else self.default), words))
 
     @classmethod
     @process.neutral()
@@ -75,15 +70,12 @@ class FakeQuant(Stepped):
         a_bits: int | str | None = None,
         *,
         w_bits: int | None = None,
-        w_method: str | None = None,
-        a_method: str | None = None,
-        w_group_size: int | None = None,
-        a_group_size: int | None = None,
         weight: QuantizationSpec | None = None,
         input_tensors: QuantizationSpec | None = None,
         output_tensors: QuantizationSpec | None = None,
         bias: QuantizationSpec | None = None,
         group_size: int | None = None,
+        **methods: Unpack[Granularity],
     ) -> Self:
         """The same linear or convolution, fake-quantized. `module` stays as it is and shares its parameters and hooks.
 
@@ -91,8 +83,7 @@ class FakeQuant(Stepped):
             config: a QuantizationConfig or a scheme's name; a preset class has its own unless one is given. (A number
                 is w_bits, a method's name w_method; then a_bits may be a_method.)
             w_bits, a_bits: without a config: bits of weight and input, 8 unless given; 16 leave a tensor as it is.
-            w_method, a_method, w_group_size, a_group_size: granularity of weight and input, the config's or per-token
-                unless given; see nn/words.py.
+            methods: granularity of weight and input, the config's or per-token unless given; see nn/words.py.
             weight, input_tensors, output_tensors, bias: specs that replace the config's.
             group_size: of the weight; −1 is one scale per output channel.
 
@@ -102,14 +93,13 @@ class FakeQuant(Stepped):
         if isinstance(config, int):
             config, w_bits = None, _once("w_bits", config, w_bits)
         elif isinstance(config, str) and config in METHODS:
-            config, w_method = None, _once("w_method", config, w_method)
+            config, methods["w_method"] = None, _once("w_method", config, methods.get("w_method"))
         if isinstance(a_bits, str) and a_bits in METHODS:
-            a_bits, a_method = None, _once("a_method", a_bits, a_method)
-        given = (w_bits, a_bits, w_method, a_method, w_group_size, a_group_size)
-        words = {name: value for name, value in zip(WORDS, given, strict=True) if value is not None}
+            a_bits, methods["a_method"] = None, _once("a_method", a_bits, methods.get("a_method"))
+        words: Any = {"w_bits": w_bits, "a_bits": a_bits, **methods}
         specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
-        named = {name: spec for name, spec in specs.items() if spec is not None}
-        resolved = _resolve(config or cls.preset, words, named)
+        resolved = _resolve(config or cls.preset, {name: value for name, value in words.items() if value is not None})
+        resolved = replace(resolved, **{name: spec for name, spec in specs.items() if spec is not None})
         if not resolved.quantizes:
             raise ConfigError(
                 "nothing to quantize: name a scheme, bits (w_bits, a_bits), or a spec for weight, input_tensors or "
@@ -268,20 +258,13 @@ def _once(name: str, value: T, by_name: T | None) -> T:
     return value
 
 
-def _resolve(
-    config: QuantizationConfig | str | None,
-    words: dict[str, Any],
-    specs: dict[str, QuantizationSpec],
-) -> QuantizationConfig:
-    """What a scheme, words and specs say together."""
+def _resolve(config: QuantizationConfig | str | None, words: Any) -> QuantizationConfig:
+    """What a scheme and words say together."""
     if config is None:
-        base = linear_config(**words) if words else QuantizationConfig()
-    else:
-        base = scheme_config(config) if isinstance(config, str) else config
-        if bits := [name for name in words if name in WORDS[:2]]:
-            raise ConfigError(f"{bits[0]} contradicts {config}, which has its own bits; give one of them")
-        base = with_methods(base, **words)
-    return replace(base, **specs) if specs else base
+        return linear_config(**words) if words else QuantizationConfig()
+    if bits := [name for name in words if name in WORDS[:2]]:
+        raise ConfigError(f"{bits[0]} contradicts {config}, which has its own bits; give one of them")
+    return with_methods(scheme_config(config) if isinstance(config, str) else config, **words)
 
 
 def _adopt(made: M, module: nn.Module, config: QuantizationConfig) -> M:

@@ -21,7 +21,7 @@ from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.linear import multiplies
 from fewbit.nn.quantizer import quantize_matrix
 from fewbit.nn.steps import Stepped
-from fewbit.nn.words import method_name, weight_spec
+from fewbit.nn.words import GROUPED, method_name, weight_spec
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
@@ -76,9 +76,9 @@ class QuantLinear(Stepped, KeepsDtypes):
             )
         check_plain(linear)
         if spec is None:
-            if group_size is None and method_name(method) in ("per-block", "per-group"):
+            if group_size is None and method_name(method) in GROUPED:
                 group_size = 128
-            spec = weight_spec(bits, method, group_size, symmetric, **options)
+            spec = weight_spec(bits, method, group_size, symmetric=symmetric, **options)
         made = cls(quantize_matrix(linear.weight, spec), linear.bias)
         carry_over(linear, made)
         return made

@@ -52,7 +52,7 @@ class Quantizer(KeepsDtypes):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.spec = input_spec(bits, method, group_size, symmetric, dtype, **options)
+        self.spec = input_spec(bits, method, group_size, symmetric=symmetric, dtype=dtype, **options)
         self._quantizer = ActivationQuantizer(self.spec)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("zero_point", None, persistent=False)

@@ -1,6 +1,6 @@
-"""How a tensor is quantized, in FullQuantTransformer's words: bits, method, group size.
+"""How a tensor is quantized, in a few words.
 
-What shares a scale, by the names of methods, for x [..., M, K]:
+FullQuantTransformer's: bits, method, group size. What shares a scale, by the names of methods, for x [..., M, K]:
 
     per-tensor              everything               scales (1, 1)
     per-token               a row                    scales (..., M, 1)
@@ -15,13 +15,15 @@ A linear takes words for its weight and its input:
     w_bits=4, a_bits=8, w_method="per-block", w_group_size=64, a_method="per-token"
 
 Inputs are quantized as they come (dynamic). 16 bits and more mean that a tensor stays as it is.
+
+optimum-quanto's: a dtype's name ("int4", qint4, torch.float8_e4m3fn) for weights, one for activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError, nearest
@@ -30,6 +32,38 @@ from fewbit.numerics.formats import CODE_BITS, WIDEST
 GROUPED = ("per-block", "per-group")
 METHODS = ("per-tensor", "per-token", "per-channel", *GROUPED)
 UNTOUCHED_BITS = 16
+GROUP_SIZES = (
+    128,
+    64,
+    32,
+)  # of weights of less than 8 bits, by name: the first that divides the inputs, else a channel
+DTYPES = {
+    **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)},
+    **dict.fromkeys(("fp8", "float8", "float8_e4m3fn", "e4m3"), "e4m3"),
+    **dict.fromkeys(("float8_e5m2", "e5m2"), "e5m2"),
+    **dict.fromkeys(("fp4", "float4", "e2m1"), "e2m1"),
+    **dict.fromkeys(("fp6", "float6", "e2m3"), "e2m3"),
+}
+"""Names for weights and activations; optimum-quanto's (qint8, qfloat8 …) and torch's dtypes are understood, too."""
+
+
+class Granularity(TypedDict, total=False):
+    """What shares a scale in a linear's weight and input. None is as good as nothing."""
+
+    w_method: str | None
+    a_method: str | None
+    w_group_size: int | None
+    a_group_size: int | None
+
+
+class Words(Granularity, total=False):
+    """What is said of a linear."""
+
+    w_bits: int | None
+    a_bits: int | None
+
+
+WORDS = ("w_bits", "a_bits", *Granularity.__annotations__)
 
 
 def make_spec(
@@ -40,7 +74,10 @@ def make_spec(
     dtype: str | None = None,
     **options: Any,
 ) -> QuantizationSpec:
-    """The spec of a matrix whose rows are tokens. ConfigError for words that are unknown or contradict each other."""
+    """The spec of a matrix whose rows are tokens; `options` are other fields of QuantizationSpec.
+
+    ConfigError for words that are unknown or contradict each other.
+    """
     name = method_name(method)
     if dtype is None:
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= WIDEST:
@@ -58,41 +95,27 @@ def make_spec(
     return QuantizationSpec(**fields | options)
 
 
-def weight_spec(
-    bits: int,
-    method: str,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    dtype: str | None = None,
-    **options: Any,
-) -> QuantizationSpec:
+def weight_spec(bits: int, method: str, group_size: int | None = None, **options: Any) -> QuantizationSpec:
     """The spec of a linear's weight [out, in]: per-channel and per-token are a scale for each output channel.
 
-    group_size −1 of per-block is the same.
+    group_size −1 of per-block is the same. `options` as of `make_spec`.
     """
     name = method_name(method)
-    wide = dtype is None and isinstance(bits, int) and bits > CODE_BITS  # nothing to gain from a smaller range
-    spec_options = {"observer": "minmax" if wide else "search"} | options
+    wide = options.get("dtype") is None and isinstance(bits, int) and bits > CODE_BITS
+    defaults: dict[str, Any] = {
+        "observer": "minmax" if wide else "search"
+    }  # wide: nothing to gain from a smaller range
     if group_size == -1 and name in GROUPED:
         name, group_size = "per-channel", None
     if name in ("per-channel", "per-token"):
-        name = "per-channel"
-        spec_options.setdefault("ch_axis", 0)
-    return make_spec(bits, name, group_size, symmetric, dtype, **spec_options)
+        name, defaults["ch_axis"] = "per-channel", 0
+    return make_spec(bits, name, group_size, **defaults | options)
 
 
-def input_spec(
-    bits: int,
-    method: str,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    dtype: str | None = None,
-    **options: Any,
-) -> QuantizationSpec:
+def input_spec(bits: int, method: str, group_size: int | None = None, **options: Any) -> QuantizationSpec:
     """The spec of what flows: least and largest value of each tensor as it comes, unless `options` say otherwise."""
-    return make_spec(
-        bits, method, group_size, symmetric, dtype, **{"observer": "minmax", "is_dynamic": True} | options
-    )
+    defaults: dict[str, Any] = {"observer": "minmax", "is_dynamic": True}
+    return make_spec(bits, method, group_size, **defaults | options)
 
 
 def method_name(method: str) -> str:
@@ -103,36 +126,32 @@ def method_name(method: str) -> str:
     return name
 
 
-def linear_config(
-    w_bits: int | None = None,
-    a_bits: int | None = None,
-    w_method: str | None = None,
-    a_method: str | None = None,
-    w_group_size: int | None = None,
-    a_group_size: int | None = None,
-) -> QuantizationConfig:
+def linear_config(**words: Unpack[Words]) -> QuantizationConfig:
     """A config from words alone. What is not said is 8 bits and per-token; ConfigError for words that contradict."""
-    w_bits, a_bits = 8 if w_bits is None else w_bits, 8 if a_bits is None else a_bits
-    weight = None if _untouched(w_bits) else weight_spec(w_bits, w_method or "per-token", w_group_size)
-    inputs = None if _untouched(a_bits) else input_spec(a_bits, a_method or "per-token", a_group_size)
-    return QuantizationConfig(weight=weight, input_tensors=inputs)
+    said = _said(words)
+
+    def spec(side: str, make: Callable[..., QuantizationSpec]) -> QuantizationSpec | None:
+        bits = said.get(f"{side}_bits", 8)
+        if isinstance(bits, int) and bits >= UNTOUCHED_BITS:
+            return None
+        return make(bits, said.get(f"{side}_method", "per-token"), said.get(f"{side}_group_size"))
+
+    return QuantizationConfig(weight=spec("w", weight_spec), input_tensors=spec("a", input_spec))
 
 
-def with_methods(
-    config: QuantizationConfig,
-    w_method: str | None = None,
-    a_method: str | None = None,
-    w_group_size: int | None = None,
-    a_group_size: int | None = None,
-) -> QuantizationConfig:
-    """`config` with other granularities and its own formats. A method of what it leaves as it is says nothing."""
-    weight = _with_method(config.weight, w_method, w_group_size, weight_spec)
-    inputs = _with_method(config.input_tensors, a_method, a_group_size, input_spec)
+def with_methods(config: QuantizationConfig, **words: Unpack[Granularity]) -> QuantizationConfig:
+    """`config` with other granularities and its own formats. A method of what it leaves as it is has no effect."""
+    said = _said(words)
+    weight = _with_method(config.weight, said.get("w_method"), said.get("w_group_size"), weight_spec)
+    inputs = _with_method(config.input_tensors, said.get("a_method"), said.get("a_group_size"), input_spec)
     return replace(config, weight=weight, input_tensors=inputs)
 
 
-def _untouched(bits: int) -> bool:
-    return isinstance(bits, int) and bits >= UNTOUCHED_BITS
+def _said(words: Mapping[str, Any]) -> dict[str, Any]:
+    for name in words:
+        if name not in WORDS:
+            raise TypeError(f"unknown word {name!r}{nearest(name, WORDS)}")
+    return {name: value for name, value in words.items() if value is not None}
 
 
 def _with_method(
@@ -143,8 +162,33 @@ def _with_method(
         method = "per-block"
     if spec is None or method is None:
         return spec
-    options = {}
+    options: dict[str, Any] = {"symmetric": spec.symmetric, "dtype": spec.dtype}
     if method_name(method) in GROUPED:
         group_size = group_size or spec.group_size
-        options = {"scale_type": spec.scale_type} if spec.qscheme == "per_group" else {}
-    return make(spec.bits, method, group_size, spec.symmetric, spec.dtype, **options)
+        options |= {"scale_type": spec.scale_type} if spec.qscheme == "per_group" else {}
+    return make(spec.bits, method, group_size, **options)
+
+
+def named_weight(name: str, columns: int) -> QuantizationSpec:
+    """The spec of a weight [out, columns] by the name of its dtype: 8 bits have a scale per output channel, fewer one
+    for GROUP_SIZES neighbours. ConfigError for an unknown name."""
+    spec = QuantizationSpec(dtype=_dtype(name, "weights"), qscheme="per_channel", symmetric=_is_symmetric(name))
+    size = next((size for size in GROUP_SIZES if columns % size == 0), None)
+    return spec if spec.bits == 8 or size is None else replace(spec, qscheme="per_group", group_size=size)
+
+
+def named_input(name: str) -> QuantizationSpec:
+    """The spec of what flows by the name of its dtype: one static scale. ConfigError for an unknown name."""
+    dtype = _dtype(name, "activations")
+    return QuantizationSpec(dtype=dtype, qscheme="per_tensor", symmetric=_is_symmetric(name), observer="minmax")
+
+
+def _dtype(name: str, argument: str) -> str:
+    plain = name.lower().removeprefix("torch.").removeprefix("q")
+    if plain not in DTYPES:
+        raise ConfigError(f"{argument}: unknown dtype {name!r}{nearest(plain, DTYPES)}")
+    return DTYPES[plain]
+
+
+def _is_symmetric(name: str) -> bool:
+    return "uint" not in name.lower()
