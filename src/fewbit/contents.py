@@ -5,17 +5,20 @@ Formats, reports and whoever else asks what a run holds read this. Nobody else t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 
 LINEAR_SLOTS = ("input", "output")
+ATTENTION_SLOTS = ("key", "value", "query", "probabilities")
 NOMINAL_SHAPE = (4096, 4096)
 """Of the weight whose bits are quoted: with one scale per channel they depend on it, a little."""
 
@@ -156,56 +159,28 @@ class Contents:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """What the files of a run's blocks do not say, as JSON has it."""
-        return {
-            "family": self.family,
-            "model_type": self.model_type,
-            "blocks": self.blocks,
-            "attention": {name: known.kind for name, known in self.attention.items()},
-            "fused": [list(names) for names in self.fused],
-            "routed": [linear.name for linear in self.linears.values() if linear.routed],
-            "unquantized": {
-                name: [linear.rule, linear.block, *linear.shape]
-                for name, linear in self.linears.items()
-                if linear.config is None
-            },
-            "others": {name: list(shape) for name, shape in self.others.items()},
-            "tied": dict(self.tied),
-        }
+        """All but the specs, which the files of a run's blocks say, as JSON has it."""
+        linears = {name: replace(linear, config=None) for name, linear in self.linears.items()}
+        attention = {name: replace(module, specs={}) for name, module in self.attention.items()}
+        made: dict[str, Any] = json.loads(json.dumps(asdict(replace(self, linears=linears, attention=attention))))
+        return made
 
     @classmethod
-    def restored(
-        cls,
-        facts: Mapping[str, Any],
-        weights: Mapping[str, tuple[QuantizationSpec | None, tuple[int, int], int]],
-        activations: Mapping[str, QuantizationSpec],
-    ) -> Contents:
-        """From `facts` and what the blocks' files say: spec, shape and block of linears by name, and activations."""
-        blocks, routed = str(facts["blocks"]), set(facts["routed"])
-
-        def entry(name: str, block: int | None, shape: tuple[int, int], **known: Any) -> LinearEntry:
-            role = "" if block is None else name.removeprefix(f"{blocks}.{block}.")
-            return LinearEntry(name, shape, **known, block=block, role=role, routed=name in routed)
-
-        linears = {}
-        for name, (spec, shape, block) in weights.items():
-            flows = {f"{slot}_tensors": activations.get(f"{name}.{slot}") for slot in LINEAR_SLOTS}
-            linears[name] = entry(name, block, shape, config=QuantizationConfig(weight=spec, **flows))
-        for name, (rule, block, rows, columns) in facts["unquantized"].items():
-            linears[name] = entry(name, block, (rows, columns), config=None, rule=rule)
-        inside: dict[str, dict[str, QuantizationSpec]] = {name: {} for name in facts["attention"]}
-        for name, spec in activations.items():
-            module, _, slot = name.rpartition(".")
-            if slot not in LINEAR_SLOTS:
-                inside.setdefault(module, {})[slot] = spec
-        return cls(
-            linears,
-            {name: AttentionEntry(name, facts["attention"].get(name, ""), specs) for name, specs in inside.items()},
-            tuple(tuple(names) for names in facts["fused"]),
-            {name: tuple(shape) for name, shape in facts["others"].items()},
-            dict(facts["tied"]),
-            *(str(facts[name]) for name in ("family", "model_type", "blocks")),
-        )
+    def restored(cls, facts: Any, specs: Mapping[str, QuantizationSpec]) -> Contents:
+        """From `facts` and the specs of weights by their names and of activations by module and slot. ValueError if
+        the facts are none, or know no module of a spec."""
+        bare, left = TypeAdapter(cls).validate_python(facts), dict(specs)
+        linears, attention = {}, {}
+        for name, linear in bare.linears.items():
+            slots = {f"{slot}_tensors": left.pop(f"{name}.{slot}", None) for slot in LINEAR_SLOTS}
+            config = QuantizationConfig(weight=left.pop(linear.weight_name, None), **slots)
+            linears[name] = replace(linear, config=config if config.quantizes else None)
+        for name, module in bare.attention.items():
+            found = {slot: left.pop(f"{name}.{slot}", None) for slot in ATTENTION_SLOTS}
+            attention[name] = replace(module, specs={slot: spec for slot, spec in found.items() if spec is not None})
+        if left:
+            raise ValueError(f"no module is known for {next(iter(left))!r}")
+        return replace(bare, linears=linears, attention=attention)
 
 
 def nominal(config: QuantizationConfig | None = None, attention: AttentionConfig | None = None) -> Contents:

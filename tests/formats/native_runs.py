@@ -16,7 +16,7 @@ from fewbit.checkpoint.native import OUTSIDE, block_file, write_manifest, write_
 from fewbit.checkpoint.side_files import copy_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
-from fewbit.contents import LINEAR_SLOTS, Contents
+from fewbit.contents import LINEAR_SLOTS, AttentionEntry, Contents, LinearEntry
 from fewbit.tensor import QuantizedActivation
 
 BLOCKS = 2
@@ -144,39 +144,30 @@ def write_run(
         journal.add_block(block, write_part(block_file(directory, block), weights, inside, states), [])
     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
     journal.add_file(OUTSIDE, write_part(directory / OUTSIDE, {}, outside))
+    specs = {f"model.layers.{n}.{name}.weight": how.weight for n in range(BLOCKS) for name, how in schemes.items()}
     left = [f"model.layers.{block}.{linear}" for block in range(BLOCKS) for linear in LINEARS if linear not in schemes]
     classes = {f"model.layers.{block}.self_attn": "LlamaAttention" for block in range(BLOCKS)}
-    fused = [[f"model.layers.{block}.{name}" for name in group] for block in range(BLOCKS) for group in FUSED]
-    facts = facts_of(fused, [*left, "lm_head"], classes)
-    write_manifest(directory, {"num_blocks": BLOCKS, "contents": facts})
+    contents = contents_of(specs, unquantized=[*left, "lm_head"], classes=classes)
+    write_manifest(directory, {"num_blocks": BLOCKS, "contents": contents.facts()})
     copy_side_files(model, directory)
     return directory
-
-
-def facts_of(fused=(), unquantized=(), classes=None, routed=()):
-    """What a run's manifest says of its contents."""
-    family = {"family": "llama", "model_type": "llama", "blocks": "model.layers"}
-    told = family | {"attention": classes or {}, "fused": fused, "routed": routed}
-    return told | {"unquantized": {name: ["excluded", None, 64, 64] for name in unquantized}, "others": {}, "tied": {}}
 
 
 def contents_of(weights, activations=None, shapes=None, unquantized=(), classes=None) -> Contents:
     """Contents by specs of weights by their names, of activations by module and slot, and shapes of weights; linears
     of FUSED are fused."""
-    activations = activations or {}
+    activations, owner = activations or {}, lambda name: name.rpartition(".")[0]
+    flows = {owner(name): name.rpartition(".")[2] in LINEAR_SLOTS for name in activations}
+    names = [*map(owner, weights), *(name for name, of_linear in flows.items() if of_linear), *unquantized]
     linears = {
-        name.removesuffix(".weight"): (how, (shapes or {}).get(name, (128, 128))) for name, how in weights.items()
+        name: LinearEntry(name, (shapes or {}).get(f"{name}.weight", (128, 128)), None, routed=".experts." in name)
+        for name in names
     }
-    for module, _, slot in (name.rpartition(".") for name in activations):
-        if slot in LINEAR_SLOTS:
-            linears.setdefault(module, (None, (128, 128)))
-    inside = {name.rpartition(".")[0] for name in activations if name.rpartition(".")[2] not in LINEAR_SLOTS}
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in linears)
+    kinds = {name: "LlamaAttention" for name, of_linear in flows.items() if not of_linear} | (classes or {})
     leaves = [[name.rpartition(".")[2] for name in group] for group in FUSED]
-    fused = [[f"{owner}.{leaf}" for leaf in group] for owner in owners for group in leaves]
-    routed = [name for name in linears if ".experts." in name]
-    facts = facts_of(fused, unquantized, dict.fromkeys(sorted(inside), "LlamaAttention") | (classes or {}), routed)
-    return Contents.restored(facts, {name: (*entry, 0) for name, entry in linears.items()}, activations)
+    fused = [tuple(f"{place}.{leaf}" for leaf in group) for place in set(map(owner, linears)) for group in leaves]
+    bare = Contents(linears, {name: AttentionEntry(name, kind) for name, kind in kinds.items()}, tuple(fused))
+    return Contents.restored(bare.facts(), {**weights, **activations})
 
 
 def fused_with(linear: str) -> list[str]:

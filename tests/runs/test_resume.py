@@ -360,7 +360,7 @@ def test_blocks_after_one_that_came_out_otherwise_are_made_anew(copied, checkpoi
 @pytest.mark.parametrize("field", ["num_blocks", "contents"])
 def test_a_manifest_that_says_otherwise_than_the_model_is_refused(field, refused, checkpoint, tmp_path):
     manifest = read_manifest(tmp_path / "run")
-    other = 1 if field == "num_blocks" else manifest["contents"] | {"unquantized": {}}
+    other = 1 if field == "num_blocks" else manifest["contents"] | {"linears": {}}
     write_manifest(tmp_path / "run", manifest | {field: other})
     sentence = refused(checkpoint("llama"))
     assert "cannot be resumed" in sentence

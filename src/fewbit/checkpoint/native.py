@@ -28,7 +28,7 @@ from torch import Tensor
 from fewbit.checkpoint.journal import Journal, fields_digest
 from fewbit.checkpoint.source import TensorInfo, check_finite, read_header
 from fewbit.config.spec import QuantizationSpec
-from fewbit.contents import LINEAR_SLOTS, Contents
+from fewbit.contents import Contents
 from fewbit.errors import CheckpointError, FewbitError, shown
 from fewbit.files import read_json_object, write_json
 from fewbit.safetensors_file import has_digest, write_safetensors
@@ -153,19 +153,9 @@ class NativePart:
         return float(self._get([part])[part]) if (part := f"{name}.global_scale") in _stored(name, spec) else 1.0
 
     @property
-    def flows(self) -> dict[str, QuantizationSpec]:
-        """Specs of the quantized activations by module and slot."""
-        return {name: spec for name, (spec, _) in self._flows.items()}
-
-    def linears(self) -> dict[str, tuple[QuantizationSpec | None, tuple[int, int]]]:
-        """Spec and shape of the weights of linears of which something is quantized, by the linears' names."""
-        found: dict[str, tuple[QuantizationSpec | None, tuple[int, int]]] = {}
-        found |= {name.removesuffix(".weight"): entry for name, entry in self.quantized.items()}
-        for module, _, slot in (name.rpartition(".") for name in self._flows):
-            if slot in LINEAR_SLOTS and module not in found:
-                rows, columns = self.dense[f"{module}.weight"].shape
-                found[module] = None, (rows, columns)
-        return found
+    def specs(self) -> dict[str, QuantizationSpec]:
+        """Of the weights by their names, and of the activations by module and slot."""
+        return {name: spec for name, (spec, _) in (*self.quantized.items(), *self._flows.items())}
 
     def activations(self) -> dict[str, QuantizedActivation]:
         """Quantized activations by module and slot."""
@@ -231,13 +221,10 @@ class NativeCheckpoint:
     @cached_property
     def contents(self) -> Contents:
         """What is in the run. CheckpointError if the manifest and the blocks' files do not fit together."""
-        weights = {
-            name: (*entry, block) for block, part in enumerate(self.parts) for name, entry in part.linears().items()
-        }
-        flows = {name: spec for part in self.parts for name, spec in part.flows.items()}
+        specs = {name: spec for part in self.parts for name, spec in part.specs.items()}
         try:
-            return Contents.restored(self.manifest["contents"], weights, flows)
-        except (KeyError, TypeError, ValueError, AttributeError):
+            return Contents.restored(self.manifest.get("contents"), specs)
+        except ValueError:
             raise CheckpointError(
                 f"{self.directory / MANIFEST} is damaged: it does not say what the blocks' files leave open"
             ) from None

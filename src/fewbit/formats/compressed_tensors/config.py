@@ -52,9 +52,9 @@ def check(contents: Contents) -> None:
 
 
 def groups(contents: Contents) -> dict[str, list[str]]:
-    """Names of the linears of each kind: {canonical JSON of its entry without targets: names}."""
+    """Names of the linears of each kind: {canonical JSON of its entry without targets: names}. Block by block."""
     found = defaultdict(list)
-    for linear in contents.weights:
+    for linear in sorted(contents.weights, key=lambda linear: (linear.block or 0, linear.name)):
         with _naming(linear.weight_name):
             found[json.dumps(group_entry(linear), sort_keys=True)].append(linear.name)
     return found
