@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+import fewbit
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.recipe import Config
 from fewbit.errors import CheckpointError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.runs.plan import make_plan
-from fewbit.runs.quantize import quantize_model
+from fewbit.runs.quantize import open_model
 
 INPUTS = {"dtype": "int8", "qscheme": "per_token", "observer": "minmax", "is_dynamic": True}
 RECIPES = {
@@ -21,11 +22,10 @@ RECIPES = {
 
 def run_of(model, recipe, output):
     """What the plan said, and the finished run."""
-    plans = []
     config = Config.from_dict({"algorithm": "rtn"} | recipe)
     data = torch.randint(1, 300, (4, 16), generator=torch.Generator().manual_seed(0))
-    quantize_model(model, config, output, calibration=data, device="cpu", progress=False, check=plans.append)
-    return plans[0].contents, NativeCheckpoint(output)
+    fewbit.quantize(model, config=config, output=output, calibration=data, device="cpu", progress=False)
+    return make_plan(open_model(model), config).contents, NativeCheckpoint(output)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -24,59 +24,48 @@ def _grouped(bits: int, symmetric: bool = True) -> QuantizationSpec:
     )
 
 
-def _block(dtype: str, size: int, scale_type: str, **options: Any) -> QuantizationSpec:
-    return QuantizationSpec(dtype=dtype, qscheme="per_group", group_size=size, scale_type=scale_type, **options)
-
-
 def _input(dtype: str, qscheme: str, **options: Any) -> QuantizationSpec:
     """Activations: minmax, as engines compute it."""
     return QuantizationSpec(dtype=dtype, qscheme=qscheme, observer="minmax", **options)  # type: ignore[arg-type]
-
-
-INT8_CHANNEL = QuantizationSpec(dtype="int8", qscheme="per_channel")
-FP8_TENSOR = QuantizationSpec(dtype="e4m3", qscheme="per_tensor")
-FP8_CHANNEL = QuantizationSpec(dtype="e4m3", qscheme="per_channel")
-FP8_BLOCKS = QuantizationSpec(dtype="e4m3", qscheme="per_block", block_size=(128, 128))
-NVFP4 = _block("e2m1", 16, "e4m3")
-TOKEN_INT8 = _input("int8", "per_token", is_dynamic=True)
-TOKEN_INT4 = _input("int4", "per_token", is_dynamic=True)
-TOKEN_FP8 = _input("e4m3", "per_token", is_dynamic=True)
-TENSOR_INT8 = _input("int8", "per_tensor")
-TENSOR_FP8 = _input("e4m3", "per_tensor")
-GROUP_FP8 = _input("e4m3", "per_group", group_size=128, is_dynamic=True)
-GROUP_NVFP4 = _input("e2m1", "per_group", group_size=16, scale_type="e4m3", is_dynamic=True)
-
-
-def _mx(dtype: str) -> QuantizationSpec:
-    return _block(dtype, 32, "e8m0")
-
-
-def _mx_input(dtype: str) -> QuantizationSpec:
-    return _input(dtype, "per_group", group_size=32, scale_type="e8m0", is_dynamic=True)
 
 
 def _config(weight: QuantizationSpec, inputs: QuantizationSpec | None = None) -> QuantizationConfig:
     return QuantizationConfig(weight=weight, input_tensors=inputs)
 
 
+def _blocks(dtype: str, inputs: bool = True, size: int = 32, scale_type: str = "e8m0") -> QuantizationConfig:
+    """MX or NVFP4: groups of `size` whose scales are bytes."""
+    groups: dict[str, Any] = {"dtype": dtype, "qscheme": "per_group", "group_size": size, "scale_type": scale_type}
+    return _config(QuantizationSpec(**groups), _input(**groups, is_dynamic=True) if inputs else None)
+
+
+INT8_CHANNEL = QuantizationSpec(dtype="int8", qscheme="per_channel")
+FP8_TENSOR = QuantizationSpec(dtype="e4m3", qscheme="per_tensor")
+FP8_CHANNEL = QuantizationSpec(dtype="e4m3", qscheme="per_channel")
+FP8_BLOCKS = QuantizationSpec(dtype="e4m3", qscheme="per_block", block_size=(128, 128))
+TOKEN_INT8 = _input("int8", "per_token", is_dynamic=True)
+TOKEN_INT4 = _input("int4", "per_token", is_dynamic=True)
+TOKEN_FP8 = _input("e4m3", "per_token", is_dynamic=True)
+TENSOR_FP8 = _input("e4m3", "per_tensor")
+
 SCHEMES: dict[str, QuantizationConfig] = {
     **{f"W{bits}A16": _config(_grouped(bits)) for bits in (8, 4, 3, 2)},
     **{f"W{bits}A16_ASYM": _config(_grouped(bits, False)) for bits in (8, 4, 3, 2)},
     "W8A8": _config(INT8_CHANNEL, TOKEN_INT8),
-    "W8A8_STATIC": _config(INT8_CHANNEL, TENSOR_INT8),
+    "W8A8_STATIC": _config(INT8_CHANNEL, _input("int8", "per_tensor")),
     "W4A8": _config(_grouped(4), TOKEN_INT8),
     "W4A4": _config(_grouped(4), TOKEN_INT4),
     "W4AFP8": _config(_grouped(4), TOKEN_FP8),
     "FP8": _config(FP8_TENSOR, TENSOR_FP8),
     "FP8_DYNAMIC": _config(FP8_CHANNEL, TOKEN_FP8),
-    "FP8_BLOCK": _config(FP8_BLOCKS, GROUP_FP8),
-    "NVFP4": _config(NVFP4, GROUP_NVFP4),
-    "NVFP4A16": _config(NVFP4),
-    "MXFP4": _config(_mx("e2m1"), _mx_input("e2m1")),
-    "MXFP4A16": _config(_mx("e2m1")),
-    "MXFP6": _config(_mx("e2m3"), _mx_input("e2m3")),
-    "MXFP8": _config(_mx("e4m3"), _mx_input("e4m3")),
-    "MXINT8": _config(_mx("int8"), _mx_input("int8")),
+    "FP8_BLOCK": _config(FP8_BLOCKS, _input("e4m3", "per_group", group_size=128, is_dynamic=True)),
+    "NVFP4": _blocks("e2m1", True, 16, "e4m3"),
+    "NVFP4A16": _blocks("e2m1", False, 16, "e4m3"),
+    "MXFP4": _blocks("e2m1"),
+    "MXFP4A16": _blocks("e2m1", inputs=False),
+    "MXFP6": _blocks("e2m3"),
+    "MXFP8": _blocks("e4m3"),
+    "MXINT8": _blocks("int8"),
     **{
         name.upper(): _config(
             QuantizationSpec(dtype=name), QuantizationSpec(dtype=name, observer="minmax", is_dynamic=True)
@@ -88,14 +77,13 @@ SCHEMES: dict[str, QuantizationConfig] = {
 _ALIASES = {"INT8": "W8A8", "W8A8-STATIC": "W8A8_STATIC", "FP8-DYNAMIC": "FP8_DYNAMIC", "FP8-BLOCK": "FP8_BLOCK"}
 KV_CACHES: dict[str, QuantizationSpec] = {
     "KV8": _input("int8", "per_token", is_dynamic=True),
-    "KVFP8": _input("e4m3", "per_tensor"),
+    "KVFP8": TENSOR_FP8,
     "KV4": _input("uint4", "per_group", group_size=32, symmetric=False, is_dynamic=True),
 }
 """KV-cache schemes, the suffixes of a scheme's name: how keys and values are quantized."""
 _GROUP = r"(?:-G(?P<{}>[0-9]{{1,9}}|-1))?"
-_NAME = re.compile(
-    r"(?P<base>.{,100}?)" + _GROUP.format("before") + r"\+?(?P<kv>KVFP8|KV8|KV4)?" + _GROUP.format("after")
-)
+_KV = rf"\+?(?P<kv>{'|'.join(KV_CACHES)})?"
+_NAME = re.compile(r"(?P<base>.{,100}?)" + _GROUP.format("before") + _KV + _GROUP.format("after"))
 
 
 def parse_scheme(name: str, group_size: int | None = None) -> tuple[QuantizationConfig, AttentionConfig | None]:

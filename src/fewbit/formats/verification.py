@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +34,29 @@ class Verification:
 
 @dataclass(frozen=True)
 class Origin:
-    """Format of an export, where the run it was made from was then, what to know when loading it, the digests of its
-    files that hold no weights, the sizes of those that do, and the fingerprint of the run."""
+    """What an export was made from."""
 
     format: str
-    run: Path
-    notes: tuple[str, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
-    weights: Mapping[str, int] = field(default_factory=dict)
-    fingerprint: str = ""
+    notes: tuple[str, ...]
+    """What to know when loading it."""
+    files: Mapping[str, str]
+    """Digests of its files that hold no weights."""
+    weights: Mapping[str, int]
+    """Sizes of those that do."""
+    fingerprint: str
+    """Of the run."""
+    run: Path = Path()
+    """Where the run was then."""
 
 
-def write_origin(
-    directory: Path, final: Path, run: Path, format: str, notes: Sequence[str] = (), fingerprint: str = ""
-) -> None:
+def write_origin(directory: Path, final: Path, run: Path, format: str, notes: Sequence[str], fingerprint: str) -> None:
     """Note in an export, now in `directory` and soon in `final`, which run it was made from."""
-    where = os.path.relpath(run.resolve(), final.resolve())
     written = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    noted: dict[str, Any] = {
-        "format": format,
-        "notes": list(notes),
-        "files": {name: file_digest(path) for name, path in written.items() if not is_weight(path.name)},
-        "weights": {name: path.stat().st_size for name, path in written.items() if is_weight(path.name)},
-        "fingerprint": fingerprint,
-    }
-    write_json(directory / ORIGIN, {"run": where} | noted | {"digest": fields_digest(noted)})
+    files = {name: file_digest(path) for name, path in written.items() if not is_weight(path.name)}
+    weights = {name: path.stat().st_size for name, path in written.items() if is_weight(path.name)}
+    noted = asdict(Origin(format, tuple(notes), files, weights, fingerprint))
+    noted["run"] = os.path.relpath(run.resolve(), final.resolve())
+    write_json(directory / ORIGIN, noted | {"digest": _digest(noted)})
 
 
 def read_origin(directory: Path) -> Origin:
@@ -66,19 +64,16 @@ def read_origin(directory: Path) -> Origin:
     file = directory / ORIGIN
     if not directory.is_dir() or not os.path.lexists(file):
         raise CheckpointError(f"{directory} is no fewbit export (it has no {ORIGIN})")
-    found = read_json_object(file)
-    noted = {name: found.get(name) for name in ("format", "notes", "files", "weights", "fingerprint")}
-    run = found.get("run")
-    if not isinstance(run, str) or "\0" in run or found.get("digest") != fields_digest(noted):
+    noted = read_json_object(file)
+    run, digest = noted.get("run"), noted.pop("digest", None)
+    if not isinstance(run, str) or "\0" in run or digest != _digest(noted):
         raise CheckpointError(f"{file} is not what this version of fewbit wrote; export the run again")
-    return Origin(
-        str(noted["format"]),
-        directory / run,
-        tuple(found["notes"]),
-        dict(found["files"]),
-        dict(found["weights"]),
-        str(noted["fingerprint"]),
-    )
+    return Origin(**noted | {"run": directory / run, "notes": tuple(noted["notes"])})
+
+
+def _digest(noted: Mapping[str, Any]) -> str:
+    """Of all but the place of the run, which may have moved."""
+    return fields_digest({name: value for name, value in noted.items() if name != "run"})
 
 
 def is_complete(directory: Path) -> bool:
