@@ -190,15 +190,15 @@ class QuantizedActivation:
             raise ConfigError(f"an activation cannot be quantized {self.spec.summary}: {error}") from None
 
     def find_scale(self, tiles: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor | None]:
-        """Stored scale and zero point of tiles [rows, columns, n]: found now, or known from calibration."""
+        """Stored scale and zero point of tiles [rows, columns, n]: known already, or found now."""
+        if self.scale is not None:
+            return self.scale, self.zero_point
         if self.spec.is_dynamic:
             return replace(self.spec.grid_rule(format), signed=False).find(tiles.float())
-        if self.scale is None:
-            raise CalibrationError(
-                f"a static activation ({self.spec.summary}) has no scale yet; run data through the model inside "
-                "`with fewbit.calibrate(model):` first, or use is_dynamic=True"
-            )
-        return self.scale, self.zero_point
+        raise CalibrationError(
+            f"a static activation ({self.spec.summary}) has no scale yet; run data through the model inside "
+            "`with fewbit.calibrate(model):` first, or use is_dynamic=True"
+        )
 
     def fake_quantize(self, x: Tensor, format: ScaleFormat) -> Tensor:
         """x [..., channels] quantized and dequantized in its dtype, whatever the spec says of a residual."""
@@ -214,6 +214,19 @@ class QuantizedActivation:
         stored, zero = self.find_scale(tiles, format)
         values = scales.fake_quantize(tiles, format.value(stored), zero, spec.format, spec.round_method)
         return spec.tiling.merge(values, *matrix.shape).reshape(x.shape).to(x.dtype)
+
+    def encode(self, matrix: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes of a matrix [rows, channels] in its shape, and the scales and zero points [rows, columns] of its tiles
+        as stored: what a kernel takes. `decode` is the inverse; the format is no cast."""
+        tiles, spec = self.split(matrix), self.spec
+        stored, zero = self.find_scale(tiles, format)
+        codes = scales.encode(tiles, format.value(stored), zero, spec.format, spec.round_method)
+        return spec.tiling.merge(codes, *matrix.shape), stored, zero
+
+    def decode(self, codes: Tensor, format: ScaleFormat, stored: Tensor, zero: Tensor | None) -> Tensor:
+        """Values (float32) of what `encode` gives."""
+        values = scales.decode(self.split(codes), format.value(stored), zero, self.spec.format)
+        return self.spec.tiling.merge(values, *codes.shape)
 
 
 def find_grid(

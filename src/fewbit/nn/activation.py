@@ -101,13 +101,10 @@ class ActivationQuantizer(Step):
             quantized = quantized + self.once(x - quantized)
         return quantized
 
-    def find_scale(self, tiles: Tensor, format: ScaleFormat) -> tuple[Tensor, Tensor | None]:
-        """Stored scale and zero point of tiles [rows, columns, n]: found now, or known from calibration."""
-        return self.state().find_scale(tiles, format)
-
-    def split(self, matrix: Tensor) -> Tensor:
-        """Matrix [rows, channels] → tiles [rows, columns, n]; ConfigError if they do not cover it exactly."""
-        return self.state().split(matrix)
+    @torch.no_grad()
+    def encode(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and zero points of a matrix, as `QuantizedActivation.encode` gives them."""
+        return self.state().encode(matrix, self.format(matrix))
 
     @torch.no_grad()
     def once(self, x: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from fewbit.config.spec import AttentionConfig
 from fewbit.errors import ConfigError
 from fewbit.nn.attention import HeadsQuantizer, attention_modules, mark_as_cached, states_of
-from fewbit.numerics import scales
 from fewbit.numerics.packing import pack, unpack
 from fewbit.tensor import QuantizedActivation, from_unsigned
 
@@ -108,26 +107,21 @@ def _decode_once(quantizer: HeadsQuantizer, parts: Parts, channels: int, stage: 
     if spec.format.is_cast:
         return parts[f"{stage}codes"]
     codes = from_unsigned(unpack(parts[f"{stage}codes"], spec.bits, channels), spec)
-    matrix = quantizer.to_matrix(codes)
     stored, zero = quantizer.scale, quantizer.zero_point
     if spec.is_dynamic:
         stored = quantizer.to_matrix(parts[f"{stage}scale"])
         zero = quantizer.to_matrix(parts[f"{stage}zero_point"]) if f"{stage}zero_point" in parts else None
     assert stored is not None
-    scale = quantizer.format().value(stored)
-    values = scales.decode(quantizer.split(matrix), scale, zero, spec.format)
-    return quantizer.from_matrix(spec.tiling.merge(values, *matrix.shape), codes.shape)
+    values = quantizer.state().decode(quantizer.to_matrix(codes), quantizer.format(), stored, zero)
+    return quantizer.from_matrix(values, codes.shape)
 
 
 def _encode_once(quantizer: HeadsQuantizer, x: Tensor) -> Parts:
     spec = quantizer.spec
     if spec.format.is_cast:
         return {"codes": x.to(spec.format.code_dtype)}
-    matrix = quantizer.to_matrix(x)
-    tiles, format = quantizer.split(matrix), quantizer.format()
-    stored, zero = quantizer.find_scale(tiles, format)
-    codes = scales.encode(tiles, format.value(stored), zero, spec.format, spec.round_method)
-    codes = quantizer.from_matrix(spec.tiling.merge(codes, *matrix.shape), x.shape)
+    codes, stored, zero = quantizer.encode(quantizer.to_matrix(x))
+    codes = quantizer.from_matrix(codes, x.shape)
     offset = int(spec.format.smallest) if spec.format.is_integer else 0
     parts = {"codes": pack(codes.to(torch.int16) - offset, spec.bits)}
     if spec.is_dynamic:

@@ -17,8 +17,8 @@ from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.words import input_spec
 from fewbit.numerics import scales
-from fewbit.numerics.scale_format import ScaleFormat
-from fewbit.tensor import QuantTensor, after_first_stage, find_grid, round_to_nearest
+from fewbit.numerics.scale_format import Float, ScaleFormat
+from fewbit.tensor import QuantizedActivation, QuantTensor, after_first_stage, find_grid, round_to_nearest
 
 
 class Quantizer(KeepsDtypes):
@@ -72,8 +72,8 @@ class Quantizer(KeepsDtypes):
             what = "holds NaN or infinity" if x.numel() else "is empty"
             raise ConfigError(f"a tensor of shape {list(x.shape)} that {what} has no scale; give another one")
         matrix = _matrix(x)
-        format = self._quantizer.format(x)
-        stored, zero = self._quantizer.find_scale(self._quantizer.split(matrix), format)
+        format, unknown = self._quantizer.format(x), self._quantizer.state()
+        stored, zero = unknown.find_scale(unknown.split(matrix), format)
         shape = self._scale_shape(x, stored.shape[-1])
         self.scale = format.value(stored).reshape(shape)
         self.zero_point = None if zero is None else zero.reshape(shape)
@@ -94,19 +94,15 @@ class Quantizer(KeepsDtypes):
             quantized: Tensor = self._quantizer(x)
             return quantized
         matrix = _matrix(x)
-        tiles = self._quantizer.split(matrix)
+        tiles = self._quantizer.state().split(matrix)
         if tuple(self.scale.shape) != self._scale_shape(x, tiles.shape[-2]):
             raise ConfigError(
                 f"the scale that was found has shape {list(self.scale.shape)}, which does not fit a tensor of shape "
                 f"{list(x.shape)}; call find_scale with it, or forget() for a scale of its own"
             )
-        scale, zero = (
-            part if part is None else part.to(x.device).reshape(tiles.shape[:-1])
-            for part in (self.scale, self.zero_point)
-        )
-        assert scale is not None
-        values = scales.fake_quantize(tiles, scale, zero, self.spec.format, self.spec.round_method)
-        rounded = self.spec.tiling.merge(values, *matrix.shape).reshape(x.shape).to(x.dtype)
+        parts = (self.scale, self.zero_point)
+        scale, zero = (None if part is None else part.to(x.device).reshape(tiles.shape[:-1]) for part in parts)
+        rounded = QuantizedActivation(self.spec, scale, zero).fake_quantize(x, Float())  # values, not as they are stored
         return rounded + self._quantizer.once(x - rounded) if self.spec.residual else rounded
 
     forward = quantize
