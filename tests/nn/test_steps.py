@@ -156,6 +156,14 @@ def test_a_quantizer_keeps_its_place_among_stored_steps():
     assert [step.kind for step in linear.input_steps] == ["quantize", "flip"]
 
 
+def test_another_config_leaves_the_steps_that_the_weight_undoes():
+    linear = linears()[1]
+    linear.input_steps = [Flip(2), *linear.input_steps]
+    again = FakeQuantLinear.from_module(linear, "W4A16", group_size=8)
+    assert [step.kind for step in again.input_steps] == ["flip"]
+    assert [step.kind for step in FakeQuantLinear.from_module(linear, "W8A8").input_steps] == ["flip", "quantize"]
+
+
 def test_a_step_that_nobody_knows_is_refused():
     with pytest.raises(CheckpointError, match="input step 'twist', which this fewbit does not know"):
         linears()[0].restore_steps([StoredStep("twist")])

@@ -34,7 +34,6 @@ from fewbit.nn.words import METHODS, WORDS, Granularity, linear_config, with_met
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
-M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 
@@ -45,6 +44,10 @@ class FakeQuant(Stepped):
     """Scheme of a ready-made class."""
     default: ClassVar[QuantizationConfig | None] = None
     """How a module that is made from nothing is quantized, unless words say so."""
+    kind: ClassVar[type[nn.Module]]
+    """The torch class."""
+    sizes: ClassVar[tuple[str, ...]]
+    """What its constructor takes, and its modules have; inputs and outputs first."""
     config: QuantizationConfig
     weight: Tensor
     bias: Any  # Tensor or None, which torch declares differently for linears and convolutions
@@ -107,27 +110,39 @@ class FakeQuant(Stepped):
             )
         if group_size is not None:
             resolved = with_group_size(resolved, group_size)
-        return _adopt(cls._like(module), module, resolved)
+        cls._check_kind(module)
+        return cls._of(module, resolved)
 
     @classmethod
-    def _like(cls, module: Any) -> Self:
-        """One of `module`'s shape, without weights. ConfigError if it is of another kind."""
-        raise TypeError(f"{cls.__name__} is no module of its own; use FakeQuantLinear or a FakeQuantConv")
-
-    @classmethod
-    def _check_kind(cls, module: Any, kind: type[nn.Module]) -> None:
+    def _check_kind(cls, module: nn.Module) -> None:
+        own, kind = type(module), cls.kind
         if not isinstance(module, kind):
-            raise ConfigError(f"{cls.__name__} stands for nn.{kind.__name__}, not for {type(module).__name__}")
+            raise ConfigError(f"{cls.__name__} stands for nn.{kind.__name__}, not for {own.__name__}")
         if isinstance(module, FakeQuant):
-            check_plain(module, known=module.slots)
-            return
+            return check_plain(module, known=module.slots)
         check_plain(module)
-        own = type(module)
-        if not (multiplies(module) if isinstance(module, nn.Linear) else _convolves(own, kind)):
+        same = all(getattr(own, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+        if not same and not (isinstance(module, nn.Linear) and multiplies(module)):
             raise ConfigError(
                 f"{own.__name__} computes in a way of its own, which {cls.__name__} would not; use a plain "
                 f"nn.{kind.__name__}, or leave it as it is"
             )
+
+    @classmethod
+    def _of(cls, module: Any, config: QuantizationConfig) -> Self:
+        """One with the parameters and hooks of `module`; finds the quantized weight, so that errors come now."""
+        sizes = {name: getattr(module, name) for name in cls.sizes}
+        for spec, name in zip((config.input_tensors, config.output_tensors), cls.sizes, strict=False):
+            if spec is not None and sizes[name] % (spec.tiling.span or sizes[name]):
+                raise ConfigError(f"an activation of {sizes[name]} channels cannot be quantized {spec.summary}")
+        made = cls(**sizes, bias=module.bias is not None, device="meta")
+        made.weight, made.bias = module.weight, module.bias
+        made.set_config(config)
+        if isinstance(module, FakeQuant):
+            made.input_steps = [*(step for step in module.input_steps if step.exact), *made.input_steps]
+        made.fake_weight()
+        carry_over(module, made)
+        return made
 
     def set_config(self, config: QuantizationConfig) -> None:
         """Quantize by `config` from now on; what calibration found is forgotten."""
@@ -184,15 +199,12 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
     """y = Q_out(Q_in(x) · Q(W)ᵀ + b)."""
 
     default = linear_config()
+    kind = nn.Linear
+    sizes = ("in_features", "out_features")
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *words: Any, **kwargs: Any) -> None:
         """A fresh linear. Words may follow `bias` by position, in their order; device and dtype go by name."""
         super().__init__(in_features, out_features, bias, **dict(zip(WORDS, words, strict=False)), **kwargs)
-
-    @classmethod
-    def _like(cls, module: Any) -> Self:
-        cls._check_kind(module, nn.Linear)
-        return cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
 
     def multiply(self, seen: Tensor) -> Tensor:
         product = matmul.linear(seen.reshape(-1, self.in_features), self.fake_weight().to(seen.dtype))
@@ -204,24 +216,9 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
 class FakeQuantConv(FakeQuant):
     """What the convolutions have in common."""
 
-    kind: ClassVar[type[nn.Module]]
-    """The torch class."""
-
-    @classmethod
-    def _like(cls, module: Any) -> Self:
-        cls._check_kind(module, cls.kind)
-        return cls(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            bias=module.bias is not None,
-            padding_mode=module.padding_mode,
-            device="meta",
-        )
+    sizes = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, channels, …] or [channels, …]."""
@@ -265,31 +262,6 @@ def _resolve(config: QuantizationConfig | str | None, words: Any) -> Quantizatio
     if bits := [name for name in words if name in WORDS[:2]]:
         raise ConfigError(f"{bits[0]} contradicts {config}, which has its own bits; give one of them")
     return with_methods(scheme_config(config) if isinstance(config, str) else config, **words)
-
-
-def _adopt(made: M, module: nn.Module, config: QuantizationConfig) -> M:
-    """Give `made` the parameters of `module` and its config; finds the quantized weight, so that errors come now."""
-    assert isinstance(made, FakeQuant)
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    made.weight = module.weight
-    made.bias = module.bias
-    inputs, outputs = (
-        (module.in_features, module.out_features)
-        if isinstance(module, nn.Linear)
-        else (module.in_channels, module.out_channels)
-    )
-    for spec, channels in ((config.input_tensors, inputs), (config.output_tensors, outputs)):
-        if spec is not None and channels % (spec.tiling.span or channels):
-            raise ConfigError(f"an activation of {channels} channels cannot be quantized {spec.summary}")
-    made.set_config(config)
-    made.fake_weight()
-    carry_over(module, made)
-    return made
-
-
-def _convolves(own: type[nn.Module], kind: type[nn.Module]) -> bool:
-    """Whether a class of convolutions computes what torch's does."""
-    return all(getattr(own, name) is getattr(kind, name) for name in ("forward", "_conv_forward"))
 
 
 def _preset(name: str, scheme: str) -> type[FakeQuantLinear]:

@@ -102,7 +102,9 @@ class Quantizer(KeepsDtypes):
             )
         parts = (self.scale, self.zero_point)
         scale, zero = (None if part is None else part.to(x.device).reshape(tiles.shape[:-1]) for part in parts)
-        rounded = QuantizedActivation(self.spec, scale, zero).fake_quantize(x, Float())  # values, not as they are stored
+        rounded = QuantizedActivation(self.spec, scale, zero).fake_quantize(
+            x, Float()
+        )  # values, not as they are stored
         return rounded + self._quantizer.once(x - rounded) if self.spec.residual else rounded
 
     forward = quantize
