@@ -36,6 +36,11 @@ def run(demo, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def measured(run, demo, ids):
+    return fewbit.evaluate(run, ids, against=demo)
+
+
+@pytest.fixture(scope="module")
 def export(run):
     return run.export("compressed-tensors")
 
@@ -49,11 +54,10 @@ def perplexity(model, windows):
     return math.exp(torch.stack(losses).mean())
 
 
-def test_every_linear_is_quantized_and_little_is_lost(run, demo, ids):
+def test_every_linear_is_quantized_and_little_is_lost(run, measured):
     assert run.report["totals"]["linears"] == {"quantized": 210, "skipped": 1}
     assert run.report["totals"]["fallbacks"] == 0
     assert run.report["totals"]["bits_per_weight"] == pytest.approx(4.25)
-    measured = fewbit.evaluate(run, ids, against=demo)
     assert measured.perplexity < 1.25 * measured.reference_perplexity
     assert measured.top1_agreement > 0.7
 
@@ -63,9 +67,9 @@ def test_the_export_equals_the_run(run, export):
     assert verified.quantized == 210
 
 
-def test_transformers_loads_the_export_and_measures_the_same_perplexity(run, export, ids):
+def test_transformers_loads_the_export_and_measures_the_same_perplexity(export, ids, measured):
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
-    assert perplexity(model, ids) == pytest.approx(fewbit.evaluate(run, ids).perplexity, rel=5e-3)
+    assert perplexity(model, ids) == pytest.approx(measured.perplexity, rel=5e-3)
 
 
 def test_transformers_computes_in_bfloat16_with_the_runs_weights_rounded_once(run, export, ids, dequantized):

@@ -101,7 +101,7 @@ def in_steps(model: PreTrainedModel, ids: Tensor, cache: Any, steps: list[int]) 
     return torch.cat([logits(model, part, past_key_values=cache) for part in ids.split(steps, dim=1)], dim=1)
 
 
-# Every pair with and without a window, every family with scales of both kinds: no family treats a pair by itself.
+# Every pair with and without a window; every family with zero points of both kinds, found for each token and fixed.
 FAMILIES_AND_PAIRS = [
     *((family, pair) for family in ("llama", "mistral") for pair in PAIRS),
     *(
