@@ -24,8 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbit.algorithms.input_error import Scored, scored_tokens
-from fewbit.calibration.statistics import Statistics
+from fewbit.algorithms.input_error import Scored
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics import matmul, scales
 from fewbit.numerics.scales import GridRule
@@ -45,23 +44,6 @@ class Objective:
     """p of the columns where GPTQ follows."""
     scored: list[Scored]
     """Tokens of the input that tell what its quantization costs."""
-
-    @classmethod
-    def of(
-        cls,
-        weights: Sequence[Tensor],
-        specs: Sequence[QuantizationSpec],
-        statistics: Statistics,
-        *,
-        dtype: torch.dtype,
-        input_spec: QuantizationSpec | None,
-        compensated: bool,
-        rows: int,
-    ) -> Objective:
-        """Of linears that share an input; the arguments are those of `search_scales`."""
-        moment = statistics.moment
-        costs = column_costs(moment) if compensated else None
-        return cls(_targets(weights, specs, dtype, rows), moment, costs, scored_tokens(statistics, input_spec))
 
     def weights(self, scale: Tensor) -> float:
         """By the error of the weights."""
@@ -119,18 +101,13 @@ class Target:
         else:
             low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
             high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)
-        best: Best | None = None
+        best = Best()
         for value, zero in self._grids(rule, low, high):
             if self.tile_of_row is not None:
                 value, zero = value[self.tile_of_row], None if zero is None else zero[self.tile_of_row]
             delta = scales.fake_quantize(scaled, value, zero, fmt, self.spec.round_method).sub_(scaled)
-            error = delta.square().mul_(weights).sum(-1)
-            error = format.pooled(error).unsqueeze(-1)
-            if best is None:
-                best = Best(error, delta)
-            else:
-                best.consider(error, delta)
-        assert best is not None
+            error = format.pooled(delta.square().mul_(weights).sum(-1))
+            best.consider(error.unsqueeze(-1), delta)
         return best.value.flatten(1) / scale
 
     def _grids(self, rule: GridRule, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -147,7 +124,7 @@ class Target:
         yield from zip(values, [None] * len(values) if zeros is None else zeros, strict=True)
 
 
-def _targets(
+def targets_of(
     weights: Sequence[Tensor], specs: Sequence[QuantizationSpec], dtype: torch.dtype, rows: int
 ) -> list[Target]:
     """Some `rows` of all weights [out, in] together, evenly spaced, that stand for them; casts lose nothing."""

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewbit.algorithms.input_error import Scored
-from fewbit.algorithms.scale_loss import Objective
+from fewbit.algorithms.input_error import Scored, scored_tokens
+from fewbit.algorithms.scale_loss import Objective, column_costs, targets_of
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.spec import QuantizationSpec
@@ -88,12 +88,12 @@ def search_scales(
     the config fixes is taken as it is, but if storage distorts its scales so that they cost more than they were to,
     and more than none: then none.
     """
-    objective = Objective.of(
-        weights, specs, statistics, dtype=dtype, input_spec=input_spec, compensated=compensated, rows=rows
-    )
-    curves = _curves(weights, specs, statistics, objective.scored, config, tie, power_of_two)
+    moment, scored = statistics.moment, scored_tokens(statistics, input_spec)
+    costs = column_costs(moment) if compensated else None
+    objective = Objective(targets_of(weights, specs, dtype, rows), moment, costs, scored)
+    curves = _curves(weights, specs, statistics, scored, config, tie, power_of_two)
     bar = _Bar.of(objective, config, compensated)
-    best = none = ScaleSearch(torch.ones_like(statistics.moment[0]), bar.before, bar.before)
+    best = none = ScaleSearch(torch.ones_like(moment[0]), bar.before, bar.before)
     for alpha, duo in _exponents(config):
         scales = [curve.at(alpha, duo) for curve in curves]
         scale = scales[0]

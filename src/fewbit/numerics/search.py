@@ -43,11 +43,16 @@ class Best:
     """Of the candidates that are considered one after another, for each group the one with the least error; the first
     of equals. A candidate is a value [...] (a scale, as a rule) and perhaps a zero point."""
 
-    def __init__(self, error: Tensor, value: Tensor, zero: Tensor | None = None) -> None:
-        self.error, self.value, self.zero = error, value, zero
+    error: Tensor
+    value: Tensor
+    zero: Tensor | None
+    _begun = False
 
     def consider(self, error: Tensor, value: Tensor, zero: Tensor | None = None) -> Tensor:
         """Returns where the candidate is better: bool, shaped like `error`."""
+        if not self._begun:
+            self.error, self.value, self.zero, self._begun = error, value, zero, True
+            return torch.zeros_like(error, dtype=torch.bool)
         better = error < self.error
         self.error, self.value = torch.where(better, error, self.error), torch.where(better, value, self.value)
         if zero is not None and self.zero is not None:
@@ -74,12 +79,12 @@ def search(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Te
 def _search_symmetric(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
     reach = torch.maximum(high, -low)
-    covering = rule.scale.round(rule.covering(reach))
-    best = Best(rule.error(tiles, covering, None, importance), covering)
+    best = Best()
 
     def consider(scale: Tensor) -> None:
         best.consider(rule.error(tiles, scale, None, importance), scale)
 
+    consider(rule.scale.round(rule.covering(reach)))
     floor = least_share(rule, tiles, reach, importance)
     if rule.scale.is_coarse:
         for scale in rule.storable(low, high, floor):
@@ -107,11 +112,13 @@ def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> 
     stored, zero_point = rule.from_range(low, high)
     assert zero_point is not None
     whole, zero = rule.scale.value(stored), zero_point.float()
-    best = Best(rule.error(tiles, whole, zero, importance), whole, zero)
+    best = Best()
+    best.consider(rule.error(tiles, whole, zero, importance), whole, zero)
 
     def follow(scale: Tensor, zero: Tensor) -> Tensor:
         """Try a scale with a zero point and its neighbours, as far as the grid may have moved; returns the best."""
-        here = Best(rule.error(tiles, scale, zero, importance), zero)
+        here = Best()
+        here.consider(rule.error(tiles, scale, zero, importance), zero)
         stride = 2 ** min(4, max(0, rule.fmt.bits - 4))
         while stride:
             for sign in (-stride, stride):
@@ -135,12 +142,10 @@ def _search_jointly(rule: GridRule, tiles: Tensor, importance: Tensor | None) ->
     """Scales that are stored jointly [..., tiles], tried block by block: for each state of what a block shares, every
     tile takes what suits it best."""
     covering = rule.covering(tiles.abs().amax(-1))
-    value = rule.scale.round(covering)
-    best = Best(rule.scale.pooled(rule.error(tiles, value, None, importance)), value)
-    for values in rule.scale.alternatives(covering):
-        first, *others = values
-        of_state = Best(rule.error(tiles, first, None, importance), first)
-        for value in others:
+    best = Best()
+    for values in ((rule.scale.round(covering),), *rule.scale.alternatives(covering)):
+        of_state = Best()
+        for value in values:
             of_state.consider(rule.error(tiles, value, None, importance), value)
         best.consider(rule.scale.pooled(of_state.error), of_state.value)
     return best
@@ -207,16 +212,13 @@ class RangeSearch(Best):
         self.low, self.high = low, high
         self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)
         """Of each end, in the best range."""
-        super().__init__(*self._scored(low, high))
-
-    def _scored(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        stored, zero = self._rule.from_range(low, high)
-        scale = self._rule.scale.value(stored)
-        return self._rule.scale.pooled(self._cost(scale, zero)), scale, zero
+        self.shrink(1.0, 1.0)
 
     def shrink(self, share_low: Tensor | float, share_high: Tensor | float) -> None:
         """Try shares of both ends, the same for all groups or one for each [...]."""
-        better = self.consider(*self._scored(share_low * self.low, share_high * self.high))
+        stored, zero = self._rule.from_range(share_low * self.low, share_high * self.high)
+        scale = self._rule.scale.value(stored)
+        better = self.consider(self._rule.scale.pooled(self._cost(scale, zero)), scale, zero)
         self.share_low = torch.where(better, share_low, self.share_low)
         self.share_high = torch.where(better, share_high, self.share_high)
 
