@@ -154,15 +154,16 @@ def _fitted_scale(problem: Problem, projected: Tensor, levels: Tensor, scale: Te
     empty = diagonal <= 0
     tiny = 1e-6 * diagonal + empty + torch.finfo(torch.float32).tiny  # each group's own: one may be huge
     lower, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(tiny))
-    residual = linear - (quadratic @ scale.T.unsqueeze(-1)).squeeze(-1)
-    fitted = scale.T + torch.cholesky_solve(residual.unsqueeze(-1), lower).squeeze(-1)
+    image = (quadratic @ scale.T.unsqueeze(-1)).squeeze(-1)
+    fitted = scale.T + torch.cholesky_solve((linear - image).unsqueeze(-1), lower).squeeze(-1)
     fitted = torch.where(empty | ~torch.isfinite(fitted), scale.T, fitted)
     fitted = problem.rule.scale.round(fitted)
 
-    def loss(s: Tensor) -> Tensor:
-        return ((quadratic @ s.unsqueeze(-1)).squeeze(-1) - 2 * linear).mul_(s).sum(-1)
+    def loss(s: Tensor, image: Tensor) -> Tensor:
+        return (image - 2 * linear).mul_(s).sum(-1)
 
-    better = (loss(fitted) < loss(scale.T)) & (info == 0)
+    lower_loss = loss(fitted, (quadratic @ fitted.unsqueeze(-1)).squeeze(-1)) < loss(scale.T, image)
+    better = lower_loss & (info == 0)
     return torch.where(better, fitted.T, scale)
 
 
