@@ -185,3 +185,5 @@ def test_a_run_is_stored_and_read_back(llama, quick, tmp_path):
         weight = part.read_quantized(name)
         assert weight.scale.dtype == torch.int32
         assert torch.equal(weight.scale_format.round(weight.scale_value), weight.scale_value)
+    with pytest.raises(ConfigError, match="6bit scales, which the format cannot hold"):
+        run.export("compressed-tensors")

@@ -127,7 +127,7 @@ def test_each_element_is_code_minus_zero_point_times_scale(dtype, symmetric, gra
         assert torch.equal(values, by_hand.to(out_dtype))
 
 
-def test_the_second_level_multiplies_every_scale():
+def test_the_global_scale_multiplies_every_scale():
     tensor = quantized(SPECIAL["NVFP4"])
     assert tensor.global_scale < 1
     levels = tensor.spec.format.decode(tensor.codes).unflatten(-1, (-1, 8))
@@ -274,7 +274,7 @@ class TestValidation:
         with pytest.raises(ValueError, match="words"):
             QuantTensor.from_tensors(self.symmetric.to_tensors(), self.symmetric.spec, (ROWS, 2 * COLUMNS))
 
-    def test_only_two_level_scales_have_a_second_level(self):
+    def test_only_two_level_scales_have_a_global_scale(self):
         with pytest.raises(ValueError, match="scales of type float have no global scale"):
             dataclasses.replace(self.symmetric, global_scale=0.5)
 
@@ -295,7 +295,7 @@ class TestActivation:
             QuantizedActivation(NVFP4, global_scale=2.0**-9),
             QuantizedActivation(QuantizationSpec(dtype="float16")),
         ],
-        ids=["static", "dynamic", "second-level", "cast"],
+        ids=["static", "dynamic", "global-scale", "cast"],
     )
     def test_what_is_stored_reads_back_exactly(self, activation):
         stored = activation.to_tensors()

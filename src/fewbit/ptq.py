@@ -157,7 +157,7 @@ class Calibration:
     """What `calibrate` found."""
 
     scales: dict[str, float] = field(default_factory=dict)
-    """Per activation (MODULE.input …) its largest scale (NVFP4: the second level)."""
+    """Per activation (MODULE.input …) its largest scale (NVFP4: the global scale)."""
     missed: tuple[str, ...] = ()
     """Activations that no data reached; their modules raise CalibrationError when called."""
 

@@ -270,7 +270,7 @@ class TestSecondLevel:
         dtype="e2m1", qscheme="per_group", group_size=16, scale_type="e4m3", is_dynamic=True, observer="mse"
     )
 
-    def test_a_dynamic_nvfp4_input_gets_the_second_level_of_its_largest_value(self):
+    def test_a_dynamic_nvfp4_input_gets_the_global_scale_of_its_largest_value(self):
         observer = make_observer(self.SPEC)
         for largest in (3.0, 6 * 448 * 3.0, 1.0):
             observer(torch.full((2, 32), largest))

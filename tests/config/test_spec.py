@@ -205,7 +205,7 @@ def test_what_makes_sense_for_activations_is_accepted(spec):
         (DYNAMIC | {"dtype": "e2m1", "qscheme": "per_group", "group_size": 32, "scale_type": "e8m0"}, False),
     ],
 )
-def test_static_scales_and_second_levels_need_data(spec, needs):
+def test_static_scales_and_global_scales_need_data(spec, needs):
     made = QuantizationSpec(**spec)
     assert made.needs_data == needs
     assert QuantizationConfig(input_tensors=made).needs_data == needs

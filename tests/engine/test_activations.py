@@ -23,7 +23,7 @@ FLOWS = {
     "static, affine": {"input_tensors": {"dtype": "uint4", "symmetric": False} | TENSOR},
     "residual": {"input_tensors": {"dtype": "int2", "residual": True} | TOKEN},
     "groups": {"input_tensors": {"dtype": "int4", "group_size": 16, "observer": "minmax", "is_dynamic": True}},
-    "second level": {"input_tensors": NVFP4},
+    "global scale": {"input_tensors": NVFP4},
     "outputs": {"output_tensors": INT4_TOKEN},
     "biases": {"bias": {"dtype": "int2"} | TENSOR},
     "static outputs": {"output_tensors": {"dtype": "int5"} | TENSOR, "input_tensors": INT4_STATIC},
@@ -195,7 +195,7 @@ def test_linears_with_one_input_have_one_scale(checkpoint, tmp_path):
             assert all(other.scale == first.scale and other.global_scale == first.global_scale for other in others)
         if scheme == "W8A8_STATIC":
             assert len({float(known.scale) for known in activations.values()}) > 2
-        if scheme == "NVFP4":  # weights that engines fuse share their second level, too
+        if scheme == "NVFP4":  # weights that engines fuse share their global scale, too
             units = {name: made.read_quantized(f"model.layers.0.self_attn.{name}_proj.weight") for name in "qkv"}
             assert len({weight.global_scale for weight in units.values()}) == 1
 

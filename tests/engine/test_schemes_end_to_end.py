@@ -227,7 +227,7 @@ def test_a_bias_with_a_spec_holds_values_of_its_grid_and_everything_else_is_as_w
 STATIC_OUTPUTS = {"weight": WEIGHT, "output_tensors": {"dtype": "int8"} | TENSOR}
 SAME = {
     "static": {"scheme": "W8A8_STATIC", "algorithm": "gptq"},
-    "second level": {"scheme": "NVFP4", "algorithm": "gptq"},
+    "global scale": {"scheme": "NVFP4", "algorithm": "gptq"},
     "blocks": {"scheme": "MXFP4", "algorithm": "gptq"},
     "cache": {"scheme": "W8A8KVFP8", "algorithm": "gptq"},
     "outputs": {"global_quant_config": STATIC_OUTPUTS},

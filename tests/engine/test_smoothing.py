@@ -218,7 +218,7 @@ NOTHING_TO_GAIN = {
     "weights": {"scheme": "W8A16", "group_size": 32},
     "dynamic": {"scheme": "W8A8"},
     "static": {"scheme": "W8A8_STATIC"},
-    "second level": {"scheme": "NVFP4"},
+    "global scale": {"scheme": "NVFP4"},
 }
 
 

@@ -93,7 +93,7 @@ def test_their_weights_are_read_as_the_library_decompresses_them(others, name):
     assert set(source.info()) == set(theirs)
     for key, tensor in source.read(theirs, torch.bfloat16).items():
         assert source.info()[key].shape == tuple(tensor.shape)
-        if "NVFP4" in str(GROUPS[name]):  # their second level is no power of two: the last bit of bfloat16 may differ
+        if "NVFP4" in str(GROUPS[name]):  # their global scale is no power of two: the last bit of bfloat16 may differ
             torch.testing.assert_close(tensor, theirs[key], rtol=2**-7, atol=0.0)
         else:
             assert torch.equal(tensor, theirs[key]), key

@@ -113,7 +113,7 @@ REFUSED_WEIGHTS = {
     "int4 per tensor": (spec("int8", "per_tensor"), "one scale for the whole tensor"),
     "int blocks": (spec("int8", "per_block"), "integers with scales per block"),
     "int e8m0": (spec("int8", "per_group", scale_type="e8m0"), "int8 with e8m0 scales"),
-    "microexponent": (spec("int8", "per_group", group_size=2, scale_type="microexponent"), "microexponents"),
+    "microexponent": (spec("int8", "per_group", group_size=2, scale_type="microexponent"), "microexponent scales"),
     "scale dtype": (spec("int4", "per_group", scale_dtype="float32"), "scales in float32"),
     "e5m2": (spec("e5m2", "per_channel"), "e5m2 with float scales"),
     "e3m2": (spec("e3m2", "per_group", scale_type="e8m0"), "e3m2 with e8m0 scales"),

@@ -193,7 +193,7 @@ def test_decoding_gives_what_the_fake_quantizer_computes(
     assert any(name.startswith("residual") for name in parts) == residual
 
 
-def test_two_level_scales_take_their_second_level_from_calibration() -> None:
+def test_two_level_scales_take_their_global_scale_from_calibration() -> None:
     nvfp4 = spec("e2m1", "per_group", group_size=16, scale_type="e4m3")
     quantizer = HeadsQuantizer(nvfp4, QuantizedActivation(nvfp4, global_scale=2.0**-5))
     parts = encode(quantizer, X)

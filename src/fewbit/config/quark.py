@@ -241,7 +241,7 @@ _ELSEWHERE = {
     "min_kv_scale": "say clip_ratio or the observer in attention=AttentionConfig(…)",
     "softmax_quant_spec": "say attention=AttentionConfig(probabilities=…)",
     "kv_cache_post_rope": "say attention=AttentionConfig(key=…, value=…), which is after rotary embeddings",
-    "shared_scale_groups": "leave it out: linears that engines fuse share their second level",
+    "shared_scale_groups": "leave it out: linears that engines fuse share their global scale",
     "sync_moe_expert_input_amax": "leave it out: linears with one input share their scales",
 }
 

@@ -26,7 +26,7 @@ PREFIXES = {"input": "input"} | ATTENTION_SLOTS
 def stored_names(spec: QuantizationSpec, slot: str) -> list[str]:
     """Names, beside the module, of the tensors of an activation in `slot`."""
     prefix = PREFIXES[slot]
-    if spec.scale_type == "e4m3":
+    if spec.stored_as.has_global_scale:
         return [f"{prefix}_global_scale"]
     if spec.is_dynamic:
         return []
@@ -58,7 +58,7 @@ def decode_activation(tensors: dict[str, Tensor], spec: QuantizationSpec, slot: 
     for part in stored_names(spec, slot):
         if part not in tensors:
             raise CheckpointError(f"{part} is missing, which a static {slot} needs")
-    if spec.scale_type == "e4m3":
+    if spec.stored_as.has_global_scale:
         return QuantizedActivation(spec, global_scale=1.0 / float(tensors[f"{prefix}_global_scale"]))
     if spec.is_dynamic:
         return QuantizedActivation(spec)

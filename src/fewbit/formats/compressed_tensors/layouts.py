@@ -165,7 +165,7 @@ def _from_two_levels(tensors: Tensors) -> tuple[Tensor, float]:
 
 
 def divisor(unit: float) -> Tensor:
-    """The second level as the format counts it: its reciprocal, exact because it is a power of two."""
+    """The global scale as the format counts it: its reciprocal, exact because it is a power of two."""
     return torch.tensor([1.0 / unit], dtype=torch.float32)
 
 

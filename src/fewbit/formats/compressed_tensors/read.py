@@ -37,7 +37,7 @@ def open_export(directory: Path) -> Opened | None:
 class CompressedTensorsSource:
     """A compressed-tensors checkpoint of any format, read as a TensorSource (weights dequantized).
 
-    The second level of another tool's NVFP4 scales is no power of two, so its reciprocal, which a QuantTensor holds,
+    The global scale of another tool's NVFP4 scales is no power of two, so its reciprocal, which a QuantTensor holds,
     is rounded: such weights are exact to the last bit of float32 only.
     """
 

@@ -164,8 +164,8 @@ def _byte_scales(spec: QuantizationSpec) -> Args:
 
 
 def _check_float_scale(spec: QuantizationSpec) -> None:
-    if spec.scale_type == "microexponent":
-        raise ConfigError("microexponents (MX6, MX9), which the format cannot hold")
+    if spec.stored_as.own_dtype is not None:
+        raise ConfigError(f"{spec.scale_type} scales, which the format cannot hold")
     if spec.scale_dtype != "checkpoint":
         raise ConfigError(
             f"scales in {spec.scale_dtype}; readers load scales in the model's dtype, so use scale_dtype: checkpoint"
@@ -187,7 +187,7 @@ def _check_activation(spec: QuantizationSpec) -> None:
     if spec.observer != "minmax" or spec.clip_ratio != 1.0:
         what = f"observer {spec.observer}" if spec.observer != "minmax" else f"clip_ratio {spec.clip_ratio}"
         raise ConfigError(f"dynamic activations with {what}; readers scale them by minmax without clipping")
-    if spec.scale_type in ("pof2", "microexponent"):
+    if spec.scale_type not in ("float", *SCALE_DTYPES):
         raise ConfigError(f"dynamic activations with {spec.scale_type} scales; readers compute them as floats")
     if spec.scale_type == "e8m0" and spec.exponent_mode != "even":
         raise ConfigError(f"dynamic activations with exponent_mode {spec.exponent_mode}; readers use even")

@@ -1,6 +1,6 @@
 """Linears that engines fuse into one matrix must have one scale, where the scale is one number for a tensor.
 
-vLLM takes the largest of the fused weights' second-level scales (NVFP4) for all of them and leaves the groups' scales
+vLLM takes the largest of the fused weights' global scales (NVFP4) for all of them and leaves the groups' scales
 as they are. FP8 codes with a scale per tensor it rounds anew to the largest.
 """
 
@@ -30,14 +30,14 @@ def _single_numbers(checkpoint: NativeCheckpoint, linear: LinearEntry) -> Iterat
     """Scales of a linear that are one number for its weight or its input."""
     assert linear.weight is not None
     part = checkpoint.part(linear.weight_name)
-    if linear.weight.scale_type == "e4m3":
+    if linear.weight.stored_as.has_global_scale:
         yield "weights global scale", part.global_scale(linear.weight_name)
     if _per_tensor(linear.weight):
         yield "weights scale", part.read_quantized(linear.weight_name).scale.item()
     if linear.input is None:
         return
     known = part.activation(f"{linear.name}.input")
-    if linear.input.scale_type == "e4m3":
+    if linear.input.stored_as.has_global_scale:
         yield "inputs global scale", known.global_scale
     if known.scale is not None and _per_tensor(linear.input):
         yield "inputs scale", known.scale.item()
