@@ -6,8 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from fewbit.algorithms.columns import Problem, solve
-from fewbit.algorithms.factor import column_order, factored, inverse_factor
+from fewbit.algorithms.columns import Problem, column_order, factored, inverse_factor, solve
 from fewbit.algorithms.gptq import drifted, gptq
 from fewbit.algorithms.grids import Grid
 from fewbit.algorithms.rtn import rtn

@@ -21,8 +21,7 @@ drift of the inputs (see `drifted`):
 Grids that are fixed before the loop (a scale per channel, blocks) are searched by the same Σ ((w_j − v_j) / U_jj)².
 
 In the end each row is compared with itself rounded to nearest, by the true loss, so it is never worse than that.
-Scales are always scored as they are stored. The inverse of H is in factor.py, the loop and the fit of the scales in
-columns.py.
+Scales are always scored as they are stored. The inverse of H, the loop and the fit of the scales are in columns.py.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbit.algorithms.columns import Problem, Solution, refit, solve, solve_greedily
-from fewbit.algorithms.factor import Factor, factored
+from fewbit.algorithms.columns import Factor, Problem, Solution, factored, refit, solve, solve_greedily
 from fewbit.algorithms.grids import Grid
 from fewbit.algorithms.outcome import Outcome
 from fewbit.config.algorithms import GPTQConfig

@@ -103,14 +103,12 @@ class QuantizationSpec:
             )
 
     def _check_granularity(self) -> None:
-        if self.qscheme == "per_group" and self.group_size is None:
-            raise ConfigError("qscheme per_group needs group_size")
-        if self.qscheme != "per_group" and self.group_size is not None:
-            raise ConfigError(f"group_size {self.group_size} contradicts qscheme {self.qscheme}; use per_group")
-        if self.qscheme == "per_block" and self.block_size is None:
-            raise ConfigError("qscheme per_block needs block_size (rows, columns)")
-        if self.qscheme != "per_block" and self.block_size is not None:
-            raise ConfigError(f"block_size {self.block_size} contradicts qscheme {self.qscheme}; use per_block")
+        sizes = (("per_group", "group_size", self.group_size), ("per_block", "block_size", self.block_size))
+        for qscheme, field, size in sizes:
+            if self.qscheme == qscheme and size is None:
+                raise ConfigError(f"qscheme {qscheme} needs {field}")
+            if self.qscheme != qscheme and size is not None:
+                raise ConfigError(f"{field} {size} contradicts qscheme {self.qscheme}; use {qscheme}")
         if self.ch_axis is not None:
             if self.qscheme not in ("per_channel", "per_group"):
                 raise ConfigError(f"ch_axis has no effect with qscheme {self.qscheme}; leave it out")
@@ -282,27 +280,21 @@ class QuantizationConfig:
                     f"{name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot know; "
                     "use is_dynamic=True, or per_tensor"
                 )
-        if self.weight is not None:
-            if self.weight.is_dynamic:
+        if (weight := self.weight) is not None:
+            if weight.is_dynamic:
                 raise ConfigError("weight: is_dynamic is for activations; a weight's scale never changes")
-            if self.weight.qscheme == "per_token":
+            if weight.qscheme == "per_token":
                 raise ConfigError("weight: per_token is for activations; use per_channel")
-            if self.weight.residual:
+            if weight.residual:
                 raise ConfigError("weight: residual is for activations")
-            if self.weight.observer in ACCUMULATING_OBSERVERS:
-                raise ConfigError(
-                    f"weight: observer {self.weight.observer} gathers batches; use search, mse or minmax"
-                )
-        if self.bias is not None and (
-            self.bias.observer in ACCUMULATING_OBSERVERS
-            or self.bias.stored_as.has_global_scale
-            or self.bias.stored_as.block > 1
-        ):
-            raise ConfigError(
-                "bias: one row of numbers takes a plain grid: float or e8m0 scales, found by minmax or mse"
-            )
-        if self.bias is not None and (self.bias.is_dynamic or self.bias.residual):
-            raise ConfigError("bias: is_dynamic and residual are for activations; a bias never changes")
+            if weight.observer in ACCUMULATING_OBSERVERS:
+                raise ConfigError(f"weight: observer {weight.observer} gathers batches; use search, mse or minmax")
+        if (bias := self.bias) is not None:
+            stored_as = bias.stored_as
+            if bias.observer in ACCUMULATING_OBSERVERS or stored_as.has_global_scale or stored_as.block > 1:
+                raise ConfigError("bias: one row takes a plain grid: float or e8m0 scales, found by minmax or mse")
+            if bias.is_dynamic or bias.residual:
+                raise ConfigError("bias: is_dynamic and residual are for activations; a bias never changes")
 
     @property
     def quantizes(self) -> bool:
