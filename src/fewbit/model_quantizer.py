@@ -8,7 +8,7 @@ convolutions, with static activations calibrated on the data.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
 from fewbit.config.run_options import RunOptions
 from fewbit.errors import CalibrationError, ConfigError
-from fewbit.models.untouched import Untouched, sentence
+from fewbit.models.untouched import sentence
 from fewbit.nn import attention, in_memory
 from fewbit.nn.attach import SLOTS, attach
 from fewbit.nn.exchange import Exchange, carry_over
@@ -124,7 +124,8 @@ class ModelQuantizer:
         with changes.undone_on_error():  # the user may try again with other data
             if needs_data and dataloader is not None:
                 _calibrate(model, dataloader)
-        _say(left)
+        if left:  # nothing is left alone in silence
+            logger.warning(sentence(left))
 
 
 @process.neutral()
@@ -138,7 +139,8 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
         if not torch.equal(value, state[name]):
             values[name] = value
             changes.data(state[name], value)
-    linears, made = _linears(model), dict[str, Stepped]()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    made: dict[str, Stepped] = {}
     for name, linear in linears.items():
         flows = [activations.get(f"{name}.{slot}") for slot in SLOTS]
         specs = [None if known is None else known.spec for known in flows]
@@ -168,10 +170,6 @@ def _calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
                 _call(model, item)
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
 def _refuse_shared(model: nn.Module) -> None:
     """ConfigError for modules that are used in two places: a run quantizes each place for what it sees there."""
     names: dict[nn.Module, str] = {}
@@ -182,12 +180,6 @@ def _refuse_shared(model: nn.Module) -> None:
                 f"{first} and {name} are one {type(module).__name__}, which cannot be quantized for two inputs; give "
                 "them copies (copy.deepcopy), or use fewbit.quantize_, which rounds it once"
             )
-
-
-def _say(left: Sequence[Untouched]) -> None:
-    """Nothing is left alone in silence."""
-    if left:
-        logger.warning(sentence(left))
 
 
 @process.neutral()

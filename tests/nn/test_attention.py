@@ -69,7 +69,7 @@ class MinMax:
 
 def calibrate(model: PreTrainedModel, attached: dict[str, AttentionQuantizers], ids: Tensor) -> Tensor:
     """Give every static quantizer the ranges of `ids`; returns the logits during calibration."""
-    slots = [quantizer for found in attached.values() for quantizer in found.slots().values()]
+    slots = [quantizer for found in attached.values() for quantizer in found.values()]
     quantizers = [quantizer for quantizer in slots if quantizer.needs_calibration]
     for quantizer in quantizers:
         quantizer.observer = MinMax(quantizer)
@@ -215,7 +215,9 @@ def test_observing_leaves_the_forward_as_it_is_and_static_states_can_be_stored(
     quantized = logits(model, ids)
     assert not torch.equal(quantized, unobserved)
 
-    stored = {f"{name}.{slot}": state for name, found in attached.items() for slot, state in found.states().items()}
+    stored = {
+        f"{name}.{slot}": quantizer.state() for name, found in attached.items() for slot, quantizer in found.items()
+    }
     first = next(iter(attached))
     heads = model.config.num_key_value_heads
     assert stored[f"{first}.key"].scale.shape == (1, 1)  # type: ignore[union-attr]
@@ -295,7 +297,7 @@ def test_blocks_loaded_one_by_one_compute_what_the_whole_model_does(
     if first == "enter":  # the calls were recorded before anything was attached
         (inputs,) = model.enter([{"input_ids": ids}])
     for index, block in enumerate(model.blocks):
-        names += attach(block, config, prefix=model.block_name(index))
+        names += [model.prefix(index) + name for name in attach(block, config)]
     if first == "attach":
         (inputs,) = model.enter([{"input_ids": ids}])
     hidden = inputs.hidden

@@ -1,7 +1,7 @@
 """Scales of channels in the walk: searched when a stage's statistics are complete, applied at once, written folded.
 
 The forwards that are suspended have made their input with the producer (a norm, a linear) as it was, so from then on
-the stage's linears divide their input themselves (`Linear.smoothing`). What is written is the folded form, in which
+the stage's linears divide their input themselves (a step, nn/steps.py). What is written is the folded form, in which
 the producer is divided. It computes the same but for rounding, so a resumed run, which must have the same bytes,
 computes the finished blocks as the interrupted one did: the vectors are kept beside the weights.
 """

@@ -88,7 +88,7 @@ def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuanti
         if isinstance(module, Stepped):
             slots = {slot: getattr(module, f"{slot}_quantizer") for slot in SLOTS}
         elif isinstance(inside := getattr(module, attention.ATTRIBUTE, None), attention.AttentionQuantizers):
-            slots = dict(inside.slots())
+            slots = dict(inside.items())
         else:
             continue
         found |= {f"{name}.{slot}": quantizer for slot, quantizer in slots.items() if quantizer is not None}

@@ -107,13 +107,8 @@ class HeadsQuantizer(ActivationQuantizer):
         return matrix.reshape(shape)
 
 
-class AttentionQuantizers(nn.Module):
-    """What one attention module quantizes; a slot that is None is left as it is."""
-
-    key: HeadsQuantizer | None
-    value: HeadsQuantizer | None
-    query: HeadsQuantizer | None
-    probabilities: HeadsQuantizer | None
+class AttentionQuantizers(nn.ModuleDict):
+    """What one attention module quantizes, by slot; slots that are not there are left as they are."""
 
     def __init__(
         self,
@@ -122,21 +117,18 @@ class AttentionQuantizers(nn.Module):
         dtype: torch.dtype = torch.float32,
         persistent: bool = False,
     ) -> None:
-        super().__init__()
-        for slot, spec in config.specs.items():
-            state = (states or {}).get(slot)
-            quantizer = None
-            if spec is not None:
-                quantizer = HeadsQuantizer(spec, state, dtype, slot == "probabilities", persistent)
-            setattr(self, slot, quantizer)
+        found = {slot: spec for slot, spec in config.specs.items() if spec is not None}
+        known = (states or {}).get
+        super().__init__(
+            {
+                slot: HeadsQuantizer(spec, known(slot), dtype, slot == "probabilities", persistent)
+                for slot, spec in found.items()
+            }
+        )
 
-    def slots(self) -> dict[str, HeadsQuantizer]:
-        """The quantizers that there are, by slot."""
-        return {slot: quantizer for slot in SLOTS if (quantizer := getattr(self, slot)) is not None}
-
-    def states(self) -> dict[str, QuantizedActivation]:
-        """What has to be stored, by slot."""
-        return {slot: quantizer.state() for slot, quantizer in self.slots().items()}
+    def quantized(self, slot: str, x: Tensor) -> Tensor:
+        """x as its slot quantizes it."""
+        return self[slot](x) if slot in self else x
 
 
 def register() -> None:
@@ -153,7 +145,6 @@ def attach(
     config: AttentionConfig,
     states: Mapping[str, QuantizedActivation] | None = None,
     dtype: torch.dtype = torch.float32,
-    prefix: str = "",
     persistent: bool = False,
     changes: Exchange | None = None,
 ) -> dict[str, AttentionQuantizers]:
@@ -165,15 +156,13 @@ def attach(
         states: what calibration found, by MODULE.key, MODULE.value, MODULE.query, MODULE.probabilities; other names
             are left to others. Static specs without a state have to be calibrated (`observer`) before they quantize.
         dtype: what scales are stored in where the spec leaves it to the checkpoint.
-        prefix: full name of `model` if it is a block, e.g. "model.layers.0".
         persistent: what calibration found is part of the model's `state_dict`.
         changes: take what is to be done, which is done at once without it.
 
-    Returns the quantizers by the full names of the modules they are on. Quantizers that were there are replaced.
+    Returns the quantizers by the names of the modules they are on. Quantizers that were there are replaced.
     ArchitectureError if the model's attention cannot be reached.
     """
-    implementations = check(model, config, prefix)
-    modules = attention_modules(model, prefix)
+    implementations, modules = check(model, config), attention_modules(model)
     attached = {name: AttentionQuantizers(config, states_of(name, states), dtype, persistent) for name in modules}
     register()
     made = Exchange()
@@ -191,13 +180,15 @@ def attach(
     return attached
 
 
-def check(model: nn.Module, config: AttentionConfig, prefix: str = "") -> dict[str, str]:
-    """Whether `attach` can quantize as `config` says, of which nothing is changed: the implementation that each
-    attention module would run, by its full name. ArchitectureError or ConfigError if it cannot."""
+def check(model: nn.Module, config: AttentionConfig) -> dict[str, str]:
+    """ArchitectureError or ConfigError if `attach` could not quantize as `config` says; nothing is changed.
+
+    Returns the implementation that each attention module would run, by its name.
+    """
     for spec in config.specs.values():
         if spec is not None:
             _check(spec)
-    modules = attention_modules(model, prefix)
+    modules = attention_modules(model)
     if not modules:
         raise ArchitectureError(
             f"{type(model).__name__} has no attention that goes through transformers' attention interface, so its "
@@ -221,14 +212,14 @@ def detach(model: nn.Module) -> None:
             _config(module)._attn_implementation = _PREVIOUS.get(name, name)
 
 
-def attention_modules(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """Attention modules of the decoder that can be reached, by their full names; `prefix` is that of `model`.
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules of the decoder that can be reached, by name.
 
     Their file looks implementations up by name, and they have a layer's index (a place in the KV cache) and what
     logits are scaled by.
     """
     return {
-        f"{prefix}.{name}".strip("."): module
+        name: module
         for name, module in model.named_modules()
         if getattr(module, "layer_idx", None) is not None
         and hasattr(module, "scaling")
@@ -263,15 +254,13 @@ def _attention(
     if quantizers is None:
         return _previous(module, previous)(module, query, key, value, attention_mask, **kwargs)
     for slot, x in (("key", key), ("value", value)):
-        if getattr(quantizers, slot) is not None and hasattr(x, _CACHED):
+        if slot in quantizers and hasattr(x, _CACHED):
             raise ConfigError(
                 f"the cache has quantized {slot}s already and attention is set to do it again; "
                 "use QuantizedCache on a model without quantized keys and values (detach), or a plain cache"
             )
-    query = query if quantizers.query is None else quantizers.query(query)
-    key = key if quantizers.key is None else quantizers.key(key)
-    value = value if quantizers.value is None else quantizers.value(value)
-    if quantizers.probabilities is None:
+    query, key, value = (quantizers.quantized(s, x) for s, x in (("query", query), ("key", key), ("value", value)))
+    if "probabilities" not in quantizers:
         return _previous(module, previous)(module, query, key, value, attention_mask, **kwargs)
 
     if previous == "sdpa":
@@ -279,7 +268,7 @@ def _attention(
     # The family's own code computes probabilities (soft caps, sinks …). One channel of value: the product is not used.
     _, weights = _previous(module, "eager")(module, query, key, value[..., :1], attention_mask, **kwargs)
     assert weights is not None
-    weights = quantizers.probabilities(weights)
+    weights = quantizers.quantized("probabilities", weights)
     output = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
     return output.transpose(1, 2).contiguous(), weights
 

@@ -16,7 +16,6 @@ from fewbit.errors import ConfigError
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.words import input_spec
-from fewbit.numerics import scales
 from fewbit.numerics.scale_format import Float, ScaleFormat
 from fewbit.tensor import QuantizedActivation, QuantTensor, after_first_stage, find_grid, round_to_nearest
 
@@ -140,10 +139,8 @@ def round_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the weight
     if spec.format.has_codes:
         return quantize_matrix(weight, spec, name).dequantize(weight.dtype)
     target, _, format = _checked(weight, spec, name)
-    stored, zero = find_grid(target, spec, format)
-    tiles = spec.tiling.split(target)
-    values = scales.fake_quantize(tiles, format.value(stored), zero, spec.format, spec.round_method)
-    return spec.tiling.merge(values, *target.shape).to(weight.dtype)
+    known = QuantizedActivation(spec, *find_grid(target, spec, format))
+    return known.fake_quantize(target, format).to(weight.dtype)
 
 
 def _checked(weight: Tensor, spec: QuantizationSpec, name: str) -> tuple[Tensor, QuantizationSpec, ScaleFormat]:
