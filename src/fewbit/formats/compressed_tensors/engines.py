@@ -21,22 +21,17 @@ from fewbit.formats.compressed_tensors.kinds import (
     PACKED,
     cache,
     fp8_cache,
-    has_gaps_in_old_versions,
-    has_inputs,
     inside,
     int4_by_fp8,
-    is_affine,
-    is_expert,
     layouts,
     loads_in_sglang,
     loads_in_vllm,
     marlin,
-    of_layouts,
+    packed_affine,
     packed_alone,
     packed_by_integers,
     some,
     unlike_fused,
-    without,
 )
 
 
@@ -114,23 +109,23 @@ REFUSES, WRONG, OTHERWISE, LIMITED = Effect
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "vLLM", REFUSES, some(without(loads_in_vllm), without(of_layouts(MXFP6))),
+        "vLLM", REFUSES, some(lambda kind: not loads_in_vllm(kind) and kind.layout != MXFP6),
         "vLLM 0.33 knows no scheme for some of these weights and inputs together and does not load the model", VLLM,
     ),
     Rule(
-        "vLLM", REFUSES, some(of_layouts(MXFP6)),
+        "vLLM", REFUSES, some(lambda kind: kind.layout == MXFP6),
         "vLLM 0.33 cannot load MXFP6: it pins compressed-tensors 0.17, which knows no floats of 6 bits",
         "compressed-tensors 0.17.0, QuantizationArgs; tests/formats/test_versions.py",
     ),
     Rule(
         "vLLM", LIMITED,
-        some(lambda kind: packed_alone(kind) or packed_by_integers(kind), without(marlin)),
+        some(lambda kind: (packed_alone(kind) or packed_by_integers(kind)) and not marlin(kind)),
         "vLLM 0.33 runs packed integers of other widths than 4 and 8 bits, of other groups than 32, 64 and 128, and "
         "of other zero points than 4-bit ones through its Humming kernels only (compute capability 7.5 and later)",
         "vLLM #46389 and utils/marlin_utils.py of 0.32, query_marlin_supported_quant_types", "Humming",
     ),
     Rule(
-        "vLLM", OTHERWISE, some(packed_by_integers, marlin),
+        "vLLM", OTHERWISE, some(lambda kind: packed_by_integers(kind) and marlin(kind)),
         "vLLM 0.33 loads packed integers with integer inputs, but runs them without quantizing the inputs",
         "kernels/linear/mixed_precision of 0.32: of the kernels only Humming looks at the inputs' scheme, and Marlin "
         "and Machete are chosen before it", "inputs as they are",
@@ -142,23 +137,23 @@ RULES: tuple[Rule, ...] = (
         "sm90",
     ),
     Rule(
-        "vLLM", LIMITED, some(of_layouts(NVFP4), has_inputs),
+        "vLLM", LIMITED, some(lambda kind: kind.layout == NVFP4 and kind.input is not None),
         "vLLM 0.33 quantizes the inputs of NVFP4 on compute capability 10.0 and later; elsewhere it leaves them as "
         "they are", VLLM, "inputs on sm100",
     ),
     Rule(
-        "vLLM", LIMITED, some(of_layouts(MXFP4), has_inputs),
+        "vLLM", LIMITED, some(lambda kind: kind.layout == MXFP4 and kind.input is not None),
         "vLLM 0.33 quantizes the inputs of MXFP4 on compute capability 10.0 and later with FlashInfer; elsewhere it "
         "leaves them as they are", "schemes/compressed_tensors_w4a4_mxfp4.py of vLLM 0.32", "inputs on sm100",
     ),
     Rule(
-        "vLLM", OTHERWISE, some(of_layouts(MXFP4), without(has_inputs)),
+        "vLLM", OTHERWISE, some(lambda kind: kind.layout == MXFP4 and kind.input is None),
         "vLLM 0.33 quantizes the inputs of MXFP4 weights on compute capability 10.0 and later with FlashInfer, "
         "although this export leaves them as they are", "schemes/compressed_tensors_w4a4_mxfp4.py of vLLM 0.32",
         "W4A4 on sm100",
     ),
     Rule(
-        "vLLM", OTHERWISE, some(of_layouts(MXFP8), without(has_inputs)),
+        "vLLM", OTHERWISE, some(lambda kind: kind.layout == MXFP8 and kind.input is None),
         "vLLM 0.33 quantizes the inputs of MXFP8 weights, although this export leaves them as they are", VLLM, "W8A8",
     ),
     Rule(
@@ -177,12 +172,12 @@ RULES: tuple[Rule, ...] = (
         "refuse the model or load it wrong", "find_matched_target of vLLM 0.32 and SGLang 0.5.23",
     ),
     Rule(
-        "SGLang", REFUSES, some(without(loads_in_sglang)),
+        "SGLang", REFUSES, some(lambda kind: not loads_in_sglang(kind)),
         "SGLang 0.5.23 does not load this: it takes packed integers of 4 and 8 bits without quantized inputs, INT8 "
         "and FP8 as engines multiply them, and NVFP4", SGLANG,
     ),
     Rule(
-        "SGLang", LIMITED, some(of_layouts(NVFP4), has_inputs),
+        "SGLang", LIMITED, some(lambda kind: kind.layout == NVFP4 and kind.input is not None),
         "SGLang 0.5.23 quantizes the inputs of NVFP4 on compute capability 10.0 and later; elsewhere it leaves them "
         "as they are", SGLANG, "inputs on sm100",
     ),
@@ -197,39 +192,36 @@ RULES: tuple[Rule, ...] = (
         "CompressedTensorsKVCacheMethod.is_supported_scheme of SGLang 0.5.23", "not the cache",
     ),
     Rule(
-        "transformers", WRONG, some(of_layouts(NVFP4), is_expert),
+        "transformers", WRONG, some(lambda kind: kind.layout == NVFP4 and kind.routed),
         "transformers 5.23 silently loads NVFP4 experts WRONG (it ignores the global scale): use vLLM", MEASURED,
     ),
     Rule(
         "transformers", REFUSES,
-        some(
-            is_expert,
-            lambda kind: is_affine(kind) or kind.weight.qscheme == "per_block" or kind.layout == MXFP8,
-        ),
+        some(lambda kind: kind.routed and (kind.is_affine or kind.in_blocks or kind.layout == MXFP8)),
         "transformers 5.23 cannot load experts with zero points, FP8 blocks or MXFP8: use vLLM",
         MEASURED + "; transformers PR 47430 is open",
     ),
     Rule(
-        "transformers", LIMITED, some(of_layouts(NVFP4, MXFP4, MXFP6, MXFP8)),
+        "transformers", LIMITED, some(lambda kind: kind.layout in (NVFP4, MXFP4, MXFP6, MXFP8)),
         "transformers decodes FP4, FP6 and MX weights to bfloat16; load with dtype=torch.bfloat16 only",
         "tests/formats/test_transformers.py",
     ),
     Rule(
-        "transformers", LIMITED, some(of_layouts(MXFP6)),
+        "transformers", LIMITED, some(lambda kind: kind.layout == MXFP6),
         "transformers loads MXFP6 with compressed-tensors 0.20 and later only", "tests/formats/test_versions.py",
     ),
     Rule(
-        "transformers", LIMITED, some(of_layouts(PACKED), has_gaps_in_old_versions),
+        "transformers", LIMITED, some(lambda kind: kind.layout == PACKED and bool(32 % kind.weight.bits)),
         "transformers loads packed weights of 3, 5, 6 and 7 bits with compressed-tensors 0.18 and later only: 0.17 "
         "packs them with gaps", "tests/formats/test_versions.py",
     ),
     Rule(
-        "transformers", LIMITED, some(of_layouts(PACKED), is_affine),
+        "transformers", LIMITED, some(packed_affine),
         "transformers 5.23 and later load packed weights with zero points only with dequantize=True", MEASURED,
         "dequantize=True",
     ),
     Rule(
-        "transformers", REFUSES, lambda found: len(layouts(found)) > 1 and some(of_layouts(PACKED), is_affine)(found),
+        "transformers", REFUSES, lambda found: len(layouts(found)) > 1 and some(packed_affine)(found),
         "transformers 5.23 and later cannot load packed zero points together with FP8 or another format: the default "
         "mode cannot load the one, dequantize=True not the other", MEASURED,
     ),
@@ -238,7 +230,7 @@ RULES: tuple[Rule, ...] = (
         "transformers 5.23 cannot load several formats with dequantize=True; the default mode can", MEASURED,
     ),
     Rule(
-        "transformers", LIMITED, lambda found: bool(cache(found)) or some(has_inputs)(found),
+        "transformers", LIMITED, lambda found: bool(cache(found)) or some(lambda kind: kind.input is not None)(found),
         "transformers 5.23 with dequantize=True silently leaves quantized activations and KV cache out; the default "
         "mode keeps them", MEASURED,
     ),

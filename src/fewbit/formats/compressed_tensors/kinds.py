@@ -25,6 +25,18 @@ class Kind:
     routed: bool = False
 
     @property
+    def is_affine(self) -> bool:
+        return not self.weight.symmetric
+
+    @property
+    def in_rows(self) -> bool:
+        return self.weight.qscheme in ("per_channel", "per_tensor")
+
+    @property
+    def in_blocks(self) -> bool:
+        return self.weight.qscheme == "per_block"
+
+    @property
     def integer_input(self) -> bool:
         return self.input is not None and self.input.format.is_integer
 
@@ -54,38 +66,13 @@ def cache(found: Contents) -> list[QuantizationSpec]:
     return inside(found, "key", "value")
 
 
-def some(*properties: Callable[[Kind], bool]) -> Callable[[Contents], bool]:
-    """Whether there are linears with all of these properties."""
-    return lambda found: any(all(holds(kind) for holds in properties) for kind in kinds(found))
+def some(holds: Callable[[Kind], bool]) -> Callable[[Contents], bool]:
+    """Whether there are linears of such a kind."""
+    return lambda found: any(holds(kind) for kind in kinds(found))
 
 
-def without(holds: Callable[[Kind], bool]) -> Callable[[Kind], bool]:
-    return lambda kind: not holds(kind)
-
-
-def of_layouts(*names: str) -> Callable[[Kind], bool]:
-    return lambda kind: kind.layout in names
-
-
-def is_expert(kind: Kind) -> bool:
-    return kind.routed
-
-
-def is_affine(kind: Kind) -> bool:
-    return not kind.weight.symmetric
-
-
-def has_gaps_in_old_versions(kind: Kind) -> bool:
-    """Whether codes do not fill words of 32 bits, so that their packing has changed over time."""
-    return bool(32 % kind.weight.bits)
-
-
-def has_inputs(kind: Kind) -> bool:
-    return kind.input is not None
-
-
-def in_rows(kind: Kind) -> bool:
-    return kind.weight.qscheme in ("per_channel", "per_tensor")
+def packed_affine(kind: Kind) -> bool:
+    return kind.layout == PACKED and kind.is_affine
 
 
 def integers_as_engines_multiply(kind: Kind) -> bool:
@@ -94,14 +81,14 @@ def integers_as_engines_multiply(kind: Kind) -> bool:
     if kind.layout != INT or inputs is None:
         return False
     known = (inputs.qscheme == "per_token") if inputs.is_dynamic else (inputs.qscheme == "per_tensor")
-    return in_rows(kind) and weight.symmetric and inputs.bits == 8 and known
+    return kind.in_rows and weight.symmetric and inputs.bits == 8 and known
 
 
 def floats_as_engines_multiply(kind: Kind) -> bool:
     """FP8 per tensor, channel or block."""
     if kind.layout not in (NAIVE, FLOAT) or kind.integer_input:
         return False
-    return in_rows(kind) or kind.weight.qscheme == "per_block"
+    return kind.in_rows or kind.in_blocks
 
 
 def int4_by_fp8(kind: Kind) -> bool:
