@@ -16,6 +16,7 @@ RECIPES = {
     "weights": {"scheme": "W4A16", "group_size": 32},
     "mixed": {"scheme": "W8A8_STATIC", "layer_quant_config": {"*.down_proj": "W4A16-g32"}, "exclude": ["*.0.mlp.*"]},
     "cache": {"scheme": "NVFP4KVFP8"},
+    "folded scales": {"scheme": "W8A8", "algorithm": "smoothquant+rtn"},
     "inputs alone": {"global_quant_config": {"input_tensors": INPUTS, "output_tensors": INPUTS}},
 }
 

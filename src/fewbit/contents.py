@@ -40,6 +40,8 @@ class LinearEntry:
     """Its path inside the block, e.g. "self_attn.q_proj"."""
     routed: bool = False
     """Tokens are routed to it: it is part of an expert."""
+    steps: tuple[str, ...] = ()
+    """Kinds of what happens to its input while the model runs, in order, but for its quantization (nn/steps.py)."""
 
     @property
     def weight(self) -> QuantizationSpec | None:
@@ -159,22 +161,24 @@ class Contents:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """All but the specs, which the files of a run's blocks say, as JSON has it."""
-        linears = {name: replace(linear, config=None) for name, linear in self.linears.items()}
+        """All but the specs and steps, which the files of a run's blocks say, as JSON has it."""
+        linears = {name: replace(linear, config=None, steps=()) for name, linear in self.linears.items()}
         attention = {name: replace(module, specs={}) for name, module in self.attention.items()}
         made: dict[str, Any] = json.loads(json.dumps(asdict(replace(self, linears=linears, attention=attention))))
         return made
 
     @classmethod
-    def restored(cls, facts: Any, specs: Mapping[str, QuantizationSpec]) -> Contents:
-        """From `facts` and the specs of weights by their names and of activations by module and slot. ValueError if
-        the facts are none, or know no module of a spec."""
+    def restored(
+        cls, facts: Any, specs: Mapping[str, QuantizationSpec], steps: Mapping[str, tuple[str, ...]]
+    ) -> Contents:
+        """From `facts`, the specs of weights by their names and of activations by module and slot, and the steps of
+        linears' inputs. ValueError if the facts are none, or know no module of a spec."""
         bare, left = TypeAdapter(cls).validate_python(facts), dict(specs)
         linears, attention = {}, {}
         for name, linear in bare.linears.items():
             slots = {f"{slot}_tensors": left.pop(f"{name}.{slot}", None) for slot in LINEAR_SLOTS}
             config = QuantizationConfig(weight=left.pop(linear.weight_name, None), **slots)
-            linears[name] = replace(linear, config=config if config.quantizes else None)
+            linears[name] = replace(linear, config=config if config.quantizes else None, steps=steps.get(name, ()))
         for name, module in bare.attention.items():
             found = {slot: left.pop(f"{name}.{slot}", None) for slot in ATTENTION_SLOTS}
             attention[name] = replace(module, specs={slot: spec for slot, spec in found.items() if spec is not None})

@@ -167,7 +167,7 @@ def contents_of(weights, activations=None, shapes=None, unquantized=(), classes=
     leaves = [[name.rpartition(".")[2] for name in group] for group in FUSED]
     fused = [tuple(f"{place}.{leaf}" for leaf in group) for place in set(map(owner, linears)) for group in leaves]
     bare = Contents(linears, {name: AttentionEntry(name, kind) for name, kind in kinds.items()}, tuple(fused))
-    return Contents.restored(bare.facts(), {**weights, **activations})
+    return Contents.restored(bare.facts(), {**weights, **activations}, {})
 
 
 def fused_with(linear: str) -> list[str]:

@@ -167,6 +167,15 @@ class NativePart:
         stored = self._get([f"{name}.{part}" for part in parts])
         return QuantizedActivation.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec)
 
+    @property
+    def steps_at_run_time(self) -> dict[str, tuple[str, ...]]:
+        """Kinds of the steps of each linear's input, without quantization and what is folded into other weights."""
+        kinds = {
+            name: tuple(kind for kind, data, _ in steps if kind != "quantize" and not data.get("folded"))
+            for name, steps in self._steps.items()
+        }
+        return {name: found for name, found in kinds.items() if found}
+
     def steps(self) -> dict[str, list[StoredStep]]:
         """Steps of each linear's input, in order."""
         names = [f"{name}.{part}" for name, steps in self._steps.items() for _, _, parts in steps for part in parts]
@@ -222,8 +231,9 @@ class NativeCheckpoint:
     def contents(self) -> Contents:
         """What is in the run. CheckpointError if the manifest and the blocks' files do not fit together."""
         specs = {name: spec for part in self.parts for name, spec in part.specs.items()}
+        steps = {name: kinds for part in self.parts for name, kinds in part.steps_at_run_time.items()}
         try:
-            return Contents.restored(self.manifest.get("contents"), specs)
+            return Contents.restored(self.manifest.get("contents"), specs, steps)
         except ValueError:
             raise CheckpointError(
                 f"{self.directory / MANIFEST} is damaged: it does not say what the blocks' files leave open"

@@ -21,9 +21,6 @@ def export(run: str | Path, format: str, output: str | Path) -> Path:
     checkpoint = NativeCheckpoint(run)
     contents = checkpoint.contents
     target.check(contents)
-    for name, steps in checkpoint.steps().items():
-        if at_run_time := [s.kind for s in steps if s.kind != "quantize" and not s.data.get("folded")]:
-            raise ConfigError(f"the input of {name} takes the step {at_run_time[0]!r}, which no format holds")
     checkpoint.check_files()
     with replacing_directory(Path(output), last=ORIGIN) as beside:
         target.write(checkpoint, beside)

@@ -33,6 +33,11 @@ def check(contents: Contents) -> None:
     """ConfigError for what the format cannot hold."""
     groups(contents)
     for linear in contents.linears.values():
+        if linear.steps:
+            raise ConfigError(
+                f"{NAME}: the input of {linear.name!r} takes the step {linear.steps[0]!r} while the model runs, which "
+                "the format cannot say"
+            )
         if linear.input is not None and linear.weight is None:
             raise ConfigError(
                 f"{NAME}: '{linear.name}.input' is quantized but the module's weight is not; the format needs both"
