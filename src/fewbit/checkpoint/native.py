@@ -143,9 +143,7 @@ class NativePart:
     def read_quantized(self, name: str) -> QuantTensor:
         """The QuantTensor of one weight."""
         spec, shape = self.quantized[name]
-        parts = QuantTensor.stored_names(spec)
-        stored = self._get([f"{name}.{part}" for part in parts])
-        return QuantTensor.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec, shape)
+        return QuantTensor.from_tensors(self._parts(name, QuantTensor.stored_names(spec)), spec, shape)
 
     def global_scale(self, name: str) -> float:
         """Second-level scale of one weight, whose codes are not read; 1.0 if it has none."""
@@ -164,27 +162,20 @@ class NativePart:
     def activation(self, name: str) -> QuantizedActivation:
         """The quantized activation MODULE.SLOT."""
         spec, parts = self._flows[name]
-        stored = self._get([f"{name}.{part}" for part in parts])
-        return QuantizedActivation.from_tensors({part: stored[f"{name}.{part}"] for part in parts}, spec)
+        return QuantizedActivation.from_tensors(self._parts(name, parts), spec)
 
     @property
     def steps_at_run_time(self) -> dict[str, tuple[str, ...]]:
         """Kinds of the steps of each linear's input, without quantization and what is folded into other weights."""
-        kinds = {
+        return {
             name: tuple(kind for kind, data, _ in steps if kind != "quantize" and not data.get("folded"))
             for name, steps in self._steps.items()
         }
-        return {name: found for name, found in kinds.items() if found}
 
     def steps(self) -> dict[str, list[StoredStep]]:
         """Steps of each linear's input, in order."""
-        names = [f"{name}.{part}" for name, steps in self._steps.items() for _, _, parts in steps for part in parts]
-        stored = self._get(names) if names else {}
         return {
-            name: [
-                StoredStep(kind, {part: stored[f"{name}.{part}"] for part in parts}, data)
-                for kind, data, parts in steps
-            ]
+            name: [StoredStep(kind, self._parts(name, parts) if parts else {}, data) for kind, data, parts in steps]
             for name, steps in self._steps.items()
         }
 
@@ -193,6 +184,11 @@ class NativePart:
         if self._digest is not None and not has_digest(self.file, self._digest):
             raise _damaged(self.file)
         self._digest = None
+
+    def _parts(self, name: str, parts: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors that something is stored as, by their names below its own."""
+        stored = self._get([f"{name}.{part}" for part in parts])
+        return {full.removeprefix(f"{name}."): tensor for full, tensor in stored.items()}
 
     def _get(self, stored_names: list[str]) -> dict[str, Tensor]:
         self.check()
