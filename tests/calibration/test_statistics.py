@@ -198,3 +198,14 @@ def test_of_equal_tokens_the_first_are_kept_however_they_are_batched():
         kept.append(statistics.finish("linear"))
     assert all(torch.equal(each.outliers, kept[0].outliers) for each in kept)
     assert all(torch.equal(each.sample, kept[0].sample) for each in kept)
+
+
+def test_drift_that_was_measured_on_some_of_the_tokens_stands_for_all():
+    x, reference = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    some, every = Statistics.empty(8), Statistics.empty(8)
+    some.add(x, None, reference)
+    some.add(x)
+    for _ in range(2):
+        every.add(x, None, reference)
+    assert some.finish("x").drift_tokens == 20
+    torch.testing.assert_close(some.drift, every.finish("x").drift)
