@@ -280,7 +280,7 @@ def overflowing(random_model, name):
 
 
 WHERE = {
-    "model.norm": r"logits of the model hold NaN or infinity \(first for token 0 of window 0\)",
+    "model.norm": r"head of the model gives NaN or infinity \(first for token 0 of sequence 0\)",
     "model.layers.1.post_attention_layernorm": r"block 'model.layers.1' gives NaN .*token 0 of sequence 0",
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import CalibrationError, disk_errors_as_sentences
+from fewbit.numerics.finite import is_finite
 
 
 class HiddenStates:
@@ -70,13 +71,13 @@ class HiddenStates:
         return self._directory / f"{index:05d}.f32"
 
 
-def check_finite(hidden: Tensor, what: str, first: int, mask: Tensor | None = None) -> None:
-    """CalibrationError, which begins with `what`, if states [batch, tokens, channels] hold NaN or infinity.
+def check_finite(hidden: Tensor, what: str, first: int, mask: Tensor | None = None, first_token: int = 0) -> None:
+    """CalibrationError, which begins with `what`, if states or logits [batch, tokens, channels] hold NaN or infinity.
 
-    `first` is the number of the batch's first sequence; `mask` [batch, tokens] is True where a token counts.
+    `first` and `first_token` are the numbers of the first sequence and token; `mask` [batch, tokens] is True where a
+    token counts.
     """
-    low, high = hidden.aminmax()  # both are NaN if any value is
-    if torch.isfinite(low) and torch.isfinite(high):
+    if is_finite(hidden):
         return
     bad = ~hidden.isfinite().all(-1)  # [batch, tokens]
     if mask is not None:
@@ -84,6 +85,6 @@ def check_finite(hidden: Tensor, what: str, first: int, mask: Tensor | None = No
     if bad.any():
         sequence, token = bad.nonzero()[0].tolist()
         raise CalibrationError(
-            f"{what} gives NaN or infinity (first for token {token} of sequence {first + sequence}); is the model "
-            "damaged, or are its activations beyond float32?"
+            f"{what} gives NaN or infinity (first for token {first_token + token} of sequence {first + sequence}); is "
+            "the model damaged, or are its activations beyond float32?"
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewbit.checkpoint.configuration import CONFIG_FILE, read_config
 from fewbit.errors import CheckpointError, printable
 from fewbit.files import check_name, check_regular, read_json_object
+from fewbit.numerics.finite import is_finite
 from fewbit.safetensors_file import DTYPES
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -131,10 +132,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Raise CheckpointError if a float tensor holds NaN or infinity: quantizing it would hide the damage."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    if tensor.dtype in FLOAT_DTYPES:
-        low, high = tensor.aminmax()  # both are NaN if any element is
-        if torch.isfinite(low) and torch.isfinite(high):
-            return
+    if tensor.dtype in FLOAT_DTYPES and is_finite(tensor):
+        return
     bad = sum(int((~torch.isfinite(part.float())).sum()) for part in tensor.flatten().split(_PIECE))
     if bad:
         raise CheckpointError(f"tensor {name!r} holds {bad} NaN or infinite values; the checkpoint is damaged")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbit import process
-from fewbit.calibration.hidden_states import HiddenStates
+from fewbit.calibration.hidden_states import HiddenStates, check_finite
 from fewbit.calibration.tokens import (
     CalibrationData,
     all_ids,
@@ -40,6 +40,7 @@ from fewbit.models.limits import check_length, check_tokens
 from fewbit.scratch import temporary_directory
 
 logger = logging.getLogger("fewbit")
+Head = Callable[[Tensor], Tensor]
 
 LARGEST_LOSS = 700.0  # a guess among all tokens of a vocabulary costs 12; e^710 is no number
 LOGIT_ROWS = 128  # tokens whose logits are in memory at a time: with a vocabulary of 256k, 128 MB
@@ -163,7 +164,7 @@ def _score(model: BlockwiseModel, states: HiddenStates, ids: Tensor, device: tor
     losses = torch.empty(ids.shape[0], ids.shape[1] - 1)
     with model.head_loaded(device) as head:
         for window, rows, hidden, targets in _pieces(states, ids):
-            logits = _finite(head(hidden)[0], window, rows, "the model")
+            logits = _logits(head, hidden, "the model", window, rows)
             losses[window, rows] = metrics.token_losses(logits, targets.to(device))
     return _evaluation(losses, ids)
 
@@ -179,9 +180,9 @@ def _compare(
     losses, reference_losses, divergence, agreement = torch.empty(4, ids.shape[0], ids.shape[1] - 1).unbind()
     with model.head_loaded(device) as head, reference.head_loaded(device) as reference_head:
         for window, rows, hidden, targets in _pieces(states, ids):
-            logits = _finite(head(hidden)[0], window, rows, "the model")
+            logits = _logits(head, hidden, "the model", window, rows)
             reference_hidden = reference_states.get(window)[:, rows]
-            expected = _finite(reference_head(reference_hidden)[0], window, rows, "the reference")
+            expected = _logits(reference_head, reference_hidden, "the reference", window, rows)
             losses[window, rows] = metrics.token_losses(logits, targets.to(device))
             reference_losses[window, rows] = metrics.token_losses(expected, targets.to(device))
             divergence[window, rows] = metrics.kl_divergence(expected, logits)
@@ -196,16 +197,11 @@ def _compare(
     )
 
 
-def _finite(logits: Tensor, window: int, rows: slice, whose: str) -> Tensor:
-    """The logits [rows, vocabulary]; CalibrationError if they hold NaN or infinity."""
-    low, high = logits.aminmax()  # both are NaN if any value is
-    if torch.isfinite(low) and torch.isfinite(high):
-        return logits
-    token = rows.start + int((~logits.isfinite().all(-1)).nonzero()[0])
-    raise CalibrationError(
-        f"the logits of {whose} hold NaN or infinity (first for token {token} of window {window}); is it damaged, or "
-        "are its weights beyond float32?"
-    )
+def _logits(head: Head, hidden: Tensor, whose: str, window: int, rows: slice) -> Tensor:
+    """Logits [rows, vocabulary] of some rows of a window; CalibrationError if they hold NaN or infinity."""
+    logits = head(hidden)
+    check_finite(logits, f"the head of {whose}", window, first_token=rows.start)
+    return logits[0]
 
 
 def _evaluation(losses: Tensor, ids: Tensor) -> Evaluation:
