@@ -193,7 +193,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "transformers", WRONG, some(lambda kind: kind.layout == NVFP4 and kind.routed),
-        "transformers 5.23 silently loads NVFP4 experts WRONG (it ignores the global scale): use vLLM", MEASURED,
+        "transformers 5.23 silently loads NVFP4 experts incorrectly (it ignores the global scale): use vLLM", MEASURED,
     ),
     Rule(
         "transformers", REFUSES,
