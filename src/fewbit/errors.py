@@ -10,11 +10,11 @@ from difflib import get_close_matches
 
 
 class FewbitError(Exception):
-    """What was found, what was expected, what to do: one sentence, no traceback."""
+    """One sentence: what was found, what was expected, what to do."""
 
 
 class ConfigError(FewbitError):
-    """A recipe, scheme or option that cannot be honoured."""
+    """A recipe, scheme or option that is not valid or not supported."""
 
 
 class CheckpointError(FewbitError):
@@ -22,7 +22,7 @@ class CheckpointError(FewbitError):
 
 
 class CalibrationError(FewbitError):
-    """There is too little calibration data, or it is not usable."""
+    """Calibration data is too little or not usable."""
 
 
 class ArchitectureError(FewbitError):
@@ -30,7 +30,7 @@ class ArchitectureError(FewbitError):
 
 
 class RunError(FewbitError):
-    """The output directory cannot be used: busy, full, or written by another recipe."""
+    """The output directory cannot be used: it is in use, full, or of another recipe."""
 
 
 class VerificationError(FewbitError):

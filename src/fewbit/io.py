@@ -1,4 +1,4 @@
-"""One `load` and one `dump` for files of tensors and plain data: the suffix decides, safe formats first.
+"""`load` and `dump` for files of tensors and plain data. The suffix decides the format.
 
 | suffix             | holds                                      | reading it can run code |
 |--------------------|--------------------------------------------|-------------------------|
@@ -7,7 +7,7 @@
 | .pt .pth .bin      | tensors and plain data, nested             | no (`weights_only`)     |
 | .pkl .pickle       | anything                                   | yes: `allow_pickle`     |
 
-A .pt, .pth or .bin file that holds other objects is a pickle, too, and needs `allow_pickle` as well.
+A .pt, .pth or .bin file with other objects is a pickle and needs `allow_pickle` as well.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Any:
     except Exception as error:  # decoders raise almost anything on damaged bytes
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path} is damaged or no {path.suffix} file ({type(error).__name__}: {reason})"
+            f"{path} is damaged or not a {path.suffix} file ({type(error).__name__}: {reason})"
         ) from None
 
 
 def dump(obj: Any, path: str | Path, *, allow_pickle: bool = False) -> None:
-    """Write `obj` in the format that the suffix of `path` names; a reader never sees half of the file.
+    """Write `obj` atomically, in the format of the suffix of `path`.
 
     Raises ConfigError for an unknown suffix and for an object that the format cannot hold, and for a pickle unless
     `allow_pickle` is given.
@@ -156,5 +156,5 @@ SUFFIXES = tuple(_READERS)
 
 def _format(path: Path, table: dict[str, T]) -> T:
     if path.suffix not in table:
-        raise ConfigError(f"{path}: the suffix {path.suffix!r} names no known format; use one of {', '.join(table)}")
+        raise ConfigError(f"{path}: the suffix {path.suffix!r} is not a known format; use one of {', '.join(table)}")
     return table[path.suffix]

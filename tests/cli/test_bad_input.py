@@ -281,11 +281,11 @@ RECIPES = {
     ),
     "damaged expression": (
         {"scheme": "W4A16", "exclude": ["re:(k_proj"]},
-        ["pattern 're:(k_proj' is no regular expression"],
+        ["pattern 're:(k_proj' is not a regular expression"],
     ),
     "type": (
         {"scheme": "W4A16", "layer_type_quant_config": {"Linaer": "W8A16"}},
-        ["'Linaer', which no module is", "did you mean 'Linear'?"],
+        ["no module is of class 'Linaer'", "did you mean 'Linear'?"],
     ),
     "nothing left": ({"scheme": "W4A16", "exclude": ["*"]}, ["quantizes nothing"]),
     "no scheme": ({"seed": 1}, ["needs a scheme"]),

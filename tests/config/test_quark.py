@@ -433,7 +433,7 @@ class TestConfigDefaults:
     @pytest.mark.parametrize(
         ("fields", "sentence"),
         [
-            ({"min_kv_scale": 1.0}, "no field 'min_kv_scale'; say"),
+            ({"min_kv_scale": 1.0}, "no field 'min_kv_scale'; give"),
             ({"softmax_quant_spec": FP8_PER_TENSOR}, "AttentionConfig\\(probabilities"),
             ({"kv_cache_post_rope": True}, "after rotary embeddings"),
             ({"shared_scale_groups": [["*.q_proj"]]}, "leave it out"),

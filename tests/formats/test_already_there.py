@@ -9,7 +9,7 @@ from fewbit.checkpoint.journal import Journal
 from fewbit.errors import RunError
 from fewbit.formats import exporter
 from fewbit.formats.verification import ORIGIN
-from fewbit.runs.progress import SilentProgress
+from fewbit.runs.progress import ProgressView
 from fewbit.runs.quantize import export_missing
 
 FORMAT = "compressed-tensors"
@@ -59,7 +59,7 @@ def test_an_export_of_what_the_run_was_before_is_named(again):
     block = Journal(run.directory).blocks()[0]
     Journal(run.directory).add_block(0, "0" * 64 + ":1", block.linears)
     with pytest.raises(RunError, match="was made from what the run was before"):
-        export_missing(run.directory, [exporter(FORMAT)], SilentProgress())
+        export_missing(run.directory, [exporter(FORMAT)], ProgressView())
 
 
 def test_two_exports_at_once_are_one_whole_export_and_one_sentence(finished_run, tmp_path):

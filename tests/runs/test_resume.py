@@ -340,7 +340,7 @@ def test_a_block_that_is_made_anew_is_named(copied, checkpoint, quick, capsys):
     change_a_code(copied)
     (copied / "report.json").unlink()
     fewbit.quantize(checkpoint("llama"), output=copied, resume=True, **quick | {"progress": True})
-    assert "00001.safetensors is damaged (it is not what the run wrote) and was made anew" in capsys.readouterr().err
+    assert "00001.safetensors is damaged (it is not what the run wrote) and was made again" in capsys.readouterr().err
     warnings = json.loads((copied / "report.json").read_text())["warnings"]
     assert any("00001.safetensors is damaged" in warning for warning in warnings)
 

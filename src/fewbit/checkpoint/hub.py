@@ -16,7 +16,7 @@ _NOT_FETCHED = (
 
 
 def resolve_directory(model: str | os.PathLike[str]) -> Path:
-    """The directory of a checkpoint: the path itself, or where the hub's client put the model of that id."""
+    """The directory of a checkpoint: the path itself, or the hub client's copy of the model of that id."""
     model = os.fspath(model)
     try:
         path = Path(model)

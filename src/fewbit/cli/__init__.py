@@ -18,7 +18,7 @@ from fewbit.version import __version__
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the number of the signal."""
 LONGEST = 2000
-"""Characters of a sentence; a name of many pages may be in it."""
+"""Characters of an error message, which may quote very long names."""
 WRITING = ("export", "demo_model")
 VERBS = ("quantize", "export", "verify", "evaluate", "inspect", "schemes", "demo_model")
 
@@ -55,11 +55,11 @@ def _version(wanted: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one sentence on stderr and exit code 2."""
+    """Entry point. An error that the user can fix is one sentence on stderr, with exit code 2."""
     _print_what_the_terminal_can()
     try:
         if not _has_working_directory():
-            _fail("the working directory is not there any more; change into another one")
+            _fail("the working directory does not exist any more; change into another one")
         build_app()()
     except FewbitError as error:
         _fail(str(error))
@@ -71,7 +71,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail("the memory does not suffice; close other programs, or use a machine with more of it")
+        _fail("out of memory; close other programs, or use a machine with more memory")
     except SystemExit as left:
         if left.code == INTERRUPTED:
             _say(_interrupted(sys.argv[1:]))
@@ -82,10 +82,10 @@ def main() -> None:
 
 
 def _interrupted(arguments: list[str]) -> str:
-    """What a person who pressed Ctrl-C wants to know: what was kept, and how to go on."""
+    """What Ctrl-C left, and the command that goes on."""
     verb = arguments[0].replace("-", "_") if arguments else ""
     if verb in VERBS and verb != "quantize":
-        kept = "what it writes is there as a whole or not at all" if verb in WRITING else "nothing was lost"
+        kept = "its output is complete or absent" if verb in WRITING else "nothing was lost"
         return f"interrupted; {kept}; start again with: {shlex.join(['fewbit', *arguments])}"
     from fewbit.cli.quantize import interrupted
 
@@ -93,7 +93,7 @@ def _interrupted(arguments: list[str]) -> str:
 
 
 def _print_what_the_terminal_can() -> None:
-    """A terminal may know ASCII only, and file names hold bytes that are no text: a question mark, not an error."""
+    """Print a question mark for what the terminal's encoding lacks or what is not text, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -117,5 +117,5 @@ def _fail(sentence: str) -> NoReturn:
 
 def _say(sentence: str) -> None:
     words = " ".join(sentence.split())
-    with suppress(OSError, ValueError):  # nobody listens
+    with suppress(OSError, ValueError):  # stderr is closed
         typer.echo(f"fewbit: {words if len(words) <= LONGEST else words[: LONGEST - 1] + '…'}", err=True)

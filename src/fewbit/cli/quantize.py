@@ -28,7 +28,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Text file, rows with text or messages (.jsonl, .json, .csv, .parquet), or hub:DATASET; 'none' for "
-            "rtn without data. Default: the text fewbit ships."
+            "rtn without data. Default: a text that ships with fewbit."
         ),
     ] = None,
     num_samples: Annotated[int | None, _RECIPE["num_samples"]] = None,
@@ -50,7 +50,7 @@ def quantize(
 
     if recipe is None and scheme is None:
         raise ConfigError(
-            "say what to make of the model: --scheme W4A16 ('fewbit schemes' lists them) or --recipe FILE"
+            "give --scheme, e.g. W4A16 ('fewbit schemes' lists them), or --recipe FILE; for example --scheme W4A16"
         )
     if log is not None:
         setup_logging(log)
@@ -67,7 +67,7 @@ def quantize(
 
 
 def interrupted(arguments: list[str]) -> str:
-    """What is left of a run that was interrupted, and the command that goes on with it."""
+    """What an interrupted run kept, and the command that resumes it."""
     from fewbit.checkpoint.journal import Journal
     from fewbit.errors import FewbitError
 

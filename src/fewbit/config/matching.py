@@ -24,7 +24,7 @@ from fewbit.errors import ConfigError, nearest, shown
 LONGEST_PATTERN = 2000
 MOST_REPEATS = 10_000
 SECONDS = 2.0
-"""That a pattern may compute on all names together; ordinary ones take milliseconds."""
+"""CPU time of one pattern on all names; ordinary ones take milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,10 @@ class Match:
 
 
 def matching(pattern: str, names: Iterable[str], whole: bool = True) -> set[str]:
-    """Those of the module names that a name, wildcard or "re:" pattern covers. An expression covers the `whole`
-    name, or only its start.
+    """Module names that a name, wildcard or "re:" pattern matches. Expressions match the `whole` name or its start.
 
-    ConfigError for a pattern that is none, and for one that backtracks without end: Python's `re` cannot be stopped,
-    so `regex`, which transformers needs as well, does the matching, in the syntax of `re`.
+    ConfigError for an invalid pattern and for catastrophic backtracking: Python's `re` has no timeout, so `regex` (a
+    dependency of transformers, too) does the matching, in the syntax of `re`.
     """
     if len(pattern) > LONGEST_PATTERN:
         raise ConfigError(f"the pattern {shown(pattern, 60)} is longer than {LONGEST_PATTERN} characters; split it")
@@ -58,7 +57,7 @@ def matching(pattern: str, names: Iterable[str], whole: bool = True) -> set[str]
         left -= time.process_time() - started
         if left <= 0:
             raise ConfigError(
-                f"the pattern {shown(pattern)} takes too long on {name!r}; repeat nothing that repeats itself"
+                f"the pattern {shown(pattern)} takes too long on {name!r}; avoid nested repetitions such as (a*)*"
             )
     return found
 
@@ -73,7 +72,7 @@ def _compiled(pattern: str) -> Any:
         re.compile(expression)  # whose syntax is promised
         return regex.compile(re.sub(r"(?<!\\)\{(?![\d,]+\})", r"\\{", expression))  # regex means more by braces
     except (re.error, regex.error) as error:
-        raise ConfigError(f"pattern {shown(pattern)} is no regular expression: {error}") from None
+        raise ConfigError(f"pattern {shown(pattern)} is not a regular expression: {error}") from None
     except (RecursionError, OverflowError, MemoryError, ValueError):
         raise ConfigError(f"the pattern {shown(pattern)} is too large or nests too deeply; make it simpler") from None
 
@@ -89,7 +88,7 @@ def resolve(config: Config, modules: Mapping[str, str]) -> dict[str, Match]:
     for layer_type in config.layer_type_quant_config:
         if layer_type not in types:
             raise ConfigError(
-                f"layer_type_quant_config names {layer_type!r}, which no module is{nearest(layer_type, types)}"
+                f"layer_type_quant_config: no module is of class {layer_type!r}{nearest(layer_type, types)}"
             )
     return {name: _resolve_one(config, name, kind, excluded, named) for name, kind in modules.items()}
 

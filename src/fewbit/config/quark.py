@@ -1,4 +1,4 @@
-"""The names of AMD Quark's configuration, understood by fewbit's own classes.
+"""AMD Quark's configuration, translated into fewbit's.
 
 `QuantizationSpec(dtype=Dtype.int8, observer_cls=PerTensorMinMaxObserver, scale_type=ScaleType.float, …)` is what
 Quark's users write. There is one implementation: enumerations are strings, observers are names, and the translations
@@ -62,21 +62,21 @@ class ScaleType(StrEnum):
 
 
 class QuantizationMode(StrEnum):
-    """How a model's structure is seen. Only eager is offered: no graph is traced."""
+    """Only eager mode is supported: no graph is traced."""
 
     eager_mode = "eager_mode"
     fx_graph_mode = "fx_graph_mode"
 
 
 class ZeroPointType(StrEnum):
-    """What zero points are. Only int32 is offered: they are codes."""
+    """Only int32 is supported: zero points are codes."""
 
     int32 = "int32"
     float32 = "float32"
 
 
 class RoundType(StrEnum):
-    """How elements are rounded: each does what its name says, on every path."""
+    """How elements are rounded."""
 
     round = "round"
     floor = "floor"
@@ -85,7 +85,7 @@ class RoundType(StrEnum):
 
 @dataclass(frozen=True)
 class ObserverClass:
-    """An observer by Quark's class name: fewbit's observer and the granularity it is for."""
+    """Quark's name of an observer, fewbit's name of it, and its granularity."""
 
     name: str
     observer: str
@@ -106,11 +106,11 @@ PerBlockMXDiffsObserver = ObserverClass("PerBlockMXDiffsObserver", "mse", "per_g
 
 @dataclass(frozen=True)
 class BlockDtype:
-    """A dtype of Quark that says all about its blocks."""
+    """A dtype of Quark that implies its blocks."""
 
     element: str
     sizes: tuple[int, ...]
-    """What `group_size` may say: the elements of a block, or those that share the innermost scale."""
+    """Accepted values of `group_size`: elements per block, or per innermost scale."""
     implied: dict[str, Any]
 
 
@@ -127,7 +127,7 @@ _FLOAT_SCALES = ("float32", "float16", "bfloat16")
 
 def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a spec by Quark's names or fewbit's → fewbit's."""
-    fields = {name: value for name, value in fields.items() if value is not None}  # Quark's "not said"
+    fields = {name: value for name, value in fields.items() if value is not None}  # Quark's "not given"
     _observer(fields)
     if "scale_calculation_mode" in fields:
         fields["exponent_mode"] = fields.pop("scale_calculation_mode")
@@ -149,10 +149,10 @@ def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
         _imply(fields, dtype, block.implied)
         fields["dtype"] = block.element
     elif "mx_element_dtype" in fields:
-        raise ConfigError("mx_element_dtype goes with dtype mx")
+        raise ConfigError("mx_element_dtype needs dtype mx")
     if "dtype" in fields:
         fields["dtype"] = Dtype[name].value if (name := str(fields["dtype"])) in Dtype.__members__ else name
-        if fields["dtype"] in ("bfloat16", "float16"):  # a cast: nothing else need be said
+        if fields["dtype"] in ("bfloat16", "float16"):  # a cast needs no other field
             fields = {"qscheme": "per_tensor", "observer": "placeholder"} | fields
     for name in ("qscheme", "round_method", "scale_type"):
         if name in fields:
@@ -176,7 +176,7 @@ def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _imply(fields: dict[str, Any], dtype: str, implied: Mapping[str, Any]) -> None:
-    """Set what a dtype says by itself; refuse fields that say otherwise. (`scale_type` float is Quark's default.)"""
+    """Set the fields that a dtype implies; refuse contradictions. (`scale_type` float is Quark's default.)"""
     for name, value in implied.items():
         given = str(fields.get(name, value))
         if given != str(value) and (name, given) != ("scale_type", "float"):
@@ -208,7 +208,7 @@ def _observer(fields: dict[str, Any]) -> None:
 
 
 def translate_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a QuantizationConfig: a list of specs becomes one spec of two stages or two levels of scales."""
+    """Fields of a QuantizationConfig: a list of two specs becomes one spec of two stages."""
     return {
         name: _joined(name, value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         for name, value in fields.items()
@@ -237,17 +237,17 @@ _UNUSED = (
     "gpu_resident_blocks",
 )
 _ELSEWHERE = {
-    "kv_cache_group": "say the granularity in attention=AttentionConfig(…)",
-    "min_kv_scale": "say clip_ratio or the observer in attention=AttentionConfig(…)",
-    "softmax_quant_spec": "say attention=AttentionConfig(probabilities=…)",
-    "kv_cache_post_rope": "say attention=AttentionConfig(key=…, value=…), which is after rotary embeddings",
+    "kv_cache_group": "give the granularity in attention=AttentionConfig(…)",
+    "min_kv_scale": "give clip_ratio or the observer in attention=AttentionConfig(…)",
+    "softmax_quant_spec": "give attention=AttentionConfig(probabilities=…)",
+    "kv_cache_post_rope": "give attention=AttentionConfig(key=…, value=…), which is after rotary embeddings",
     "shared_scale_groups": "leave it out: linears that engines fuse share their global scale",
     "sync_moe_expert_input_amax": "leave it out: linears with one input share their scales",
 }
 
 
 def translate_recipe(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a Config: None where Quark has a default, its quant_mode, and fields without a meaning here.
+    """Fields of a Config: None becomes the default, and fields without effect here are dropped.
 
     `pre_quant_opt_config` (before 0.9) joins `algo_config`; `kv_cache_quant_config` is written over
     `layer_quant_config`, as there. ConfigError, which says what to write instead, for what is not offered.

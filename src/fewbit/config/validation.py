@@ -1,4 +1,4 @@
-"""Frozen, validated configuration classes whose errors are sentences."""
+"""Frozen, validated configuration classes; errors are ConfigErrors of one sentence."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""YAML that a user, or anyone, wrote: plain data or a sentence, in seconds and in little memory.
+"""Untrusted YAML, read in bounded time and memory.
 
-A text of a few hundred bytes can name a list ten thousand million long by anchors in anchors, nest deeper than Python
-recurses, or name a Python object. So the text is first read as a stream of events, which costs what its length costs,
-and only what is small is made into data. A field that is given twice is an error: one of the two is a mistake.
+With nested anchors, a few hundred bytes can expand to billions of values; YAML can also nest deeper than Python
+recurses, or name Python objects. So the text is first parsed as a stream of events, in linear time, and built only if
+what it expands to is small. A field given twice is an error.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fewbit.errors import ConfigError, shown
 from fewbit.files import read_text
 
 LARGEST = 2**20
-"""Bytes. A recipe with a rule for each linear of a model with 100 blocks has a tenth of that."""
+"""Bytes; ten times a recipe with a rule for each linear of 100 blocks."""
 MOST_NODES = 50_000
-"""Values, those that anchors repeat counted as often as they are repeated."""
+"""Values with anchors expanded."""
 DEEPEST = 50
 LONGEST_VALUE = 5000
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. ConfigError for one that is damaged, or that is too large in any way."""
+    """The data of a YAML file; ConfigError if it is damaged or too large in any way."""
     try:
         text = read_text(path, LARGEST, ConfigError)
     except ConfigError as error:
@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """What a YAML text holds; errors name it as `what`."""
+    """The data of a YAML text, which errors call `what`."""
     try:
         _check_size(text, what)
         return yaml.load(text, Loader=_Loader)
@@ -48,7 +48,7 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def _check_size(text: str, what: str) -> None:
-    """ConfigError if what the text stands for, anchors written out, is large or nests deeply."""
+    """ConfigError if the text, with anchors expanded, is large or nests deeply."""
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -58,14 +58,14 @@ def _check_size(text: str, what: str) -> None:
             _add(open_nodes, sizes[event.anchor])
         elif isinstance(event, yaml.ScalarEvent):
             if len(event.value) > LONGEST_VALUE:
-                raise ConfigError(f"it holds a value of more than {LONGEST_VALUE} characters, which no recipe does")
+                raise ConfigError(f"it holds a value of more than {LONGEST_VALUE} characters, which no recipe needs")
             _add(open_nodes, 1)
             if event.anchor is not None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))
             if len(open_nodes) > DEEPEST:
-                raise ConfigError(f"it nests more than {DEEPEST} levels deep, which no recipe does")
+                raise ConfigError(f"it nests more than {DEEPEST} levels deep, which no recipe needs")
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_nodes.pop()
             if anchor is not None:
@@ -76,12 +76,12 @@ def _check_size(text: str, what: str) -> None:
 def _add(open_nodes: list[tuple[str | None, int]], size: int) -> None:
     anchor, before = open_nodes[-1]
     if before + size > MOST_NODES:
-        raise ConfigError(f"it stands for more than {MOST_NODES} values (anchors written out), which no recipe needs")
+        raise ConfigError(f"it expands to more than {MOST_NODES} values, which no recipe needs")
     open_nodes[-1] = anchor, before + size
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data; a field that is given twice is an error."""
+    """Plain data; duplicate fields are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         found: set[Hashable] = set()

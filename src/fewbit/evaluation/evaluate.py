@@ -1,7 +1,7 @@
-"""Evaluation block by block over all windows, so that a model larger than memory can be evaluated.
+"""Evaluation block by block over all windows, for models larger than memory.
 
-Perplexity as it is usually quoted: the whole text is tokenized once, cut into disjoint windows, each window is scored
-by itself, and the mean is over all predicted tokens (window length − 1 per window).
+Perplexity as usually quoted: the whole text is tokenized once and cut into disjoint windows, each scored on its own;
+the mean is over all predicted tokens (window length − 1 per window).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LOGIT_ROWS = 128  # tokens whose logits are in memory at a time: with a vocabula
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured."""
+    """Results of an evaluation."""
 
     perplexity: float
     windows: int
@@ -63,7 +63,7 @@ class Evaluation:
     top1_agreement: float | None = None
     """Share of tokens for which both models prefer the same next token."""
     warnings: tuple[str, ...] = ()
-    """What makes the numbers doubtful; also logged before the work."""
+    """Why the numbers may be misleading; also logged before the work."""
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
@@ -81,10 +81,15 @@ def evaluate(
     device: str = EvaluationOptions.device,
     activation_memory: str | int = EvaluationOptions.activation_memory,
 ) -> Evaluation:
-    """Perplexity of a checkpoint, run, export or module on a text file (or texts, or rows: whatever calibration takes)
-    in windows of `sequence_length` tokens, or on token ids [windows, tokens].
+    """Perplexity of a checkpoint, run, export or module, and its distance to a reference model.
 
-    With `against`, also the distance to that model; a Reference computes its side once for several comparisons.
+    Args:
+        text: a text file, texts or rows (as `calibration` of `fewbit.quantize`), cut into windows of `sequence_length`
+            tokens; or token ids [windows, tokens].
+        against: the reference model; a Reference computes its side once for several comparisons.
+        sequence_length, max_windows, device, activation_memory: see `fewbit.config.run_options.EvaluationOptions`.
+        tokenizer: of a model in memory; directories bring their own.
+
     Raises FewbitError for unusable input.
     """
     options = EvaluationOptions(device, activation_memory, sequence_length, max_windows)
@@ -112,7 +117,7 @@ def evaluate(
 
 
 def _check(models: list[BlockwiseModel], ids: Tensor) -> tuple[str, ...]:
-    """CalibrationError if the models cannot be fed with `ids` [windows, tokens]; warnings if they should not be."""
+    """CalibrationError if the models cannot take `ids` [windows, tokens]; warnings if results will suffer."""
     for model in models:
         check_tokens(model, [{"input_ids": ids}])
     warnings = tuple(dict.fromkeys(said for model in models for said in check_length(model, ids.shape[1])))
@@ -122,7 +127,7 @@ def _check(models: list[BlockwiseModel], ids: Tensor) -> tuple[str, ...]:
 
 
 def _windows(text: Any, tokenizer: Any, model: BlockwiseModel, options: EvaluationOptions) -> Tensor:
-    """Token ids [windows, tokens]: as they are given, or the text cut into windows; not more than `max_windows`."""
+    """Token ids [windows, tokens]: as given, or of the text cut into windows; at most `max_windows`."""
     most = options.max_windows
     found, source = rows_of(text)
     if not isinstance(found, Tensor) and all_ids(found, source):
@@ -212,5 +217,7 @@ def _evaluation(losses: Tensor, ids: Tensor) -> Evaluation:
 def _perplexity(losses: Tensor) -> float:
     loss = losses.mean(dtype=torch.float64).item()
     if loss > LARGEST_LOSS:
-        raise CalibrationError(f"the loss is {loss:.3g} nats per token, which no perplexity expresses; is it damaged?")
+        raise CalibrationError(
+            f"the loss is {loss:.3g} nats per token, beyond any perplexity in float64; is the model damaged?"
+        )
     return math.exp(loss)

@@ -1,4 +1,4 @@
-"""What every evaluation begins with: the last block's output for every window, each block loaded once."""
+"""The last block's output for every window, with each block loaded once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewbit.scratch import temporary_directory
 
 
 class Reference:
-    """A model that others are compared with. What it computes for a text is kept for the next comparison.
+    """A model to compare others with. Its hidden states of a text are kept for the next comparison.
 
     Args:
         model: checkpoint, run, export or module.
@@ -31,11 +31,11 @@ class Reference:
         self._states: HiddenStates | None = None
 
     def last_hidden_states(self, ids: Tensor, device: torch.device, budget: int) -> HiddenStates:
-        """For windows `ids` [windows, tokens]; up to `budget` bytes of it in memory, the rest in files."""
+        """Of windows `ids` [windows, tokens]; up to `budget` bytes in memory, the rest in files."""
         if self._states is None or self._ids is None or not torch.equal(ids, self._ids):
             if self._states is not None:
                 self._states.close()
-                self._states = self._ids = None  # whatever happens now, what is closed is not used again
+                self._states = self._ids = None  # closed states must not be used again, whatever happens next
             self._states = last_hidden_states(self.model, ids, device, budget, self._scratch.path / "states")
             self._ids = ids.clone()
         return self._states
@@ -44,7 +44,7 @@ class Reference:
 def last_hidden_states(
     model: BlockwiseModel, ids: Tensor, device: torch.device, budget: int, scratch: Path
 ) -> HiddenStates:
-    """Output of the last block for each window of `ids` [windows, tokens]; CalibrationError where it is no number."""
+    """Output of the last block for each window of `ids` [windows, tokens]; CalibrationError for NaN or infinity."""
     states = HiddenStates(budget, scratch)
     calls = []
     for index, inputs in enumerate(model.enter([{"input_ids": window.unsqueeze(0)} for window in ids], device)):

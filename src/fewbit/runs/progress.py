@@ -1,4 +1,4 @@
-"""What a person sees while the walk goes on: blocks done, stage, error so far, time left, peak memory."""
+"""Progress on the terminal: blocks done, stage, error so far, time left, peak memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,41 +19,20 @@ from fewbit.runs.report import peak_memory
 logger = logging.getLogger("fewbit")
 
 
-class ProgressView(Protocol):
-    """Receives events of the walk."""
+class ProgressView:
+    """Receives the events of a run; shows nothing and logs warnings, which are printed if no log is set up."""
 
     def start(self, blocks: int, done: int) -> None: ...
     def stage(self, block: int, name: str) -> None: ...
     def block_done(self, block: int, loss: float | None) -> None: ...
     def note(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
     def stop(self) -> None: ...
-
-
-class SilentProgress:
-    """Shows nothing; warnings go to the log, which prints them where nobody has set one up."""
-
-    def start(self, blocks: int, done: int) -> None:
-        pass
-
-    def stage(self, block: int, name: str) -> None:
-        pass
-
-    def block_done(self, block: int, loss: float | None) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
     def warn(self, text: str) -> None:
         logger.warning(text)
 
-    def stop(self) -> None:
-        pass
 
-
-class ShownProgress(SilentProgress):
-    """What shows has shown a warning itself; the log gets it only if there is one."""
+class ShownProgress(ProgressView):
+    """Shows warnings; logs them only if a log is set up."""
 
     def warn(self, text: str) -> None:
         self.note(f"warning: {text}")
@@ -110,7 +89,7 @@ class PlainProgress(ShownProgress):
         self._blocks, self._kept, self._started = blocks, 0, time.monotonic()
 
     def block_done(self, block: int, loss: float | None) -> None:
-        if loss is None:  # an earlier run's block goes by quickly, so it says nothing about the time left
+        if loss is None:  # a kept block goes by quickly: the time left is estimated from the others
             self._kept, self._started = block + 1, time.monotonic()
             self.note(f"block {block + 1}/{self._blocks} · kept from before")
             return
@@ -125,7 +104,7 @@ class PlainProgress(ShownProgress):
         if stream is None:
             return
         encoding = stream.encoding or "utf-8"
-        with suppress(OSError, ValueError):  # a pipe that nobody reads any more is no reason to lose a run
+        with suppress(OSError, ValueError):  # a closed pipe must not end the run
             stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
             stream.flush()
 
@@ -133,15 +112,15 @@ class PlainProgress(ShownProgress):
 def progress_view(show: bool) -> ProgressView:
     """A live bar on a terminal, plain lines elsewhere, nothing if not `show`. Everything goes to stderr."""
     if not show:
-        return SilentProgress()
+        return ProgressView()
     console = Console(stderr=True)
     return TerminalProgress(console) if console.is_terminal else PlainProgress(sys.stderr)
 
 
 def setup_logging(path: str | Path, level: int = logging.INFO) -> None:
-    """Write fewbit's log, with every layer's quantization error, to a file, whose directory is made if need be.
+    """Log to a file, every layer's quantization error included; its directory is made if needed.
 
-    RunError if that cannot be written.
+    RunError if the file cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe would be waited for

@@ -109,7 +109,7 @@ def quantize_model(
 
 
 def _targets(directory: RunDirectory, options: RunOptions) -> list[ExportFormat]:
-    """Formats to export to. What is in the way of an export is said before the work."""
+    """Formats to export to; RunError now, not after the work, if something is in the way of an export."""
     targets = [exporter(name) for name in dict.fromkeys(options.export)]
     for target in targets if options.resume else ():
         already_there(directory.path, target.name, finished=False)
@@ -127,7 +127,7 @@ def export_missing(run: Path, targets: Iterable[ExportFormat], view: ProgressVie
 
 
 def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
-    """A checkpoint directory, a hub id or a module, ready to be walked."""
+    """A checkpoint directory, a hub id or a module, opened block by block."""
     if not isinstance(model, str | Path):
         if isinstance(model, torch.nn.Module):
             refuse_quantized(model)
@@ -153,8 +153,8 @@ def _calibration(
 
 
 def _check(data: CalibrationSet | None, model: BlockwiseModel, plan: Plan, config: Config) -> list[str]:
-    """CalibrationError if the model cannot be fed with the data; warnings if sequences are too long, or tokens too few
-    for H to tell all channels of an input apart."""
+    """CalibrationError for data that the model cannot take; warnings for sequences that are too long and for fewer
+    tokens than input channels, with which H is singular."""
     if data is None:
         return []
     check_tokens(model, data.batches)
@@ -170,7 +170,7 @@ def _check(data: CalibrationSet | None, model: BlockwiseModel, plan: Plan, confi
 
 
 def _check_weights(model: BlockwiseModel) -> None:
-    """Read every tensor once, so that NaN or infinity is found before anything is written, not in hour six."""
+    """Read every tensor once, so that NaN and infinity are found before any work."""
     names = {name for index in range(len(model)) for name in model.block_tensors(index)} | set(model.outside_tensors())
     for name in sorted(names):
         model.source.read([name])
@@ -194,13 +194,13 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
 
 
 def _files(model: BlockwiseModel) -> frozenset[Path]:
-    """Those that hold the model's weights."""
+    """The files of the model's weights."""
     return model.source.files if isinstance(model.source, SafetensorsSource) else frozenset()
 
 
 @contextmanager
 def _side_files(model: BlockwiseModel, tokenizer: Any) -> Iterator[tuple[Path, list[str]]]:
-    """Where configuration, tokenizer and the like lie, and notes on what had to be mended."""
+    """The directory of configuration, tokenizer and other files beside the weights, and notes on what was mended."""
     if model.module is not None:
         with saved_side_files(model.module, model.config, tokenizer) as saved:
             yield saved
@@ -216,7 +216,7 @@ def _described(
     data: CalibrationSet | None,
     forward: str,
 ) -> dict[str, Any]:
-    """What the report says of the run."""
+    """The run, for the report."""
     return {
         "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
         "architecture": blockwise.architecture.name,

@@ -1,4 +1,4 @@
-"""A run's directory: locked while in use, described by a manifest, with a journal that is the truth on a resume."""
+"""A run's directory: locked while in use, described by a manifest; on a resume its journal decides what is done."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ EXPORTS = "exports"
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run depends on. A resumed run must have the same."""
+    """What a run's bytes depend on. A resumed run must have the same."""
 
     recipe: dict[str, Any]
     model: str
     calibration: str
     version: str
     libraries: dict[str, str]
-    """Versions of those that compute: other ones may round otherwise."""
+    """Versions of the libraries that compute: others may round differently."""
     num_blocks: int
     contents: dict[str, Any]
     """`facts` of the plan's contents."""
 
     def differences(self, manifest: dict[str, Any]) -> list[str]:
-        """In words, what differs from the run that wrote `manifest`."""
+        """The differences from the run that wrote `manifest`, in words."""
         found = []
         if manifest.get("model") != self.model:
             found.append("another model (or its weights changed)")
@@ -74,10 +74,10 @@ class RunDirectory:
         self._before: dict[int, FinishedBlock] = {}
         self._changed: set[int] = set()
         self.damaged: list[str] = []
-        """What was found damaged and is made anew, for those who watch and for the report."""
+        """Blocks that were damaged and are quantized again, for the progress view and the report."""
 
     def refuse(self, resume: bool) -> None:
-        """RunError if the directory cannot be used, before any work: `open` would say so after it."""
+        """RunError if the directory cannot be used: asked before the work, so that `open` does not fail after it."""
         if (self._place / MANIFEST).exists():
             if not resume:
                 raise RunError(
@@ -87,7 +87,9 @@ class RunDirectory:
             raise RunError(f"{self.path} is not empty and holds no fewbit run; choose another output directory")
         nearest = next(path for path in (self._place, *self._place.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise RunError(f"{self.path} cannot be written: {nearest} allows it not; choose another output directory")
+            raise RunError(
+                f"{self.path} cannot be written: {nearest} is not writable; choose another output directory"
+            )
 
     def open(self, identity: Identity, resume: bool) -> None:
         """Create the directory, or continue in it. RunError if it is in use, not empty, or of another run."""
@@ -111,8 +113,8 @@ class RunDirectory:
         write_manifest(self._place, vars(identity))
 
     def _refuse_changed(self) -> None:
-        """RunError if a file of a run that was complete is not what the run wrote: nobody knows whether it was damaged
-        or changed on purpose, so it is not overwritten. In a run that was interrupted it is made anew."""
+        """RunError if a file of a complete run is not what the run wrote: it may have been changed on purpose, so it
+        is not overwritten. In an interrupted run it is made again."""
         if not (self._place / REPORT).exists():
             return
         blocks = {block_file(self._place, number): block.digest for number, block in self._journal.blocks().items()}
@@ -121,19 +123,19 @@ class RunDirectory:
             if file.exists() and not has_digest(file, digest):
                 raise RunError(
                     f"{file} is not what the run wrote, though the run was complete: it was damaged or changed; "
-                    "remove it, and the same command with --resume makes it anew"
+                    "remove it, and the same command with --resume makes it again"
                 )
 
     def finished_blocks(self) -> dict[int, list[dict[str, Any]]]:
-        """Block number → report rows of the blocks whose files are what the journal says; `damaged` says of others."""
+        """Report rows by block number, of blocks whose files match the journal; the others are in `damaged`."""
         self._before = self._journal.blocks()
         finished = {}
         for number, block in self._before.items():
             file = block_file(self._place, number)
             if not file.is_file():
-                self.damaged.append(f"{file.name} is gone and was made anew")
+                self.damaged.append(f"{file.name} is missing and was made again")
             elif not has_digest(file, block.digest):
-                self.damaged.append(f"{file.name} is damaged (it is not what the run wrote) and was made anew")
+                self.damaged.append(f"{file.name} is damaged (it is not what the run wrote) and was made again")
             else:
                 finished[number] = block.linears
         return finished
@@ -145,11 +147,11 @@ class RunDirectory:
             self._changed.add(number)
 
     def changed(self, number: int) -> bool:
-        """Whether a block that was made anew came out otherwise than before, so that what followed from it is void."""
+        """Whether a block that was made again differs from before, which invalidates the blocks after it."""
         return number in self._changed
 
     def record_files(self, known: Mapping[str, str]) -> None:
-        """Journal every file beside the blocks, but for those that describe the run; some digests are `known`."""
+        """Journal every file but the blocks and those that describe the run; some digests are `known`."""
         own = (MANIFEST, JOURNAL, LOCK, REPORT, BLOCKS, EXPORTS)
         for top in sorted(self._place.iterdir()):
             if top.name in own or is_scratch(top.name):
@@ -160,12 +162,12 @@ class RunDirectory:
                     self._journal.add_file(name, known.get(name) or file_digest(file))
 
     def scratch(self) -> Scratch:
-        """Space for hidden states that goes when the run ends, or when the next one finds it."""
+        """Scratch space for hidden states, removed when the run ends or by the next run."""
         with disk_errors_as_sentences(self.path):
             return Scratch(self._place, "work")
 
     def close(self) -> None:
-        """Release the directory; one that this run created and wrote nothing to is removed."""
+        """Release the directory, and remove it if this run created it and wrote nothing."""
         if self._lock is None:
             return
         if self._created and not self._foreign_files():
