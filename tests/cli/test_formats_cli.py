@@ -128,7 +128,7 @@ def assert_says(row, contents, otherwise):
         (["--scheme", "NVFP4", "--group-size", "32"], ["group_size 32", "leave it out"]),
         (["--scheme", "W4A16KV4-g32"], ["attention key: group_size 32 does not divide", "16 channels"]),
         (["--scheme", "W8A8KV8", "--export", "compressed-tensors"], ["a dynamic KV cache"]),
-        (["--scheme", "MX9", "--export", "compressed-tensors"], ["microexponents"]),
+        (["--scheme", "MX9", "--export", "compressed-tensors"], ["microexponent scales"]),
         (["--scheme", "W4A16KV16"], ["unknown scheme 'W4A16KV16'"]),
         (["--scheme", "FP8_BLOCK"], ["group size 128 does not divide the 64 inputs", "exclude that layer"]),
     ],
