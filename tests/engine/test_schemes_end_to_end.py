@@ -123,7 +123,7 @@ def test_every_cache_composes_with_a_scheme(run_of, wide, dequantized, suffix, b
     assert fewbit.evaluate(run, IDS, against=dequantized(run.directory)).kl_mean > 1e-6  # more than its weights
     assert ours.kl_mean < plain.kl_mean + (0.3 if suffix == "KV4" else 0.01)
     inside = AttentionConfig(key=spec, value=spec)
-    assert run.report["attention"] == {"modules": 1} | inside.summary
+    assert run.report["attention"] == {"modules": 1, "key": spec.summary, "value": spec.summary}
     assert report_of(run_of(base))["attention"] is None
     if not holding(nominal(attention=inside)):
         with pytest.raises(ConfigError, match="a dynamic KV cache"):

@@ -351,8 +351,3 @@ class AttentionConfig:
     @property
     def specs(self) -> dict[str, QuantizationSpec | None]:
         return {"key": self.key, "value": self.value, "query": self.query, "probabilities": self.probabilities}
-
-    @property
-    def summary(self) -> dict[str, str]:
-        """A few words for each tensor that is quantized."""
-        return {name: spec.summary for name, spec in self.specs.items() if spec is not None}
