@@ -20,6 +20,9 @@ Args = dict[str, Any]
 FLOAT_BITS = {8: "e4m3", 6: "e2m3", 4: "e2m1"}
 GROUP_OF_BYTE_SCALES = {"e4m3": 16, "e8m0": 32}
 SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
+STRATEGIES = {
+    "per_tensor": "tensor", "per_channel": "channel", "per_token": "token", "per_group": "group", "per_block": "block",
+}  # fmt: skip
 TRANSPOSED = [("per_channel", 1), ("per_channel", -1), ("per_group", 0), ("per_group", -2)]
 MX_LAYOUTS = {"e4m3": "mxfp8-quantized", "e2m3": "mxfp6-pack-quantized", "e2m1": "mxfp4-pack-quantized"}
 
@@ -52,36 +55,23 @@ def layout_for(weight: QuantizationSpec, activation: QuantizationSpec | None) ->
 
 def weight_args(spec: QuantizationSpec) -> Args:
     """The `weights` entry of a spec that has a layout."""
-    args = _number(spec) | {"dynamic": False}
     if (spec.qscheme, spec.ch_axis) in TRANSPOSED:
         raise ConfigError(
             f"{spec.qscheme} with ch_axis {spec.ch_axis}; scales belong to rows or to groups along a row"
         )
-    if spec.scale_type in SCALE_DTYPES:
-        return args | _byte_scales(spec)
-    if spec.qscheme == "per_group":
-        return args | {"strategy": "group", "group_size": spec.group_size}
-    if spec.block_size is not None:
-        return args | {"strategy": "block", "block_structure": list(spec.block_size)}
-    return args | {"strategy": "tensor" if spec.qscheme == "per_tensor" else "channel"}
+    return _args(spec)
 
 
 def activation_args(spec: QuantizationSpec) -> Args:
     """The `input_activations` entry of a spec. ConfigError for what readers would do otherwise than the spec says."""
     _check_activation(spec)
-    args = _number(spec) | {"dynamic": spec.is_dynamic}
     if spec.scale_type in SCALE_DTYPES:
         _byte_scaled(spec)
         if not spec.is_dynamic:
             raise ConfigError(f"static scales of type {spec.scale_type}; use is_dynamic=True")
-        return args | _byte_scales(spec) | ({"dynamic": "local"} if spec.scale_type == "e4m3" else {})
-    if spec.qscheme == "per_tensor":
-        return args | {"strategy": "tensor"}
-    if spec.qscheme == "per_token":
-        return args | {"strategy": "token"}
-    if spec.qscheme == "per_group" and spec.ch_axis in (None, 1, -1):
-        return args | {"strategy": "group", "group_size": spec.group_size}
-    raise ConfigError(f"activations with {spec.qscheme}; readers know per_tensor, per_token and per_group")
+    elif spec.qscheme not in ("per_tensor", "per_token", "per_group") or spec.ch_axis in (0, -2):
+        raise ConfigError(f"activations with {spec.qscheme}; readers know per_tensor, per_token and per_group")
+    return _args(spec) | ({"dynamic": "local"} if spec.scale_type == "e4m3" else {})
 
 
 def attention_args(spec: QuantizationSpec) -> Args:
@@ -95,8 +85,7 @@ def attention_args(spec: QuantizationSpec) -> Args:
         raise ConfigError(
             f"a KV cache with {spec.qscheme} {spec.scale_type} scales; readers know per_tensor and per_channel floats"
         )
-    strategy = "tensor" if spec.qscheme == "per_tensor" else "attn_head"
-    return _number(spec) | {"dynamic": False, "strategy": strategy}
+    return _args(spec) | ({"strategy": "attn_head"} if spec.qscheme == "per_channel" else {})
 
 
 def weight_spec(args: Args) -> QuantizationSpec:
@@ -134,11 +123,20 @@ def _spec(args: Args, strategies: dict[str, str], **fields: Any) -> Quantization
         ) from None
 
 
-def _number(spec: QuantizationSpec) -> Args:
-    """Bits and type. Which of the floats of 8 bits (e4m3) or 6 (e2m3) is meant goes without saying."""
+def _args(spec: QuantizationSpec) -> Args:
+    """Number and scales. Which of the floats of 8 bits (e4m3) or 6 (e2m3) is meant goes without saying."""
     if not spec.format.is_integer and FLOAT_BITS.get(spec.bits) != spec.dtype:
         raise ConfigError(f"{spec.dtype} has no name in this format; floats are fp8_e4m3, fp6_e2m3 and fp4")
-    return {"num_bits": spec.bits, "type": "int" if spec.format.is_integer else "float", "symmetric": spec.symmetric}
+    kind = "int" if spec.format.is_integer else "float"
+    args: Args = {"num_bits": spec.bits, "type": kind, "symmetric": spec.symmetric, "dynamic": spec.is_dynamic}
+    args["strategy"] = STRATEGIES[spec.qscheme] if spec.scale_type != "e4m3" else "tensor_group"
+    if spec.group_size is not None:
+        args["group_size"] = spec.group_size
+    if spec.block_size is not None:
+        args["block_structure"] = list(spec.block_size)
+    if spec.scale_type in SCALE_DTYPES:
+        args["scale_dtype"] = SCALE_DTYPES[spec.scale_type]
+    return args
 
 
 def _byte_scaled(spec: QuantizationSpec) -> str:
@@ -156,11 +154,6 @@ def _byte_scaled(spec: QuantizationSpec) -> str:
     if spec.dtype not in MX_LAYOUTS:
         raise ConfigError(f"{spec.dtype} with e8m0 scales; the format knows fp8_e4m3, fp6_e2m3 and fp4 (MXFP8, 6, 4)")
     return MX_LAYOUTS[spec.dtype]
-
-
-def _byte_scales(spec: QuantizationSpec) -> Args:
-    strategy = "tensor_group" if spec.scale_type == "e4m3" else "group"
-    return {"strategy": strategy, "group_size": spec.group_size, "scale_dtype": SCALE_DTYPES[spec.scale_type]}
 
 
 def _check_float_scale(spec: QuantizationSpec) -> None:
