@@ -23,49 +23,35 @@ PARTS = ("scale", "zero_point", "global_scale")
 PREFIXES = {"input": "input"} | ATTENTION_SLOTS
 
 
-def stored_names(spec: QuantizationSpec, slot: str) -> list[str]:
-    """Names, beside the module, of the tensors of an activation in `slot`."""
-    prefix = PREFIXES[slot]
-    if spec.stored_as.has_global_scale:
-        return [f"{prefix}_global_scale"]
-    if spec.is_dynamic:
-        return []
-    return [f"{prefix}_scale"] + [f"{prefix}_zero_point"] * (not spec.symmetric)
-
-
 def encode_activation(name: str, activation: QuantizedActivation) -> dict[str, Tensor]:
     """Tensors of the activation `name` (MODULE.SLOT) by their full names. ConfigError if calibration found nothing."""
     module, _, slot = name.rpartition(".")
-    spec, scale, zero = activation.spec, activation.scale, activation.zero_point
-    tensors = {}
-    for part in stored_names(spec, slot):
-        if part.endswith("global_scale"):
-            value = divisor(activation.global_scale)
-        elif scale is None:
+    spec, tensors = activation.spec, {}
+    if spec.stored_as.has_global_scale:
+        tensors["global_scale"] = divisor(activation.global_scale)
+    elif not spec.is_dynamic:
+        if activation.scale is None:
             raise ConfigError(f"{name!r} has a static scale, but none was calibrated")
-        elif part.endswith("_scale"):
-            value = _stored_shape(scale, spec)
-        else:
-            assert zero is not None
-            value = _stored_shape(signed_codes(zero, spec), spec)
-        tensors[f"{module}.{part}"] = value
-    return tensors
+        tensors["scale"] = _stored_shape(activation.scale, spec)
+        if activation.zero_point is not None:
+            tensors["zero_point"] = _stored_shape(signed_codes(activation.zero_point, spec), spec)
+    return {f"{module}.{PREFIXES[slot]}_{part}": tensor for part, tensor in tensors.items()}
 
 
 def decode_activation(tensors: dict[str, Tensor], spec: QuantizationSpec, slot: str) -> QuantizedActivation:
     """Inverse of `encode_activation`; `tensors` by their names beside the module."""
-    prefix = PREFIXES[slot]
-    for part in stored_names(spec, slot):
-        if part not in tensors:
-            raise CheckpointError(f"{part} is missing, which a static {slot} needs")
+
+    def stored(part: str) -> Tensor:
+        if (name := f"{PREFIXES[slot]}_{part}") not in tensors:
+            raise CheckpointError(f"{name} is missing, which a static {slot} needs")
+        return tensors[name]
+
     if spec.stored_as.has_global_scale:
-        return QuantizedActivation(spec, global_scale=1.0 / float(tensors[f"{prefix}_global_scale"]))
+        return QuantizedActivation(spec, global_scale=1.0 / float(stored("global_scale")))
     if spec.is_dynamic:
         return QuantizedActivation(spec)
-    scale, zero = tensors[f"{prefix}_scale"].reshape(1, -1), None
-    if not spec.symmetric:
-        zero = codes_from_signed(tensors[f"{prefix}_zero_point"], spec).reshape(1, -1)
-    return QuantizedActivation(spec, scale, zero)
+    zero = None if spec.symmetric else codes_from_signed(stored("zero_point"), spec).reshape(1, -1)
+    return QuantizedActivation(spec, stored("scale").reshape(1, -1), zero)
 
 
 def _stored_shape(tensor: Tensor, spec: QuantizationSpec) -> Tensor:
