@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from fewbit.checkpoint.native import StoredStep
 from fewbit.config.spec import AttentionConfig, QuantizationSpec
-from fewbit.errors import ArchitectureError
+from fewbit.errors import ArchitectureError, CheckpointError
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.nn.attach import attach, attention_config, detach, quantizers
 from fewbit.nn.linear import adopt
@@ -134,6 +135,12 @@ def test_detaching_leaves_steps_that_the_weights_undo():
     found["a"].divide(torch.full((8,), 2.0))
     detach(found)
     assert [step.kind for step in found["a"].input_steps] == ["divide"]
+
+
+def test_a_linear_that_the_model_does_not_have_is_an_error_that_names_it():
+    for given in ({"d.input": KNOWN}, {}):
+        with pytest.raises(CheckpointError, match="'d' is quantized, but the model has no such linear"):
+            attach(linears(), given, {"d": [StoredStep("quantize")]})
 
 
 def test_a_model_whose_attention_cannot_be_reached_stays_as_it_was():

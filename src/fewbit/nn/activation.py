@@ -90,16 +90,18 @@ class ActivationQuantizer(Step):
         return self.spec.scale_format(torch.float32 if self.spec.is_dynamic else self.dtype, global_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observer is not None:
-            self.observer(x)
-            if self.observer is not None:  # it may have found the scale meanwhile and taken itself away
-                return x
-        if self.passive:
+        if self.observed(x) or self.passive:
             return x
         quantized = self.once(x)
         if self.spec.residual:
             quantized = quantized + self.once(x - quantized)
         return quantized
+
+    def observed(self, x: Tensor) -> bool:
+        """Show x to the observer, if there is one; whether x has to pass as it is."""
+        if self.observer is not None:
+            self.observer(x)
+        return self.observer is not None  # it may have found the scale meanwhile and taken itself away
 
     @torch.no_grad()
     def encode(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fewbit.checkpoint.native import StoredStep
 from fewbit.config.spec import AttentionConfig, QuantizationSpec
-from fewbit.errors import ConfigError
+from fewbit.errors import CheckpointError, ConfigError
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import Exchange
@@ -45,7 +45,8 @@ def attach(
         linears: by name, those that take others' places when `changes` are committed; what they quantize with is part
             of the state dict. Without them the model's own, and all happens now.
 
-    ArchitectureError or ConfigError, before anything has changed, if the model's attention cannot be reached.
+    ArchitectureError or ConfigError, before anything has changed, if the model's attention cannot be reached;
+    CheckpointError for a linear that the model does not have.
     """
     persistent = linears is not None
     if linears is None:
@@ -64,11 +65,17 @@ def attach(
         quantizer = ActivationQuantizer(spec, state, dtype, persistent)
         if slot == "input" and module in group_of:
             quantizer = shared.setdefault((group_of[module], spec), quantizer)
-        setattr(linears[module], f"{slot}_quantizer", quantizer)
+        setattr(_linear(linears, module), f"{slot}_quantizer", quantizer)
     for name, stored in (steps or {}).items():
-        if name in linears:
-            linears[name].restore_steps(stored)
+        if stored:
+            _linear(linears, name).restore_steps(stored)
     attached.commit() if changes is None else changes.include(attached)
+
+
+def _linear(linears: Mapping[str, Stepped], name: str) -> Stepped:
+    if name not in linears:
+        raise CheckpointError(f"the input or output of {name!r} is quantized, but the model has no such linear")
+    return linears[name]
 
 
 def attention_config(activations: Mapping[str, QuantizationSpec | QuantizedActivation]) -> AttentionConfig | None:
