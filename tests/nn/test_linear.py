@@ -47,6 +47,19 @@ def test_what_computes_a_product_becomes_ours_and_computes_the_same(kind, bias):
     assert stack.state_dict().keys() == before.state_dict().keys()
 
 
+def test_hooks_and_what_a_linear_was_given_stay_with_it():
+    stack, seen = nn.Sequential(Renamed(8, 4)).eval(), []
+    stack[0].note = "kept"
+    handle = stack[0].register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    adopt(stack)
+    stack(torch.ones(1, 8))
+    handle.remove()
+    stack(torch.ones(1, 8))
+    assert seen == [Linear]
+    assert stack[0].note == "kept"
+    assert not stack[0].training
+
+
 @pytest.mark.parametrize("kind", [Scaled, Extended, Needy])
 def test_what_computes_something_else_stays(kind):
     stack = nn.Sequential(kind(8, 4))

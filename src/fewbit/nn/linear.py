@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import ArchitectureError
-from fewbit.nn.exchange import Exchange
+from fewbit.nn.exchange import INSTANCES, Exchange, carry_over
 from fewbit.nn.steps import Stepped
 from fewbit.numerics import matmul
 
@@ -21,11 +21,12 @@ class Linear(Stepped, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """The same linear, with the same parameters and attributes."""
+        """The same linear, with the same parameters and attributes, and no hooks."""
         made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         made.weight, made.bias = linear.weight, linear.bias
-        vars(made).update({name: value for name, value in vars(linear).items() if name not in vars(made)})
-        return made.train(linear.training)
+        there = {*vars(made), *INSTANCES}
+        vars(made).update({name: value for name, value in vars(linear).items() if name not in there})
+        return made
 
     def multiply(self, seen: Tensor) -> Tensor:
         product = matmul.linear(seen.reshape(-1, seen.shape[-1]), self.weight)
@@ -36,10 +37,13 @@ class Linear(Stepped, nn.Linear):
 
 def adopt(module: nn.Module) -> None:
     """Exchange every nn.Linear below `module` for a Linear, and families' own kinds of linears that compute the same.
-    Parameters stay."""
+    Parameters and hooks stay."""
     changes = Exchange()
     linears = [child for child in module.modules() if isinstance(child, nn.Linear) and not isinstance(child, Linear)]
-    changes.replace(module, {child: Linear.from_linear(child) for child in linears if _is_plain(child)})
+    made: dict[nn.Module, nn.Module] = {child: Linear.from_linear(child) for child in linears if _is_plain(child)}
+    for child, new in made.items():
+        carry_over(child, new)
+    changes.replace(module, made)
     changes.commit()
 
 
