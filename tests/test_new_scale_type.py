@@ -18,10 +18,11 @@ from fewbit.nn.activation import ActivationQuantizer
 from fewbit.numerics.formats import FORMATS
 from fewbit.numerics.scale_format import SCALE_TYPES, Float, ScaleFormat
 from fewbit.numerics.scales import GridRule
+from fewbit.numerics.search import RangeSearch
 from fewbit.numerics.second_moment import quadratic_form
 
 BLOCK, LARGEST = 8, 63
-ROWS, COLUMNS = 48, 256
+ROWS, COLUMNS = 45, 256  # blocks run along rows, of which there may be any number
 
 
 class ScalesOfScales(ScaleFormat):
@@ -112,6 +113,41 @@ def test_the_search_is_never_worse_than_the_covering_scales_and_near_float_ones(
     assert searched.sum() < 1.15 * error(GridRule(FORMATS["int3"], Float(), signed=False)).sum()
 
 
+def test_no_state_of_what_a_block_shares_is_better_than_the_one_that_was_found():
+    weight, _ = problem()
+    tiles = weight.unflatten(1, (-1, 16))
+    rule = GridRule(FORMATS["int3"], ScalesOfScales(torch.int32))
+
+    def error(value):
+        return rule.error(tiles, value, None, None)
+
+    found = error(rule.scale.value(rule.find(tiles)[0])).unflatten(-1, (-1, BLOCK)).sum(-1)
+    for values in rule.scale.alternatives(rule.covering(tiles.abs().amax(-1))):
+        best = torch.stack([error(value) for value in values]).amin(0)
+        assert (found <= best.unflatten(-1, (-1, BLOCK)).sum(-1) * (1 + 1e-5)).all()
+
+
+def test_no_share_of_the_ranges_is_better_than_the_ones_that_were_found():
+    weight, _ = problem()
+    tiles = weight.unflatten(1, (-1, 16))
+    rule = GridRule(FORMATS["int3"], ScalesOfScales(torch.int32))
+    low, high = tiles.amin(-1), tiles.amax(-1)
+
+    def error(value, zero=None):
+        return rule.error(tiles, value, zero, None)
+
+    def of_blocks(value):
+        return error(value).unflatten(-1, (-1, BLOCK)).sum(-1)
+
+    shares = (0.9, 0.8, 0.7, 0.6)
+    found = RangeSearch(rule, low, high, error)
+    found.sweep(shares)
+    assert torch.equal(rule.scale.round(found.value), found.value)
+    for share in (1.0, *shares):
+        stored, _ = rule.from_range(share * low, share * high)
+        assert (of_blocks(found.value) <= of_blocks(rule.scale.value(stored)) * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize("observer", ["search", "mse", "minmax"])
 def test_rounding_and_gptq_end_in_scales_that_can_be_stored(observer):
     weight, moment = problem()
@@ -134,12 +170,17 @@ def test_gptq_fits_the_scales_to_the_codes_jointly():
     assert loss(weight, moment, fitted) < loss(weight, moment, found)
 
 
-def test_clipping_and_the_search_for_channel_scales_take_them():
+def test_clipping_takes_them():
     weight, moment = problem()
-    how = spec(observer="minmax")
+    how = spec(dtype="e2m1", observer="minmax")  # whose largest element is the end of the range
     format = how.scale_format(torch.bfloat16)
+    inside = moment * torch.block_diag(*[torch.ones(16, 16)] * (COLUMNS // 16))  # what clipping counts
     clipped = rtn(clip(weight, moment, how, format), None, how, format)
-    assert loss(weight, moment, clipped) < loss(weight, moment, rtn(weight, None, how, format))
+    assert loss(weight, inside, clipped) < 0.99 * loss(weight, inside, rtn(weight, None, how, format))
+
+
+def test_the_search_for_channel_scales_takes_them():
+    weight, moment = problem()
     found = search_scales([weight], [spec()], Statistics(moment, 512), AWQConfig())
     assert found.loss <= found.loss_before
 
@@ -158,6 +199,20 @@ def test_observers_find_static_scales(observer):
     assert error(how) <= 1.1 * plain
     if observer == "mse":
         assert error(how) < 0.95 * plain
+
+
+def test_how_many_scales_an_observer_works_on_at_a_time_does_not_matter(monkeypatch):
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    how = spec(dtype="int4", qscheme="per_channel", ch_axis=1, group_size=None, observer="mse")
+
+    def result():
+        watch = make_observer(how)
+        watch(x)
+        return watch.result().scale
+
+    whole = result()
+    monkeypatch.setattr("fewbit.calibration.observers.PIECE", 1)
+    assert torch.equal(result(), whole)
 
 
 def test_dynamic_activations_have_them():

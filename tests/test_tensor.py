@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewbit.config.spec import QuantizationSpec
-from fewbit.tensor import QuantizedActivation, QuantTensor, quantize
+from fewbit.tensor import QuantizedActivation, QuantTensor, after_first_stage, quantize
 
 ROWS, COLUMNS = 6, 40  # 40 codes fill no whole number of words at most widths
 FLOATS = ["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
@@ -322,3 +322,12 @@ def test_some_rows_of_another_tensor_take_the_place_of_ours(name):
     mixed, before = ours.with_rows(rows, theirs), ours.dequantize()
     assert torch.equal(mixed.dequantize(), torch.where(rows.unsqueeze(1), theirs.dequantize(), before))
     assert torch.equal(ours.dequantize(), before)
+
+
+def test_a_first_stage_has_the_global_scale_of_its_weight():
+    weight = 1e6 * torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    first = QuantizationSpec(dtype="e2m1", group_size=16, scale_type="e4m3")
+    two = QuantizationSpec(dtype="int4", group_size=32, first_stage=first)
+    rounded = after_first_stage(weight, two, torch.bfloat16)
+    assert float((rounded - weight).square().sum()) < 0.02 * float(weight.square().sum())
+    assert after_first_stage(weight, first, torch.bfloat16) is weight
