@@ -1,11 +1,10 @@
-"""Files and directories of a user, read without trust and written without harm.
+"""Untrusted files are read safely, and files and directories are written atomically.
 
-Reading: only regular files, only up to a size, and damage is a sentence. A FIFO, a device or a huge file in place of a
+Reading: only regular files, up to a size limit; damage is one sentence. A FIFO, a device or a huge file in place of a
 configuration must not hang the process or fill its memory.
 
-Writing: whoever reads never sees half of a file or directory, even after the writer was killed. What is written lies
-beside its place under a name of its own, locked as long as its writer lives (`fewbit.scratch`), and takes its place
-when it is complete.
+Writing: a reader never sees half of a file or directory, even if the writer was killed. Output is written beside its
+destination under a temporary name, locked while its writer lives (`fewbit.scratch`), and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from fewbit.errors import CheckpointError, FewbitError, RunError, disk_errors_as
 from fewbit.scratch import Scratch, is_scratch, lock_directory, scratch_file, sweep
 
 TEXT_LIMIT = 32 * 2**20
-"""Bytes of a configuration: the index of 200,000 tensors has some 25 MB, and what JSON makes of much more does not fit
-into a gigabyte."""
+"""Bytes of a configuration: the index of 200,000 tensors has some 25 MB; much more, parsed, exceeds a gigabyte."""
 
 
 def read_bytes(path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = CheckpointError) -> bytearray:
@@ -48,7 +46,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = Ch
 
 
 def read_json(path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = CheckpointError) -> Any:
-    """What a JSON file holds; errors as of `read_bytes`, and one for what is no JSON."""
+    """The data of a JSON file; errors as of `read_bytes`, and for what is not JSON."""
     text = read_text(path, limit, error)
     try:
         return json.loads(text)
@@ -68,7 +66,7 @@ def read_json_object(
 
 @contextmanager
 def open_regular(path: Path, error: type[FewbitError] = CheckpointError) -> Iterator[int]:
-    """A descriptor of a regular file, for reading. FIFOs and devices are refused: opening one would wait, or worse."""
+    """A descriptor of a regular file, for reading. FIFOs and devices are refused: opening one may block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
@@ -90,7 +88,7 @@ def check_regular(path: Path, error: type[FewbitError] = CheckpointError) -> Non
 
 
 def kind(path: Path) -> str:
-    """What lies at `path`, with its article."""
+    """The kind of file at `path`, with its article."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -136,8 +134,8 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def destination(path: Path, what: str) -> Path:
-    """Where a directory that is asked for as `path` lies or will lie, links resolved. RunError if something else is
-    there, or the links lead nowhere."""
+    """The directory `path`, existing or not, with links resolved. RunError if it is something else or the links are
+    broken."""
     try:
         resolved = path.resolve()
         there = resolved.exists()
@@ -150,7 +148,7 @@ def destination(path: Path, what: str) -> Path:
 
 
 def check_name(path: Path, error: type[FewbitError] = CheckpointError) -> None:
-    """`error` if `path` holds bytes that are no UTF-8: safetensors opens no such file."""
+    """`error` if `path` is not UTF-8: safetensors cannot open such a file."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -161,9 +159,9 @@ def check_name(path: Path, error: type[FewbitError] = CheckpointError) -> None:
 def replacing_directory(directory: Path, last: str | None = None) -> Iterator[Path]:
     """A directory to fill, whose files are in `directory` only if the body succeeds. RunError if that is not empty.
 
-    The target is locked: of two writers the second is refused. A new target comes into being at once, by renaming. One
-    that was there, empty (a mount point, a link, a directory with permissions of its own), stays the directory that it
-    is and is filled at the end, the file `last` after all others, so that its presence says that all are.
+    The target is locked: of two writers the second is refused. A new target appears at once, by renaming. An existing
+    empty one (a mount point, a link, a directory with its own permissions) is kept and filled at the end, `last`
+    after all other files, so that its presence means that the directory is complete.
     """
     target = destination(directory, "an output")
     with disk_errors_as_sentences(directory):
@@ -191,7 +189,7 @@ def replacing_directory(directory: Path, last: str | None = None) -> Iterator[Pa
 
 
 def _make(target: Path) -> bool:
-    """Make a directory; whether it was not there."""
+    """Make a directory; returns whether it is new."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.mkdir()

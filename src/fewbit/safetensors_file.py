@@ -63,7 +63,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The same, and nobody sees half of the file."""
+    """The same, atomically."""
     with replacing(path) as beside:
         return write_tensors(beside, tensors, metadata)
 
@@ -75,5 +75,5 @@ def file_digest(file: Path) -> str:
 
 
 def has_digest(file: Path, digest: str) -> bool:
-    """Whether `digest` is that of a file. One of another length, maybe without end, is not read."""
+    """Whether a file has this digest. A file of another length, which may be endless, is not read."""
     return file.is_file() and str(file.stat().st_size) == digest.rpartition(":")[2] and file_digest(file) == digest

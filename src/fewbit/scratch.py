@@ -1,9 +1,9 @@
 """Locks, and scratch that a killed process leaves behind.
 
 Everything temporary that fewbit writes is named `.STEM.fewbit-RANDOM.partial` and locked (flock) by the process that
-uses it. The kernel releases the lock when the process dies, however it dies. So whoever needs scratch in a directory
-first removes what nobody holds any more, and nothing else: neither a file with another name, nor the scratch of a
-process that lives, nor what a link points to.
+uses it. The kernel releases the lock when the process dies, however it dies. So before scratch is made in a directory,
+scratch without a living owner is removed there, and nothing else: no file with another name, no scratch of a running
+process, no target of a link.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _locked(descriptor: int, path: Path, busy: str) -> Lock:
 
 
 class Scratch:
-    """A directory of one's own inside `parent` until `close`, the end of a `with`, of the object or of the process.
+    """A private directory inside `parent` until `close`, the end of a `with`, of the object or of the process.
 
     `keep_mode` gives it the permissions that the user's new directories have; otherwise only the user may look inside.
     """
@@ -179,13 +179,13 @@ def _short(stem: str) -> str:
 
 
 def _hold(descriptor: int) -> None:
-    """Lock what only this process knows yet. Where locks are not to be had, nothing is swept either."""
+    """Lock a new file or directory. On file systems without locks, nothing is swept either."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file or directory still is what lies at `path`."""
+    """Whether an open file or directory is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

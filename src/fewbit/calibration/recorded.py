@@ -1,4 +1,4 @@
-"""Recorded files become a calibration set: what a block was called with, one item per sequence.
+"""Recordings as a calibration set: the arguments of a block, one item per sequence.
 
 A recording is a table of lists: {"model_input": [prefill, decode step, decode step, …], "model_pos_embed": […], …}.
 A step is a tensor, or a tuple of tensors. In safetensors a step is named KEY:STEP or KEY:STEP:PART, and the metadata
@@ -203,7 +203,7 @@ def build_calib_dataset_inputs(
 
 
 def _sample(total: int, wanted: int | None, seed: int) -> list[int]:
-    """Which of `total` to take, in order; all if there are not as many as wanted."""
+    """Numbers of the items to take out of `total`, in order; all if there are fewer than wanted."""
     if wanted is not None and (not isinstance(wanted, int) or wanted < 1):
         raise CalibrationError(f"num_samples must be a whole number of at least 1, not {wanted!r}")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -215,7 +215,7 @@ def _sample(total: int, wanted: int | None, seed: int) -> list[int]:
 
 
 def device_of(name: torch.device | str | int) -> torch.device:
-    """A device by what torch calls it; ConfigError for what is none."""
+    """A device by its torch name; ConfigError if there is none."""
     try:
         return torch.device(name)
     except (RuntimeError, TypeError):
@@ -241,7 +241,7 @@ def _sources(files: Files) -> list[Path | Recording]:
 
 
 def _sequences(recording: Recording, key: str, source: Path | Recording) -> list[range]:
-    """Which steps make up one sequence each.
+    """The steps of each sequence.
 
     With position ids a step goes on where every row's positions do; without them where there is one token per row.
     """
@@ -306,5 +306,5 @@ def _joined(steps: Sequence[Any], dim: int) -> Tensor:
 
 
 def _for_batch(x: Tensor, batch: int) -> Tensor:
-    """A tensor that all rows share, for each of them: [1, …] → [batch, …]."""
+    """A tensor shared by all rows, expanded: [1, …] → [batch, …]."""
     return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x

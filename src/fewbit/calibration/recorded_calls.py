@@ -1,4 +1,4 @@
-"""What blocks are called with beside hidden states: masks, rotary embeddings. In memory up to a budget, then in files.
+"""Arguments of blocks besides hidden states: masks, rotary embeddings. In memory up to a budget, then in files.
 
 Batches without padding share these, so that they are few. A batch with padding has masks of its own, each [batch, 1,
 tokens, tokens], which for long sequences are larger than its hidden states.

@@ -1,4 +1,4 @@
-"""Records what flows through a module while the user runs their own generation or evaluation loop.
+"""Records inputs and outputs of modules while the user runs their own generation or evaluation loop.
 
     with DataRecorder(model) as recorder:            # the first block's input and positions, and the token ids
         model.generate(**prompt)
@@ -36,17 +36,17 @@ from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, near
 from fewbit.models.forward_manager import first_tensor
 
 Modules = str | nn.Module | Sequence[str | nn.Module] | None
-"""A module or its name in the model; several of them; or None for what the method says."""
+"""A module, its name in the model, several of these, or None for the method's default."""
 
 
 class DataRecorder:
-    """Copies what goes in and out of modules, without changing it.
+    """Copies the inputs and outputs of modules without changing them.
 
     One module is recorded under "model_input", "model_output" …; of a list of modules each under "model_input.NAME".
 
     Args:
-        model: a model, whose first block is recorded unless a method is told otherwise, or what is to be recorded: a
-            block, an attention, a linear.
+        model: a model, whose first block is recorded by default, or the module to record: a block, an attention, a
+            linear.
         device: where recorded tensors are kept.
     """
 
@@ -58,7 +58,7 @@ class DataRecorder:
         self.model = model
         self.device = device_of(device)
         self.recorded: dict[str, list[Step]] = {}
-        """What was recorded since the last `clear_inputs`: steps by key."""
+        """Steps by key, since the last `clear_inputs`."""
         self._hooks: dict[str, tuple[str, RemovableHandle]] = {}
         """Kind and hook by key."""
         self._names = {module: name for name, module in model.named_modules()}
@@ -206,7 +206,7 @@ class DataRecorder:
                 yield f".{self._names[module]}", module
 
     def _default(self, first: bool) -> nn.Module:
-        """What is recorded where nobody says: a model's first or last block, or the module that was given itself."""
+        """The default to record: a model's first or last block, or the given module itself."""
         blocks = _blocks(self.model)
         return self.model if blocks is None else blocks[0 if first else -1]
 

@@ -1,4 +1,4 @@
-"""What calibration keeps of the input of a group of linears."""
+"""Statistics of the input of a group of linears."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reading what texts are stored in: plain text, and rows in JSON lines, JSON, CSV or Parquet.
+"""Reads files of texts: plain text, and rows in JSON lines, JSON, CSV or Parquet.
 
-A file's name says what it is. Whatever is no text is refused by its name or by its first bytes; a row's own fields are
-looked at in `rows.py`.
+The suffix decides the format. Files that are not text are refused by their name or first bytes; `rows.py` reads the
+fields of a row.
 """
 
 from __future__ import annotations

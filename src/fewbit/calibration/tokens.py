@@ -18,7 +18,7 @@ from fewbit.calibration.texts import read_rows
 from fewbit.errors import CalibrationError, first_line
 
 _BESIDE = ("text", "messages", "labels", "token_type_ids", "special_tokens_mask", "length")
-"""Columns of a tokenized dataset that change nothing of what a causal language model computes."""
+"""Columns of a tokenized dataset that a causal language model ignores or does not need."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 TOKENS_PER_BATCH = 2048  # enough to keep matrix products efficient, few enough to keep a block's activations small
 
@@ -97,7 +97,7 @@ def calibration_set(
     seed: int,
     load_tokenizer: Callable[[], Any] | None = None,
 ) -> CalibrationSet:
-    """Turn whatever the user gave into batches of `num_samples` sequences (fewer if the text is shorter).
+    """Turn calibration data into batches of `num_samples` sequences (fewer if the text is shorter).
 
     `None` is the WikiText-2 excerpt that ships with fewbit. `load_tokenizer` gives the tokenizer where `tokenizer` is
     None and texts need one. Raises CalibrationError if there is not even one sequence.
@@ -119,7 +119,7 @@ def calibration_set(
 
 
 def rows_of(data: Any) -> tuple[Tensor | list[Any], str]:
-    """What a user gave as token ids (a tensor, as it is) or as rows, and a name for it."""
+    """The data as token ids (an unchanged tensor) or as rows, and a name for it."""
     if isinstance(data, np.ndarray):
         data = _rows(data)
     if isinstance(data, Tensor):
@@ -166,7 +166,7 @@ def stream_of(
 
 
 def all_ids(rows: Sequence[Any], source: str) -> bool:
-    """Whether rows are token ids rather than texts; CalibrationError if some are these and some those."""
+    """Whether rows are token ids, not texts; CalibrationError for a mixture."""
     tokens = [holds_ids(row) for row in rows]
     if any(tokens) and not all(tokens):
         number = tokens.index(not tokens[0]) + 1
@@ -191,8 +191,7 @@ def tokenize(texts: Iterable[str], tokenizer: Any) -> Tensor:
 def beginning(tokenizer: Any) -> Tensor:
     """Token ids that the tokenizer itself puts before a text: a beginning-of-sequence token [1], or nothing [0].
 
-    Families that were trained with one (Gemma, Llama 3) are not themselves without it, neither in calibration nor in
-    evaluation.
+    Families trained with one (Gemma, Llama 3) degrade without it, in calibration and in evaluation.
     """
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a", verbose=False).input_ids[:1] == [bos]

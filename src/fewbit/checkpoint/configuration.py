@@ -1,7 +1,7 @@
-"""The one place that reads config.json, and any other JSON that comes with a model.
+"""Reads config.json and other JSON files of a model; nothing else does.
 
-It is somebody else's file: it may be a pipe, without end, damaged, or describe a model of a million layers. It is read
-as data; no code that lies beside it is run, and nothing asks on standard input.
+They are untrusted: a file may be a pipe, endless or damaged, or describe a model of a million layers. It is read as
+data; code beside it is not run, and nothing is asked on standard input.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _COUNTED = (
     (re.compile(r"^(n|num)_(\w+_)?heads?$"), 2**14),
     (re.compile(r"^num_labels$"), 2**17),
 )
-"""Fields that say how many times something is made in Python, and the most that any model has."""
+"""Fields that count objects made in Python, with an upper bound for any model."""
 _SIZES = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "hidden_size", "n_embd", "d_model", "vocab_size",
     "num_attention_heads", "n_head", "n_heads", "num_heads",
 )  # fmt: skip
-"""What no model has less than one of."""
+"""Fields that are at least 1 in every model."""
 LARGEST_SIZE = 2**31 - 1
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a checkpoint as it stands there."""
+    """config.json of a checkpoint, unchanged."""
     if not os.path.lexists(directory / CONFIG_FILE):
         raise CheckpointError(f"{directory} has no {CONFIG_FILE}; is it a checkpoint, a run or an export?")
     return read_json_object(directory / CONFIG_FILE, LARGEST_CONFIG)

@@ -1,10 +1,10 @@
-"""What a run has finished, and the digest of every file it finished: the truth on a resume and for whoever reads it.
+"""The blocks and files that a run has finished, with their digests; a resume and all readers rely on it.
 
     {"block": 3, "digest": "…", "linears": [report rows], "check": "…"}     after the block's file is in place
     {"file": "outside.safetensors", "digest": "…", "check": "…"}            of what lies outside the blocks
 
-Lines are only added; the last one on a block or file counts. `check` is a digest of the line's other fields, so that a
-line that was cut off or changed counts as not written: its block is quantized again.
+Lines are only appended; the last one of a block or file counts. `check` is a digest of the line's other fields: a line
+that was truncated or changed counts as not written, and its block is quantized again.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Journal:
 
 
 def fields_digest(fields: dict[str, Any]) -> str:
-    """SHA-256 of a table of plain data, whatever the order of its fields."""
+    """SHA-256 of a table of plain data, independent of the order of its fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

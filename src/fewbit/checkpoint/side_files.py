@@ -1,8 +1,6 @@
-"""The one place that writes what a run or an export holds besides weights: configuration, tokenizer, templates,
-processor, code.
+"""The files beside the weights of a run or an export: configuration, tokenizer, templates, processor, code.
 
-What `save_pretrained` of a model or a copy of its directory would hold comes along: everything that is no weight. What
-stays behind is named.
+Copied is what `save_pretrained` or a copy of the directory would hold besides weights; what is left behind is named.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ _WEIGHTS = re.compile(
 )
 _PASSED_OVER = frozenset((".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store", "__pycache__"))
 _SWITCHES = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
-"""Of a generation config, what decides whether other settings are allowed."""
+"""Settings of a generation config that decide whether others are allowed."""
 _WITH_CODE = (CONFIG_FILE, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 
 
@@ -53,10 +51,10 @@ def is_weight(name: str) -> bool:
 def copy_side_files(
     source: Path, target: Path, changes: Mapping[str, Any] | None = None, weights: Container[Path] = ()
 ) -> list[str]:
-    """Copy everything that is no weight from a model's, a run's or an export's directory to an existing one.
+    """Copy all files but weights from a model's, a run's or an export's directory to an existing one.
 
     Args:
-        changes: fields of config.json that are other ones in the copy.
+        changes: fields of config.json to change in the copy.
         weights: files of `source` whose tensors the copy holds in another form; they are not named as left behind.
 
     Returns what was left behind, a few words each. Raises CheckpointError for a config.json that is none.
@@ -76,7 +74,7 @@ def copy_side_files(
 
 
 def in_words(left: list[str]) -> list[str]:
-    """What `copy_side_files` left behind, as a warning; none if it is nothing."""
+    """A warning about what `copy_side_files` left behind, if anything."""
     if not left:
         return []
     more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
@@ -224,8 +222,8 @@ def mend_generation_config(directory: Path) -> list[str]:
 
 
 def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str]:
-    """Write generation_config.json. What cannot be saved is mended: sampling is switched on where its settings are
-    there, and what still contradicts the rest is left out."""
+    """Write generation_config.json, mended so that it can be saved: sampling is switched on if it has settings, and
+    settings that still contradict the rest are dropped."""
     if _saves(generation, directory):
         return []
     mended, lost, sampled = GenerationConfig(), [], []
@@ -252,7 +250,7 @@ def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str
 
 
 def _saves(generation: GenerationConfig, directory: Path) -> bool:
-    """Whether transformers' own checks let it through. A disk that is full says nothing of the settings."""
+    """Whether transformers' own checks let it through. A full disk is no verdict on the settings."""
     try:
         generation.save_pretrained(directory)
     except OSError:

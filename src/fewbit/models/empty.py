@@ -33,5 +33,5 @@ def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | No
     return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
-# Once and for good: taking a hook off while another thread goes through the hooks would be an error there.
+# Never removed: removing a hook while another thread iterates over the hooks would raise there.
 register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]

@@ -2,8 +2,8 @@
 
     forward_manager.forward(layer, hidden_states, position_ids=…, position_embeddings=…) -> Tensor
 
-KNOWN is a table of class names; `register` adds to it. A block that nobody registered is called with its input and
-those keyword arguments that its forward takes, and a warning says so.
+KNOWN is a table of class names; `register` adds to it. An unknown block is called with its input and the
+keyword arguments that its forward takes, with a warning.
 
 A registered forward often ends in `return output[0]`, since layers used to return tuples. Under transformers 5 many
 return a tensor, of which that is the first row: what the layer gave back is taken instead.
@@ -30,7 +30,7 @@ F = TypeVar("F", bound=LayerForward)
 
 
 def input_only(layer: nn.Module, inputs: Tensor, **kwargs: Any) -> Any:
-    """A layer that works on each token by itself: positions and masks say nothing to it."""
+    """A layer that works on each token by itself, without positions and masks."""
     return layer(inputs)
 
 
@@ -117,7 +117,7 @@ class LayerForwardManager:
         return self._table[patterns[-1]] if patterns else None
 
     def forward(self, layer: nn.Module, inputs: Tensor, **kwargs: Any) -> Tensor:
-        """Run a layer and return its output tensor; keyword arguments that it has no use for are left out.
+        """Run a layer and return its output tensor; keyword arguments that it does not take are dropped.
 
         ArchitectureError if there is no tensor in the output, or the batch is not in it any more.
         """

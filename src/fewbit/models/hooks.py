@@ -1,4 +1,4 @@
-"""Hooks on a user's modules that go again, whatever happens."""
+"""Hooks on a user's modules, removed whatever happens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model can be fed: the tokens of its vocabulary, and as many positions as it knows. Said before the work."""
+"""Limits of a model's input, checked before the work: its vocabulary and its positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STRETCHES = ("linear", "dynamic", "yarn")  # kinds of rope scaling whose factor
 
 @dataclass(frozen=True)
 class Positions:
-    """How many tokens a sequence may have."""
+    """Most tokens of a sequence."""
 
     limit: int
     hard: bool

@@ -13,8 +13,8 @@ _resident_after_trim = 0
 def trim_heap() -> None:
     """Return the heap's free pages to the system, where the C library can.
 
-    A walk frees and allocates tensors of a few MB over and over. glibc keeps such pieces and fragments them: whatever
-    small thing is allocated between two of them and stays holds the pages around it.
+    A run frees and allocates tensors of a few MB over and over. glibc keeps and fragments such pieces: a small
+    allocation between two of them pins the pages around it.
     """
     global _resident_after_trim
     trim = _malloc_trim()
@@ -31,7 +31,7 @@ def trim_grown_heap() -> None:
 
 
 def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 where the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

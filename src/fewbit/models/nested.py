@@ -1,4 +1,4 @@
-"""Tensors in nested structures: what modules are called with."""
+"""Tensors in nested structures, such as the arguments of modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def map_tensors(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """The structure in which every tensor (or what is of another `kind`) is what `change` makes of it."""
+    """The structure with `change` applied to every tensor (or object of another `kind`)."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Which linears of a block share an input, and in what order they run: found by looking on while batches pass it."""
+"""Which linears of a block share an input, and their order of execution, observed while batches pass the block."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What quantization leaves alone: every matrix of a model that is neither a linear it knows nor an embedding.
+"""Matrices that stay in full precision because they are neither known linears nor embeddings.
 
-Experts in one tensor, transposed convolutions, recurrent cells, torch's own attention, bare parameters: they stay in
-full precision, which the user has to hear of, with the share of the parameters.
+Experts in one tensor, transposed convolutions, recurrent cells, torch's own attention, bare parameters: the user is
+warned of them, with their share of the parameters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def untouched(model: nn.Module, handled: Collection[str]) -> list[Untouched]:
     """Tensors of two or more dimensions that stay as they are, in a model with or without weights.
 
     Args:
-        handled: names of modules that are quantized, or left out because somebody said so, with all below them.
+        handled: names of modules that are quantized or excluded, with all below them.
 
     Embeddings are looked up, not multiplied by, and do not count; nor do vectors, whatever their shape.
     """
@@ -98,6 +98,6 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _handled(name: str, known: Collection[str]) -> bool:
-    """Whether a module, or one that it is in, is known."""
+    """Whether a module or one of its parents is known."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in known for end in range(1, len(parts) + 1))
