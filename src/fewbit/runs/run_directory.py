@@ -43,12 +43,11 @@ class Identity:
             found.append("another model (or its weights changed)")
         if manifest.get("calibration") != self.calibration:
             found.append("other calibration data or another seed")
-        if manifest.get("version") != self.version:
-            found.append(f"fewbit {manifest.get('version')} before, {self.version} now")
-        libraries = manifest.get("libraries") or {}
-        for name in sorted(set(libraries) | set(self.libraries)):
-            if libraries.get(name) != self.libraries.get(name):
-                found.append(f"{name} {libraries.get(name)} before, {self.libraries.get(name)} now")
+        then = {"fewbit": manifest.get("version")} | (manifest.get("libraries") or {})
+        now = {"fewbit": self.version} | self.libraries
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                found.append(f"{name} {then.get(name)} before, {now.get(name)} now")
         before = manifest.get("recipe") or {}
         for key in sorted(set(before) | set(self.recipe)):
             if before.get(key) != self.recipe.get(key):

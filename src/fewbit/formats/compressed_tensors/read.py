@@ -202,21 +202,19 @@ def _quantization_config(directory: Path) -> dict[str, Any]:
         targets = group.get("targets")
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise CheckpointError(f"{directory}: targets of config group {name!r} are {shown(targets)}, not names")
-    for name, places in _rotations(config, directory).items():
-        if places & set(ONLINE_ROTATIONS):
-            raise CheckpointError(
-                f"{directory} rotates activations while it runs ({name}), which this fewbit cannot read"
-            )
+    _refuse_rotations(config, directory)
     return config
 
 
-def _rotations(config: dict[str, Any], directory: Path) -> dict[str, set[str]]:
-    """Where each rotation of a transform_config is applied."""
+def _refuse_rotations(config: dict[str, Any], directory: Path) -> None:
+    """CheckpointError for a transform_config that rotates activations while the model runs."""
     try:
-        groups = (config.get("transform_config") or {}).get("config_groups") or {}
-        return {
-            str(name): {str(apply.get("location")) for apply in rotation.get("apply", [])}
-            for name, rotation in groups.items()
-        }
+        rotations = ((config.get("transform_config") or {}).get("config_groups") or {}).items()
+        places = {str(name): {str(apply.get("location")) for apply in by.get("apply", [])} for name, by in rotations}
     except (AttributeError, TypeError):
         raise CheckpointError(f"{directory}: transform_config in config.json is no table of rotations") from None
+    for name, found in places.items():
+        if found & set(ONLINE_ROTATIONS):
+            raise CheckpointError(
+                f"{directory} rotates activations while it runs ({name}), which this fewbit cannot read"
+            )
