@@ -24,10 +24,11 @@ from fewbit.config.algorithms import RTNConfig
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
 from fewbit.config.run_options import RunOptions
+from fewbit.contents import LINEAR_SLOTS
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.models.untouched import sentence
 from fewbit.nn import attention, in_memory
-from fewbit.nn.attach import SLOTS, attach
+from fewbit.nn.attach import attach
 from fewbit.nn.exchange import Exchange, carry_over
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantLinear
 from fewbit.nn.linear import Linear
@@ -142,7 +143,7 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     made: dict[str, Stepped] = {}
     for name, linear in linears.items():
-        flows = [activations.get(f"{name}.{slot}") for slot in SLOTS]
+        flows = [activations.get(f"{name}.{slot}") for slot in LINEAR_SLOTS]
         specs = [None if known is None else known.spec for known in flows]
         weight = f"{name}.weight"
         if weight in run.quantized:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fewbit.checkpoint.native import StoredStep
 from fewbit.config.spec import AttentionConfig, QuantizationSpec
+from fewbit.contents import ATTENTION_SLOTS, LINEAR_SLOTS
 from fewbit.errors import CheckpointError, ConfigError
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
@@ -20,8 +21,6 @@ from fewbit.nn.exchange import Exchange
 from fewbit.nn.saving import quantized_in
 from fewbit.nn.steps import Stepped
 from fewbit.tensor import QuantizedActivation
-
-SLOTS = ("input", "output")
 
 
 def attach(
@@ -59,7 +58,7 @@ def attach(
     group_of = {name: number for number, group in enumerate(groups) for name in group}
     for name, known in activations.items():
         module, _, slot = name.rpartition(".")
-        if slot not in SLOTS:
+        if slot not in LINEAR_SLOTS:
             continue
         spec, state = (known, None) if isinstance(known, QuantizationSpec) else (known.spec, known)
         quantizer = ActivationQuantizer(spec, state, dtype, persistent)
@@ -82,7 +81,7 @@ def attention_config(activations: Mapping[str, QuantizationSpec | QuantizedActiv
     """What is quantized inside attention, which is the same in every layer; None if nothing is."""
     slots = {name.rpartition(".")[2]: known for name, known in activations.items()}
     specs = {slot: known if isinstance(known, QuantizationSpec) else known.spec for slot, known in slots.items()}
-    inside = {slot: spec for slot, spec in specs.items() if slot in attention.SLOTS}
+    inside = {slot: spec for slot, spec in specs.items() if slot in ATTENTION_SLOTS}
     return AttentionConfig(**inside) if inside else None
 
 
@@ -93,7 +92,7 @@ def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuanti
         if not name.startswith(prefix):
             continue
         if isinstance(module, Stepped):
-            slots = {slot: getattr(module, f"{slot}_quantizer") for slot in SLOTS}
+            slots = {slot: getattr(module, f"{slot}_quantizer") for slot in LINEAR_SLOTS}
         elif isinstance(inside := getattr(module, attention.ATTRIBUTE, None), attention.AttentionQuantizers):
             slots = dict(inside.items())
         else:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fewbit.config.spec import AttentionConfig, QuantizationSpec
+from fewbit.contents import ATTENTION_SLOTS
 from fewbit.errors import ArchitectureError, ConfigError
 from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
@@ -30,7 +31,6 @@ from fewbit.tensor import QuantizedActivation
 
 IMPLEMENTATION = "fewbit"
 IMPLEMENTATION_OVER = {"sdpa": IMPLEMENTATION, "eager": "fewbit-eager"}
-SLOTS = ("key", "value", "query", "probabilities")
 ATTRIBUTE = "attention_quantizers"
 """Where an attention module holds its AttentionQuantizers."""
 
@@ -228,7 +228,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def states_of(module: str, states: Mapping[str, QuantizedActivation] | None) -> dict[str, QuantizedActivation]:
     """Of states by MODULE.key, MODULE.value …, one module's by slot."""
-    return {slot: states[f"{module}.{slot}"] for slot in SLOTS if states and f"{module}.{slot}" in states}
+    return {slot: states[f"{module}.{slot}"] for slot in ATTENTION_SLOTS if states and f"{module}.{slot}" in states}
 
 
 def mark_as_cached(x: Tensor) -> Tensor:
