@@ -60,7 +60,7 @@ def collect(model: BlockwiseModel, batches: list, blocks: list[int]) -> list[tup
             def forward(batch: int, index: int = index, block: torch.nn.Module = block) -> torch.Tensor:
                 return model.call_block(block, hidden[batch], inputs[batch].calls[index])
 
-            groups = model.groups if index in blocks else ()
+            groups = model.groups(index) if index in blocks else ()
             stages = stages_of(block, groups, keep)
             StagedForward(stages, [None] * len(hidden), forward).run(hidden.__setitem__, "staged")
     return found

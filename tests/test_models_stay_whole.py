@@ -159,7 +159,7 @@ def test_stacks_of_layers(run) -> None:
     run(finished, HIDDEN, INT4)
     changed = {name for name, p in finished.named_parameters() if not torch.equal(p, original.get_parameter(name))}
     assert {name.partition(".")[0] for name in changed} == {"0", "1"}
-    files = ("sequential", "layer_stack", "staged", "exchange")
+    files = ("sequential", "layer_stack", "block_quantizer", "staged", "exchange")
     for made in interrupted(remembered, lambda made: run(made, HIDDEN, INT4), files, every=29):
         now = snapshot(made)
         if now != before[id(made)]:

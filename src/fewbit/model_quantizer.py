@@ -88,7 +88,7 @@ class ModelQuantizer:
         _refuse_shared(model)
         if self.config.attention is not None:  # an error now, not after the work
             attention.check(model, self.config.attention)
-        searching = [found.name for found in self.config.algo_config if not isinstance(found, RTNConfig)]
+        searching = [found.name for found in self.config.algo_config if found.needs.moment]
         if dataloader is None and searching:
             raise ConfigError(
                 f"{searching[0]} needs calibration data: give a dataloader, or algo_config=None to round to nearest"

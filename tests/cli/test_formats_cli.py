@@ -124,7 +124,7 @@ def assert_says(row, contents, otherwise):
         ),
         (["--scheme", "NVFP4", "--algorithm", "rtn", "--calibration", "none"], ["need calibration data"]),
         (["--scheme", "W8A8", "--algorithm", "awq", "--calibration", "none"], ["needs calibration data"]),
-        (["--scheme", "W8A8", "--algorithm", "awq+smoothquant"], ["at most one searches scales"]),
+        (["--scheme", "W8A8", "--algorithm", "gptq+rtn"], ["only one can find the codes"]),
         (["--scheme", "NVFP4", "--group-size", "32"], ["group_size 32", "leave it out"]),
         (["--scheme", "W4A16KV4-g32"], ["attention key: group_size 32 does not divide", "16 channels"]),
         (["--scheme", "W8A8KV8", "--export", "compressed-tensors"], ["a dynamic KV cache"]),

@@ -9,7 +9,7 @@ import pytest
 
 import fewbit
 from fewbit.cli import VERBS
-from fewbit.engine import walk
+from fewbit.engine import block_quantizer
 from fewbit.runs.progress import PlainProgress
 
 
@@ -86,7 +86,7 @@ def test_output_that_nobody_reads_is_no_traceback(monkeypatch, arguments, tmp_pa
 
 
 def test_ctrl_c_says_what_was_kept_and_the_command_that_goes_on(cli, monkeypatch, arguments, tmp_path):
-    quantize_stage, count = walk.quantize_stage, 0
+    quantize_stage, count = block_quantizer.quantize_stage, 0
 
     def interrupted(*given):
         nonlocal count
@@ -95,7 +95,7 @@ def test_ctrl_c_says_what_was_kept_and_the_command_that_goes_on(cli, monkeypatch
             raise KeyboardInterrupt
         return quantize_stage(*given)
 
-    monkeypatch.setattr(walk, "quantize_stage", interrupted)
+    monkeypatch.setattr(block_quantizer, "quantize_stage", interrupted)
     code, _, err = cli(*arguments)
     assert code == 130
     assert "1 finished block is kept in" in err

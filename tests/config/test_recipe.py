@@ -115,7 +115,7 @@ class TestYAML:
             GPTQConfig(damping=0.05, order="group-aware", block_size=32, refits=3),
         )
         assert config.codes == config.algo_config[1]
-        assert config.scale_search == config.algo_config[0]
+        assert config.scale_searches == config.algo_config[:1]
         cache = QuantizationSpec(dtype="e4m3", qscheme="per_tensor", observer="minmax")
         assert config.attention == AttentionConfig(key=cache, value=cache)
         assert config.calibration == CalibrationConfig(num_samples=7, sequence_length=99)
@@ -329,8 +329,7 @@ class TestShorthands:
         pytest.param({"algorithm": {"name": "rtn", "damping": 0.1}}, "no field 'damping'", id="anothers-option"),
         pytest.param({"algorithm": 4}, "must be a name or a table", id="algorithm-number"),
         pytest.param({"algorithm": ["gptq", 4]}, "must be a name or a table", id="algorithm-list-number"),
-        pytest.param({"algorithm": "gptq+rtn"}, "gptq, rtn: at most one", id="two-codes"),
-        pytest.param({"algorithm": "awq+smoothquant+rtn"}, "at most one searches scales", id="two-searches"),
+        pytest.param({"algorithm": "gptq+rtn"}, "gptq, rtn: only one can find the codes", id="two-codes"),
         pytest.param({"algorithm": {"name": "awq", "alhpa": 1}}, "did you mean 'alpha'", id="awq-option"),
         pytest.param({"attention": {}}, "name a spec for key, value", id="attention-empty"),
         pytest.param({"attention": {"keys": {"dtype": "float16"}}}, "did you mean 'key'", id="attention-field"),

@@ -35,7 +35,7 @@ def any_scale(monkeypatch):
             scale = nearest_power_of_two(scale)
         return ScaleSearch(scale, 0.0, 1.0, alpha=0.5)
 
-    monkeypatch.setattr("fewbit.engine.smoothing.search_scales", found)
+    monkeypatch.setattr("fewbit.engine.channel_scaler.search_scales", found)
 
 
 def scaled(run):

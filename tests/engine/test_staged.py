@@ -10,16 +10,22 @@ from fewbit.calibration.statistics import Statistics
 from fewbit.engine.staged import StagedForward
 from fewbit.engine.stages import stages_of
 from fewbit.errors import ArchitectureError, CalibrationError
+from fewbit.models.architecture import Group
 from fewbit.models.blockwise import BlockwiseModel
 
 CHANNELS = 16
 STRATEGIES = ["staged", "replay"]
 
 
+def grouped(*groups):
+    """Groups of the named linears."""
+    return tuple(Group(members) for members in groups)
+
+
 class Attention(nn.Module):
     """A block like a decoder layer: q, k, v share an input, then o, then gate and up, then down."""
 
-    groups = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+    groups = grouped(("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
     def __init__(self):
         super().__init__()
@@ -38,7 +44,7 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     """Each token goes to the experts that its first channels choose; an expert without tokens is not called."""
 
-    groups = (("proj",), ("experts.0.up",), ("experts.0.down",), ("experts.1.up",), ("experts.1.down",),
+    groups = grouped(("proj",), ("experts.0.up",), ("experts.0.down",), ("experts.1.up",), ("experts.1.down",),
               ("experts.2.up",), ("experts.2.down",), ("out",))  # fmt: skip
 
     def __init__(self):
@@ -61,7 +67,7 @@ class Experts(nn.Module):
 class Flat(nn.Module):
     """Like OPT: the second linear gets the batch's tokens in one long row."""
 
-    groups = (("first",), ("second",))
+    groups = grouped(("first",), ("second",))
 
     def __init__(self):
         super().__init__()
@@ -126,7 +132,7 @@ def true_sequential(block, batches, masks=None, groups=None, forward=None):
         rows = []
         for index, mask in enumerate(masks):
             caught = []
-            hook = block.get_submodule(group[0]).register_forward_pre_hook(
+            hook = block.get_submodule(group.members[0]).register_forward_pre_hook(
                 lambda _module, args, caught=caught: caught.append(args[0])
             )
             forward(index)
@@ -135,8 +141,8 @@ def true_sequential(block, batches, masks=None, groups=None, forward=None):
                 flat = x.reshape(-1, x.shape[-1]).double()
                 rows.append(flat if mask is None else flat[mask.flatten()])
         stacked = torch.cat(rows) if rows else torch.zeros(0, 1)
-        moments[group[0]], tokens[group[0]] = stacked.T @ stacked, stacked.shape[0]
-        for name in group:
+        moments[group.members[0]], tokens[group.members[0]] = stacked.T @ stacked, stacked.shape[0]
+        for name in group.members:
             linear = block.get_submodule(name)
             linear.weight = coarse(linear.weight)
     return moments, tokens, {index: forward(index) for index in range(len(masks))}
@@ -220,7 +226,7 @@ def test_blocks_of_every_family_are_calibrated_true_sequentially(checkpoint, fam
                 batches,
                 *arguments,
                 masks=masks,
-                groups=model.groups,
+                groups=model.groups(index),
                 forward=lambda i: model.call_block(block, entered[i].hidden, entered[i].calls[index]),
             )
 
@@ -249,7 +255,7 @@ def test_an_expert_that_no_token_reached_is_finished_without_statistics(strategy
 def test_a_stage_called_in_another_order_than_listed_still_sees_all_its_tokens(strategy):
     block, batches = make(Attention), inputs(*SHAPES)
     tokens = sum(x.shape[0] * x.shape[1] for x in batches)
-    statistics, _ = run(block, batches, strategy, groups=(("down",), ("gate", "up"), ("q", "k", "v"), ("o",)))
+    statistics, _ = run(block, batches, strategy, groups=grouped(("down",), ("gate", "up"), ("q", "k", "v"), ("o",)))
     assert {name: seen.tokens for name, seen in statistics.items()} == dict.fromkeys(
         ("q", "o", "gate", "down"), tokens
     )
@@ -259,7 +265,7 @@ def test_a_stage_called_in_another_order_than_listed_still_sees_all_its_tokens(s
 def test_linears_in_no_group_are_left_alone(strategy):
     block = make(Attention)
     before = block.o.weight.clone()
-    statistics, _ = run(block, inputs(*SHAPES), strategy, groups=(("q", "k", "v"), ("down",)))
+    statistics, _ = run(block, inputs(*SHAPES), strategy, groups=grouped(("q", "k", "v"), ("down",)))
     assert list(statistics) == ["q", "down"]
     assert torch.equal(block.o.weight, before)
 
@@ -274,7 +280,7 @@ def test_no_batches_finish_every_stage_without_statistics(strategy):
 class TwoNorms(nn.Module):
     """q and k have inputs of the same size; that of q is freed before that of k is made, often in the same place."""
 
-    groups = (("q", "k"),)
+    groups = grouped(("q", "k"))
 
     def __init__(self):
         super().__init__()
@@ -288,7 +294,7 @@ class TwoNorms(nn.Module):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
     ("kind", "groups", "names"),
-    [(Attention, (("q", "k", "v", "o"),), ("o", "q")), (TwoNorms, TwoNorms.groups, ("k", "q"))],
+    [(Attention, grouped(("q", "k", "v", "o")), ("o", "q")), (TwoNorms, TwoNorms.groups, ("k", "q"))],
     ids=["input kept", "input freed"],
 )
 def test_linears_grouped_that_do_not_share_an_input_are_an_error(kind, groups, names, strategy):
@@ -299,7 +305,7 @@ def test_linears_grouped_that_do_not_share_an_input_are_an_error(kind, groups, n
 @pytest.mark.parametrize(("name", "reason"), [("absent", "no linear 'absent'"), ("experts", "not a linear")])
 def test_a_group_that_names_no_linear_is_an_error(name, reason):
     with pytest.raises(ArchitectureError, match=reason):
-        run(make(Experts), [], "staged", groups=((name,),))
+        run(make(Experts), [], "staged", groups=grouped((name,)))
 
 
 def patched(block):

@@ -20,6 +20,7 @@ from fewbit.engine.stages import (
     stages_of,
 )
 from fewbit.errors import CalibrationError
+from fewbit.models.architecture import Group
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
@@ -31,7 +32,7 @@ STRATEGIES = ["staged", "replay"]
 STATIC = QuantizationSpec(dtype="int4", qscheme="per_tensor", observer="minmax")
 DYNAMIC = QuantizationSpec(dtype="int4", qscheme="per_token", observer="minmax", is_dynamic=True)
 NVFP4 = QuantizationSpec(dtype="e2m1", group_size=16, scale_type="e4m3", observer="minmax", is_dynamic=True)
-GROUPS = (("q", "k"), ("o",))
+GROUPS = (Group(("q", "k")), Group(("o",)))
 
 
 class Block(nn.Module):
@@ -48,7 +49,7 @@ class Block(nn.Module):
 class Experts(nn.Module):
     """Tokens go to the first expert; nobody chooses the second."""
 
-    groups = (("experts.0",), ("experts.1",))
+    groups = (Group(("experts.0",)), Group(("experts.1",)))
 
     def __init__(self):
         super().__init__()
@@ -68,7 +69,8 @@ def make(kind=Block, groups=GROUPS, **configs):
     wanted = {name: configs.get(name.replace(".", "_"), every) or QuantizationConfig() for name in linears}
     inputs = {f"{name}.input": config.input_tensors for name, config in wanted.items()}
     outputs = {f"{name}.output": config.output_tensors for name, config in wanted.items()}
-    attach(block, {slot: spec for slot, spec in (inputs | outputs).items() if spec is not None}, groups=groups)
+    slots = {slot: spec for slot, spec in (inputs | outputs).items() if spec is not None}
+    attach(block, slots, groups=[group.members for group in groups])
     return block
 
 
@@ -146,7 +148,7 @@ def test_outputs_have_stops_of_their_own_behind_the_weights():
 def test_attention_stops_behind_the_linears_that_feed_it(checkpoint):
     model = BlockwiseModel.from_directory(checkpoint("llama"))
     attention.attach(model.skeleton, AttentionConfig(key=STATIC, value=STATIC, query=DYNAMIC))
-    stops = calibration_stops(model.blocks[1], model.groups)
+    stops = calibration_stops(model.blocks[1], model.groups(1))
     assert [stop.order for stop in stops] == [(0, ATTENTION), (0, ATTENTION)]
 
 

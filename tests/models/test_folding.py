@@ -8,7 +8,7 @@ from torch import nn
 
 from fewbit.algorithms.rtn import rtn
 from fewbit.config.spec import QuantizationSpec
-from fewbit.models.architecture import listed
+from fewbit.models.architecture import FAMILIES, listed
 from fewbit.models.folding import (
     channel_map,
     fold,
@@ -23,6 +23,8 @@ from fewbit.models.folding import (
 )
 from fewbit.nn.linear import adopt
 from fewbit.tensor import QuantTensor
+
+LLAMA = FAMILIES[0].scalings(FAMILIES[0].kinds[0])
 
 
 def seeded(seed=0):
@@ -60,12 +62,12 @@ def test_logits_are_the_same_after_every_scaling_of_every_block(random_model, fa
         found = listed(family)
         head_dim = model.model.layers[0].self_attn.head_dim
         for index, block in enumerate(model.model.layers):
-            for number, scaling in enumerate(found.scalings):
+            for number, scaling in enumerate(found.scalings(found.kinds[0])):
                 tensors = dict(block.named_parameters())
                 channels = tensors[f"{scaling.producer}.weight"].shape[0]
                 scale = random_scale(channels, torch.float64, seed=10 * index + number)
                 changed, _ = fold({n: p.data for n, p in tensors.items()}, scaling, scale, head_dim)
-                assert len(changed) > len(scaling.readers)
+                assert len(changed) > len(scaling.consumers)
                 for name, tensor in changed.items():
                     tensors[name].data = tensor
         after = model(input_ids=ids).logits
@@ -205,7 +207,7 @@ def test_values_are_shared_by_neighbouring_query_heads():
 def test_every_reader_is_multiplied_in_its_own_dtype(random_model):
     model = random_model("llama").bfloat16()
     tensors = {name: parameter.data for name, parameter in model.model.layers[0].named_parameters()}
-    scaling = replace(listed("llama").scalings[0], others=("mlp.gate_proj.weight",))
+    scaling = replace(LLAMA[0], others=("mlp.gate_proj.weight",))
     changed, columns = fold(tensors, scaling, random_powers(64), 16)
     assert set(changed) == {
         "input_layernorm.weight",
@@ -229,18 +231,18 @@ def test_a_block_with_smoothed_inputs_and_the_folded_block_that_is_written_agree
     stored = {name: parameter.data.bfloat16() for name, parameter in block.named_parameters()}
     done: dict[str, QuantTensor] = {}
     spec = SPECS["int4"]
-    for number, scaling in enumerate(listed("llama").scalings):
+    for number, scaling in enumerate(LLAMA):
         weight = stored[f"{scaling.producer}.weight"]
         if weight.ndim == 1:
             folded, _, taken = fold_into_norm(weight, None, random_scale(64, seed=number))
             stored[f"{scaling.producer}.weight"] = folded
             scale = taken
         else:
-            rows, channels = weight.shape[0], stored[f"{scaling.readers[0]}.weight"].shape[1]
+            rows, channels = weight.shape[0], stored[f"{scaling.consumers[0]}.weight"].shape[1]
             folded, _, taken = fold_into_quantized_rows(done[scaling.producer], None, random_powers(rows, number))
             done[scaling.producer] = folded
             scale = taken[channel_map(channels, rows, 16)]
-        for reader in scaling.readers:
+        for reader in scaling.consumers:
             scaled = stored[f"{reader}.weight"].float() * scale
             done[reader] = rtn(scaled, None, spec, spec.scale_format(torch.bfloat16)).weight
             linear = block.get_submodule(reader)
@@ -267,7 +269,7 @@ def test_channels_that_a_reader_could_not_store_keep_one(random_model):
     tensors["self_attn.q_proj.weight"][:, 7] *= 1e-4
     wanted = torch.full((64,), 4.0)
     wanted[6:8] = 0.25
-    changed, columns = fold(tensors, listed("llama").scalings[0], wanted, 16)
+    changed, columns = fold(tensors, LLAMA[0], wanted, 16)
     assert columns[5] == columns[7] == 1.0
     assert (columns[torch.arange(64) != 5][:5] > 3).all()
     assert columns[6] < 0.3

@@ -44,7 +44,7 @@ def groups_of(block, batches, names=None):
     with torch.no_grad():
         found = shared_inputs(block, names, forwards)
     assert not any(module._forward_pre_hooks for module in block.modules())
-    return found, len(calls)
+    return tuple(group.members for group in found), len(calls)
 
 
 def routed(*experts):

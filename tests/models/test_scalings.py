@@ -22,31 +22,31 @@ def by_producer(found):
 
 def test_looking_finds_what_the_data_says(random_model, family, monkeypatch):
     module = random_model(family)
-    listed = scalings(BlockwiseModel.from_module(module))
+    listed = scalings(BlockwiseModel.from_module(module))[0]
     assert len(listed) == 4
     monkeypatch.setattr("fewbit.models.blockwise.listed", lambda model_type: None)
-    detected = scalings(BlockwiseModel.from_module(module))
+    detected = scalings(BlockwiseModel.from_module(module))[0]
     assert by_producer(detected) == by_producer(listed)
 
 
 def test_routers_and_experts_that_read_a_norm_are_found(random_model):
     module = random_model("qwen2_moe", num_experts=4, shared_expert_intermediate_size=48, decoder_sparse_step=1, **MOE)
-    found = by_producer(scalings(BlockwiseModel.from_module(module)))
+    found = by_producer(scalings(BlockwiseModel.from_module(module))[0])
     mlp = found["post_attention_layernorm"]
-    assert set(mlp.readers) == {
+    assert set(mlp.consumers) == {
         "mlp.shared_expert.gate_proj",
         "mlp.shared_expert.up_proj",
         "mlp.shared_expert_gate",
     }
     assert set(mlp.others) == {"mlp.gate.weight", "mlp.experts.gate_up_proj"}
-    assert found["mlp.shared_expert.up_proj"].readers == ("mlp.shared_expert.down_proj",)
+    assert found["mlp.shared_expert.up_proj"].consumers == ("mlp.shared_expert.down_proj",)
 
 
 def test_experts_as_wide_as_the_model_are_told_from_their_other_matrix(random_model):
     module = random_model(
         "qwen2_moe", num_experts=4, shared_expert_intermediate_size=48, **MOE | {"moe_intermediate_size": 64}
     )
-    mlp = by_producer(scalings(BlockwiseModel.from_module(module)))["post_attention_layernorm"]
+    mlp = by_producer(scalings(BlockwiseModel.from_module(module))[0])["post_attention_layernorm"]
     assert set(mlp.others) == {"mlp.gate.weight", "mlp.experts.gate_up_proj"}  # down_proj has 64 inputs as well
 
 
@@ -65,7 +65,7 @@ def test_what_is_found_leaves_the_logits_alone(random_model, kind, extra):
     module = random_model(kind, **extra).double()
     module.config._experts_implementation = "eager"  # the other one has no float64
     model = BlockwiseModel.from_module(random_model(kind, **extra))
-    found = scalings(model)
+    found = scalings(model)[0]
     assert found
     ids = torch.arange(48).view(2, 24) % 300
     with torch.no_grad():
@@ -95,12 +95,12 @@ def test_a_dictionary_as_quark_writes_it_is_understood(random_model):
     model = BlockwiseModel.from_module(random_model("llama"))
     for config in (AWQConfig(scaling_layers=[entry]), SmoothQuantConfig(scaling_layers=[entry], alpha=0.5)):
         assert config.scaling_layers == (ScalingLayer(prev_op="input_layernorm", layers=QKV),)
-        assert scalings(model, config.scaling_layers) == (Scaling("input_layernorm", QKV),)
+        assert scalings(model, config.scaling_layers)[0] == (Scaling("input_layernorm", QKV),)
 
 
 def test_the_kind_of_norm_need_not_be_said(random_model):
     model = BlockwiseModel.from_module(random_model("gemma3_text"))
-    (found,) = scalings(model, [ScalingLayer(prev_op="input_layernorm", layers=QKV)])
+    (found,) = scalings(model, [ScalingLayer(prev_op="input_layernorm", layers=QKV)])[0]
     assert found.offset
 
 
@@ -108,7 +108,7 @@ def test_a_router_may_be_named_as_a_layer(random_model):
     model = BlockwiseModel.from_module(random_model("qwen2_moe", num_experts=4, **MOE))
     layers = ("mlp.gate", "mlp.experts", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
     given = ScalingLayer(prev_op="post_attention_layernorm", layers=(*layers, "mlp.shared_expert_gate"))
-    (found,) = scalings(model, [given])
+    (found,) = scalings(model, [given])[0]
     assert found.others == ("mlp.gate.weight", "mlp.experts.gate_up_proj")
     with pytest.raises(ConfigError, match="routers and gates"):
         scalings(model, [replace(given, layers=layers)])
@@ -143,4 +143,4 @@ def test_a_family_without_anything_to_scale_says_what_to_write(random_model, mon
 def test_values_of_heads_that_do_not_fit_are_left_out(random_model, monkeypatch):
     model = BlockwiseModel.from_module(random_model("llama"))
     monkeypatch.setattr("fewbit.models.scalings.head_dim", lambda model: 24)  # 2 value heads of 16 are no heads of 24
-    assert "self_attn.v_proj" not in by_producer(scalings(model))
+    assert "self_attn.v_proj" not in by_producer(scalings(model)[0])

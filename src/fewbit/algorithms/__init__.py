@@ -1,6 +1,9 @@
-"""Methods, one file each. `quantize_weight` dispatches on the algorithm's configuration."""
+"""Methods, one file each. `quantize_weight` hands a stage's weights to the one that the options name."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -8,9 +11,20 @@ from fewbit.algorithms.gptq import gptq
 from fewbit.algorithms.outcome import Outcome
 from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.statistics import Statistics
-from fewbit.config.algorithms import CodeConfig, RTNConfig
+from fewbit.config.algorithms import CodeConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics.scale_format import ScaleFormat
+
+CodeFinder = Callable[[Tensor, Statistics, QuantizationSpec, ScaleFormat, Any], Outcome | None]
+"""(weight [out, in] float32, statistics of its input, spec, scale format, options) → codes, or None if it failed."""
+
+CODE_FINDERS: dict[str, CodeFinder] = {
+    "rtn": lambda weight, statistics, spec, scale, options: rtn(weight, statistics.moment, spec, scale),
+    "gptq": lambda weight, statistics, spec, scale, options: gptq(
+        weight, statistics.moment, spec, scale, options, statistics.drift
+    ),
+}
+"""Methods that find codes, by the name of their options."""
 
 
 def quantize_weight(
@@ -22,14 +36,15 @@ def quantize_weight(
 ) -> Outcome:
     """Quantize `weight` [out, in] float32 given the statistics of its input (None if no token was seen).
 
-    Only GPTQ needs H: without it, it falls back to round-to-nearest, and the outcome says so.
+    Casts are rounded. Where a method needs tokens and saw none, or fails, weights are rounded to nearest, and the
+    outcome says so.
     """
     moment = statistics.moment if statistics is not None else None
-    if isinstance(algorithm, RTNConfig) or spec.format.is_cast:
+    if spec.format.is_cast or (statistics is None and not algorithm.needs.moment):
         return rtn(weight, moment, spec, scale)
     if statistics is None:
         return Outcome(rtn(weight, None, spec, scale).weight, fallback="round to nearest: no token reached it")
-    outcome = gptq(weight, statistics.moment, spec, scale, algorithm, statistics.drift)
+    outcome = CODE_FINDERS[algorithm.name](weight, statistics, spec, scale, algorithm)
     if outcome is None:
         reason = "round to nearest: H could not be factored, not even damped and in float64"
         return Outcome(rtn(weight, moment, spec, scale).weight, fallback=reason)

@@ -14,15 +14,19 @@ from fewbit.numerics.finite import is_finite
 
 
 class HiddenStates:
-    """One float32 tensor per batch. A batch that does not fit the budget any more lives in a file.
+    """One tensor per batch, float32 (float64 stays). A batch that does not fit the budget any more lives in a file.
 
     What is put is copied, block after block into the same memory: a tensor that was made in the middle of a forward
     and kept would hold the heap's pages around it, so that memory grew with every block.
     """
 
-    def __init__(self, budget_bytes: int, directory: Path) -> None:
+    def __init__(
+        self, budget_bytes: int | None, directory: Path | None, device: torch.device | str | None = "cpu"
+    ) -> None:
+        """No budget (and no directory): everything stays in memory. No device: a batch stays where it came from."""
         self._budget = budget_bytes
         self._directory = directory
+        self._device = device
         self._memory: dict[int, Tensor] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
         self.bytes_in_memory = 0
@@ -32,17 +36,22 @@ class HiddenStates:
         return len(self._shapes)
 
     def put(self, index: int, hidden: Tensor) -> None:
-        """Keep a copy of (or replace) the states of one batch, whose shape stays what it was."""
+        """Keep a copy of the states of one batch. On disk its shape stays what it was."""
         size = hidden.numel() * 4
         if index not in self._shapes:
-            self._shapes[index] = tuple(hidden.shape)
-            if self.reserve(size):
-                self._memory[index] = torch.empty(hidden.shape, dtype=torch.float32, device="cpu")
-            else:
+            if not self.reserve(size):
                 self.bytes_on_disk += size
+            else:
+                self._memory[index] = hidden.new_empty(0, device=self._device)
+            self._shapes[index] = tuple(hidden.shape)
         if index in self._memory:
-            self._memory[index].copy_(hidden.detach())
+            kept = self._memory[index]
+            dtype = torch.float64 if hidden.dtype == torch.float64 and self._budget is None else torch.float32
+            if kept.shape != hidden.shape or kept.dtype != dtype:
+                kept = self._memory[index] = torch.empty(hidden.shape, dtype=dtype, device=kept.device)
+            kept.copy_(hidden.detach())
             return
+        assert self._directory is not None
         values = hidden.detach().to("cpu", torch.float32).contiguous().numpy()
         with disk_errors_as_sentences(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +59,7 @@ class HiddenStates:
 
     def reserve(self, size: int) -> bool:
         """Take `size` bytes of the budget, if there are so many left; also for what else has to be in memory."""
-        fits = self.bytes_in_memory + size <= self._budget
+        fits = self._budget is None or self.bytes_in_memory + size <= self._budget
         self.bytes_in_memory += size if fits else 0
         return fits
 
@@ -65,9 +74,11 @@ class HiddenStates:
         """Forget everything and remove the files."""
         self._memory.clear()
         self._shapes.clear()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _file(self, index: int) -> Path:
+        assert self._directory is not None
         return self._directory / f"{index:05d}.f32"
 
 
@@ -80,10 +91,10 @@ def check_finite(hidden: Tensor, what: str, first: int, mask: Tensor | None = No
     if is_finite(hidden):
         return
     bad = ~hidden.isfinite().all(-1)  # [batch, tokens]
-    if mask is not None:
+    if mask is not None and mask.shape == bad.shape:
         bad &= mask.to(bad.device)
     if bad.any():
-        sequence, token = bad.nonzero()[0].tolist()
+        sequence, *_, token = [0, *bad.nonzero()[0].tolist()][-max(2, bad.ndim) :]
         raise CalibrationError(
             f"{what} gives NaN or infinity (first for token {first_token + token} of sequence {first + sequence}); is "
             "the model damaged, or are its activations beyond float32?"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbit.calibration.hidden_states import HiddenStates
 from fewbit.errors import disk_errors_as_sentences
-from fewbit.models.blockwise import BlockCall
+from fewbit.models.block_stack import BlockCall
 from fewbit.models.nested import map_tensors, of_kind
 from fewbit.safetensors_file import write_tensors
 

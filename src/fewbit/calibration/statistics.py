@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,10 +47,17 @@ class Statistics:
         count = min(self.wanted_sample, kept.shape[0])
         return kept[torch.arange(count, device=kept.device) * kept.shape[0] // count] if count else kept
 
-    def add(self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        reference: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> None:
         """Count the tokens of `x` [..., channels]; `mask` [...] bool leaves padding out.
 
-        `reference`, of the same shape, is the input of the same tokens in the full-precision model.
+        `reference`, of the same shape, is the input of the same tokens in the full-precision model; `known` [...] bool
+        says for which of them it is, where that is not for all.
         """
         rows = _rows(x, mask)
         second_moment.accumulate(self.moment, rows)
@@ -63,14 +70,24 @@ class Statistics:
         if reference is not None:
             if self.drift is None:
                 self.drift = torch.zeros_like(self.moment)
-            second_moment.accumulate_product(self.drift, _rows(reference, mask) - rows, rows)
+            if known is not None:
+                known = known if mask is None else known & mask
+                mask, rows = known, _rows(x, known)
+            if rows.shape[0]:
+                second_moment.accumulate_product(self.drift, _rows(reference, mask) - rows, rows)
             self.drift_tokens += rows.shape[0]
 
     def scaled(self, columns: Tensor) -> Statistics:
-        """Of the input divided by `columns` [channels]: H / (s sᵀ), and the drift likewise. Keeps no sample."""
+        """Of the input divided by `columns` [channels]: H / (s sᵀ), and all else likewise."""
         drift = None if self.drift is None else _divided(self.drift, columns)
-        largest = None if self.largest is None else self.largest / columns
-        return Statistics(_divided(self.moment, columns), self.tokens, drift, self.drift_tokens, largest)
+        return replace(
+            self,
+            moment=_divided(self.moment, columns),
+            drift=drift,
+            largest=None if self.largest is None else self.largest / columns,
+            outliers=None if self.outliers is None else self.outliers / columns,
+            _kept=[kept / columns for kept in self._kept],
+        )
 
     def _keep(self, rows: Tensor) -> None:
         """Every n-th token; n doubles whenever too many were kept."""

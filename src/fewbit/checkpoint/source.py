@@ -97,14 +97,15 @@ class SafetensorsSource:
 class ModuleSource:
     """The weights of a module in memory; reading copies, the module itself is never changed.
 
-    `without`: names of tensors that are the same as others (a tied head), as files have them once.
+    `without`: names of tensors that are the same as others (a tied head), as files have them once. `prefix` is put
+    before all names.
     """
 
     directory: Path | None = None
 
-    def __init__(self, module: nn.Module, without: Container[str] = ()) -> None:
+    def __init__(self, module: nn.Module, without: Container[str] = (), prefix: str = "") -> None:
         tensors = module.state_dict()
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items() if name not in without}
+        self._tensors = {prefix + name: tensor.detach() for name, tensor in tensors.items() if name not in without}
 
     def info(self) -> dict[str, TensorInfo]:
         return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}

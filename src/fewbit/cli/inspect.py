@@ -30,8 +30,7 @@ def inspect(
         base = Config.read_yaml(recipe) if recipe is not None else None
         config = merge_recipe(base, scheme=scheme, group_size=group_size)
     found = look(model, config)
-    traits = f" ({', '.join(found.architecture.traits)})" if found.architecture.traits else ""
-    typer.echo(f"architecture   {found.architecture.name}{traits}")
+    typer.echo(f"architecture   {found.architecture.name}{' (detected)' if found.architecture.detected else ''}")
     typer.echo(f"blocks         {found.blocks} in {found.architecture.blocks}")
     for number, group in enumerate(found.groups, start=1):
         members = ", ".join(f"{n} [{o} × {i}]" for n, (o, i) in group.items())

@@ -1,4 +1,5 @@
-"""The methods and their options. A recipe lists them in order: at most one search for scales, then one for codes.
+"""The methods and their options. Each is a phase of the work that declares its level and what it needs; a recipe lists
+them in order: searches for channel scales first, then one that finds codes.
 
 Quark's and llm-compressor's names for options are understood (`damp_percent`, `desc_act`, `scaling_layers` …).
 """
@@ -6,7 +7,8 @@ Quark's and llm-compressor's names for options are understood (`damp_percent`, `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,8 +36,40 @@ class ScalingLayer:
     )
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a phase has to be given."""
+
+    moment: bool = False
+    """H = XᵀX of its input: calibration data."""
+    sample: int = 0
+    """Tokens of an input that is quantized, as it comes."""
+    reference: float = 0.0
+    """Share of the batches that pass in full precision, too."""
+
+
+class AlgorithmConfig:
+    """Options of a method. A new one is a subclass here and a function in `fewbit.algorithms`."""
+
+    name: str
+    finds: ClassVar[Literal["channel scales", "codes"]]
+
+    @property
+    def needs(self) -> Needs:
+        """What it has to be given, with these options."""
+        return Needs()
+
+
+class CodeConfig(AlgorithmConfig):
+    """Options of a method that finds the codes of linears that share an input."""
+
+    finds = "codes"
+    compensates: ClassVar[bool] = False
+    """Whether later columns make up for a column's error, so that less of it is left than rounding leaves."""
+
+
 @config_class
-class RTNConfig:
+class RTNConfig(CodeConfig):
     """Round to nearest: every weight goes to the nearest code of its group's grid."""
 
     name: Literal["rtn"] = "rtn"
@@ -92,7 +126,7 @@ def _translate_gptq(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @config_class
-class GPTQConfig:
+class GPTQConfig(CodeConfig):
     """GPTQ (Frantar et al. 2022): columns one after another, the error of each moved into those still to come."""
 
     name: Literal["gptq"] = "gptq"
@@ -112,15 +146,12 @@ class GPTQConfig:
     refits: Annotated[int, Field(ge=0, le=10)] = 1
     """How often the codes are found again after the scales were fitted to them (observer "search" only)."""
 
+    compensates: ClassVar[bool] = True
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_gptq)
 
-    def drift_batches(self, total: int) -> list[int]:
-        """Numbers of the batches, of `total`, on which the drift is measured: evenly spaced, at least one; none if
-        drift is off."""
-        if self.drift == 0:
-            return []
-        count = max(1, round(self.drift_data * total))
-        return sorted({number * total // count for number in range(count)})
+    @property
+    def needs(self) -> Needs:
+        return Needs(moment=True, reference=self.drift_data if self.drift else 0.0)
 
 
 def _translate_search(fields: dict[str, Any]) -> dict[str, Any]:
@@ -141,67 +172,82 @@ def _translate_search(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @config_class
-class AWQConfig:
-    """Scales of input channels by the weights' quantization error (Lin et al. 2023, arXiv:2306.00978)."""
+class ScaleSearchConfig(AlgorithmConfig):
+    """Options of a search for channel scales before linears that share an input."""
 
-    name: Literal["awq"] = "awq"
+    name: str
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """Exponent of the activations in s = x^alpha / w^(1 − alpha); None searches it."""
     duo_scale: bool | Literal["both"] = "both"
     """Whether the weights take part (w's exponent 1 − alpha) or not (0); "both" tries either."""
     n_grid: Annotated[int, Field(ge=2, le=100)] = 10
     """Values of alpha that are tried between 0 and 1."""
-    clip: bool = False
-    """Also search the range of each group by the same loss, before codes are found. (The observer "search" of a spec
-    and GPTQ do that anyway.)"""
     scale_clamp_min: Annotated[float, Field(gt=0)] = 1e-4
     """No channel is scaled by less, nor by more than the inverse."""
     sample_tokens: Annotated[int, Field(gt=0)] = 512
-    """Tokens of a quantized input that are kept to see that scales do not cost it more than the weights gain."""
+    """Tokens of a quantized input that are kept to measure its error on."""
     scaling_layers: tuple[ScalingLayer, ...] | None = None
     """Which layer before which linears is scaled; None takes what the architecture says."""
 
+    finds = "channel scales"
+    counts_inputs: ClassVar[bool] = False
+    """Whether the error of quantized inputs is counted beside that of the weights."""
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_search)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(moment=True, sample=self.sample_tokens)
+
+    @property
+    def clips(self) -> bool:
+        """Whether weights are clipped after they are scaled."""
+        return False
 
 
 @config_class
-class SmoothQuantConfig:
-    """Scales of input channels by the error of weights and activations (Xiao et al. 2022, arXiv:2211.10438)."""
+class AWQConfig(ScaleSearchConfig):
+    """Channel scales by the weights' quantization error (Lin et al. 2023, arXiv:2306.00978). Of a quantized input's
+    error it only takes care that scales do not cost it more than the weights gain."""
+
+    name: Literal["awq"] = "awq"
+    clip: bool = False
+    """Also search the range of each group by the same loss, before codes are found. (The observer "search" of a spec
+    and GPTQ do that anyway.)"""
+
+    @property
+    def clips(self) -> bool:
+        return self.clip
+
+
+@config_class
+class SmoothQuantConfig(ScaleSearchConfig):
+    """Channel scales by the error of weights and activations (Xiao et al. 2022, arXiv:2211.10438)."""
 
     name: Literal["smoothquant"] = "smoothquant"
-    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Exponent of the activations in s = x^alpha / w^(1 − alpha); None searches it."""
     duo_scale: bool | Literal["both"] = True
     """As for AWQ."""
-    n_grid: Annotated[int, Field(ge=2, le=100)] = 10
-    """Values of alpha that are tried between 0 and 1."""
     scale_clamp_min: Annotated[float, Field(gt=0)] = 1e-3
     """No channel is scaled by less, nor by more than the inverse."""
-    sample_tokens: Annotated[int, Field(gt=0)] = 512
-    """Tokens of the input that are kept to measure the activations' error on."""
-    scaling_layers: tuple[ScalingLayer, ...] | None = None
-    """Which layer before which linears is scaled; None takes what the architecture says."""
 
-    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_search)
+    counts_inputs: ClassVar[bool] = True
 
 
-CodeConfig = RTNConfig | GPTQConfig
-ScaleSearchConfig = AWQConfig | SmoothQuantConfig
-AlgorithmConfig = CodeConfig | ScaleSearchConfig
-ALGORITHMS: dict[str, Any] = {config.name: config for config in (*get_args(CodeConfig), *get_args(ScaleSearchConfig))}
+ALGORITHMS: dict[str, type[Any]] = {
+    config.name: config for config in (RTNConfig, GPTQConfig, AWQConfig, SmoothQuantConfig)
+}
 """Classes of options by the algorithm's name."""
 
 
 def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
     """Algorithms from a name, names joined by "+" ("awq+gptq"), with options ("gptq:drift=0.5", or {name: gptq,
-    drift: 0.5}), a config object, or a list of these, in any order: scales are searched before codes."""
+    drift: 0.5}), a config object, or a list of these. Channel scales are searched before codes, one search after the
+    other; without a method for codes they are rounded to nearest."""
     parts = value if isinstance(value, list | tuple) else value.split("+") if isinstance(value, str) else [value]
     found = tuple(_algorithm(part) for part in parts if part is not None)
-    searches = [config for config in found if isinstance(config, ScaleSearchConfig)]
-    codes = [config for config in found if isinstance(config, CodeConfig)]
-    if len(searches) > 1 or len(codes) > 1:
-        names = ", ".join(config.name for config in found)
-        raise ConfigError(f"algorithms {names}: at most one searches scales (awq, smoothquant), one codes (rtn, gptq)")
+    searches = [config for config in found if config.finds == "channel scales"]
+    codes = [config for config in found if config.finds == "codes"]
+    if len(codes) > 1:
+        raise ConfigError(f"algorithms {', '.join(config.name for config in found)}: only one can find the codes")
     return (*searches, *codes) if codes else (*searches, RTNConfig())
 
 

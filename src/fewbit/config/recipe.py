@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypedDict
 
 import yaml
-from pydantic import Field
+from pydantic import Field, InstanceOf
 
 from fewbit.config import quark
 from fewbit.config.algorithms import (
@@ -89,7 +89,7 @@ class Config:
     """By module name, wildcard or "re:" pattern; an exact name goes first, then patterns in order."""
     exclude: tuple[str, ...] = ()
     """Names, wildcards or "re:" patterns of modules that stay as they are."""
-    algo_config: tuple[AlgorithmConfig, ...] = (GPTQConfig(),)
+    algo_config: tuple[InstanceOf[AlgorithmConfig], ...] = (GPTQConfig(),)
     """How channel scales (awq, smoothquant) and codes (rtn, gptq) are found, in this order."""
     attention: AttentionConfig | None = None
     """What is quantized inside attention: the KV cache, the query, the probabilities."""
@@ -115,9 +115,9 @@ class Config:
         return next(config for config in self.algo_config if isinstance(config, CodeConfig))
 
     @property
-    def scale_search(self) -> ScaleSearchConfig | None:
-        """The algorithm that searches channel scales, if there is one."""
-        return next((config for config in self.algo_config if isinstance(config, ScaleSearchConfig)), None)
+    def scale_searches(self) -> tuple[ScaleSearchConfig, ...]:
+        """The algorithms that search channel scales, in order."""
+        return tuple(config for config in self.algo_config if isinstance(config, ScaleSearchConfig))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Config:

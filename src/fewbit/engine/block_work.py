@@ -6,19 +6,20 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fewbit.checkpoint.native import StoredStep
 from fewbit.engine.stage_quantizer import LinearResult
 from fewbit.models.architecture import Scaling
 
 
 @dataclass(frozen=True)
-class Found:
-    """Scales of channels that were folded at one stage."""
+class FoldedScale:
+    """Channel scales that were folded at one stage."""
 
     scaling: Scaling
     alpha: float
     """Exponent that was best."""
     columns: Tensor
-    """[in]: what the readers' columns were multiplied by."""
+    """[in]: what the consumers' columns were multiplied by."""
     folded: tuple[str, ...]
     """Tensors around a norm that changed. (Those around a linear change exactly, so nobody has to know them.)"""
 
@@ -34,19 +35,22 @@ class BlockWork:
     """Quantized linears by full name."""
     dense: dict[str, Tensor] = field(default_factory=dict)
     """Other tensors that changed."""
-    found: list[Found] = field(default_factory=list)
+    scales: list[FoldedScale] = field(default_factory=list)
+
+    steps: dict[str, list[StoredStep]] = field(default_factory=dict)
+    """Of linears' inputs by full name: what a run stores."""
 
     @property
     def folded(self) -> list[str]:
         """Tensors around norms that changed, which a resumed run has to know. Linears are divided exactly."""
-        return [name for found in self.found for name in found.folded]
+        return list(dict.fromkeys(name for found in self.scales for name in found.folded))
 
     def divided_by_norms(self) -> set[str]:
         """Full names of the linears that divide their input by what a norm was divided by."""
-        return {f"{self.prefix}{name}" for found in self.found if found.folded for name in found.scaling.readers}
+        return {f"{self.prefix}{name}" for found in self.scales if found.folded for name in found.scaling.consumers}
 
     def alpha_of(self, name: str) -> float | None:
         """Exponent of the scales that a linear's input was divided by; None if it was not."""
         inside = name.removeprefix(self.prefix)
-        exponents = [found.alpha for found in self.found if inside in found.scaling.readers]
+        exponents = [found.alpha for found in self.scales if inside in found.scaling.consumers]
         return exponents[0] if exponents else None

@@ -1,175 +1,160 @@
-"""A stack of layers in memory and the batches that pass it: one layer at a time, in float32, then as it was."""
+"""A user's list of layers as a stack of blocks: each computes in float32 while it is loaded, then is as it was."""
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbit.calibration.hidden_states import HiddenStates
+from fewbit.calibration.passage import Passage
 from fewbit.calibration.recorded import Item
-from fewbit.config.algorithms import GPTQConfig
-from fewbit.config.matching import matching
-from fewbit.config.spec import SCALE_DTYPES, QuantizationSpec
-from fewbit.engine.reference import Reference
-from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
-from fewbit.models.architecture import Groups
+from fewbit.checkpoint.source import ModuleSource
+from fewbit.config.spec import SCALE_DTYPES
+from fewbit.errors import ArchitectureError, CalibrationError
+from fewbit.models.architecture import Group, Groups, members_of
+from fewbit.models.block_stack import BlockCall, path_in
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
 from fewbit.models.nested import map_tensors
-from fewbit.models.untouched import Untouched, sentence, untouched
-from fewbit.nn import in_memory
+from fewbit.models.probe import shared_inputs
 from fewbit.nn.exchange import Exchange
-from fewbit.nn.linear import linear_of
-
-logger = logging.getLogger("fewbit")
 
 Inputs = Tensor | Sequence[Tensor | Item]
 """Batches of the first layer's input [batch, tokens, channels]; with keyword arguments as the items of a
 DefaultDataset: {"input_tensor": …, "kwargs": {…}}. A 2-D attention_mask leaves padding out of the statistics."""
 
 
-@dataclass
-class Batch:
-    """What goes into the next layer."""
+class LayerStack:
+    """Layers in memory and how they are run. Nothing of them changes but by `change`, in `commit`.
 
-    hidden: Tensor
-    """[batch, tokens, channels]."""
-    reference: Tensor
-    """The same in the full-precision model, where that is carried along."""
-    kwargs: dict[str, Any]
+    Args:
+        layers: modules in the order of execution.
+        root: what full names begin with: "" or "model.layers.".
+        linears: per layer the full names of those to look at.
+        manager: runs the layers.
+    """
 
-    @property
-    def mask(self) -> Tensor | None:
-        """Bool [batch, tokens], True where a token counts; None if all do."""
-        mask = self.kwargs.get("attention_mask")
-        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        root: str,
+        linears: Sequence[Sequence[str]],
+        manager: LayerForwardManager,
+    ) -> None:
+        self.layers = layers
+        self.linears = linears
+        self.source = ModuleSource(nn.ModuleList(layers), prefix=root)
+        self._root = root
+        self._manager = manager
+        self._changes = Exchange()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def prefix(self, index: int) -> str:
+        return f"{self._root}{index}."
+
+    def block_tensors(self, index: int) -> list[str]:
+        return [name for name in self.source.info() if name.startswith(self.prefix(index))]
+
+    def groups(self, index: int, passing: Sequence[Callable[[], object]] = ()) -> Groups:
+        """Found by looking on while batches pass; linears that none reaches come last, each by itself."""
+        names = [path_in(self.prefix(index), name) for name in self.linears[index]]
+        groups = shared_inputs(self.layers[index], names, passing)
+        reached = members_of(groups)
+        return groups + tuple(Group((name,)) for name in names if name not in reached)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The weight's own dtype, if that is one for scales."""
+        dtype = self.source.info()[f"{name}.weight"].dtype
+        return dtype if dtype in SCALE_DTYPES.values() else torch.float32
+
+    @contextmanager
+    def loaded(
+        self,
+        index: int,
+        device: torch.device | str = "cpu",
+        read: Callable[[], dict[str, Tensor]] | None = None,
+    ) -> Iterator[nn.Module]:
+        """The layer in float32 (float64 stays) and without dropout, where it is; afterwards it is as it was."""
+        layer = self.layers[index]
+        for_now = Exchange()
+        for x in (*layer.parameters(), *layer.buffers()):
+            if x.is_floating_point() and x.element_size() < 4:
+                for_now.data(x, x.data.float())
+        for module in layer.modules():
+            for_now.item(vars(module), "training", False)
+            if isinstance(module, nn.Linear):  # which may be given other weights
+                for_now.item(module._parameters, "weight", module.weight)
+        with for_now.for_now():
+            yield layer
+
+    def call_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+        like = next(iter(block.parameters()), hidden)
+        return self._manager.forward(block, _like(hidden, like), **_like(call, like))
+
+    def change(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Note other values of a layer's parameters, by their full names; they are cast to the dtype stored."""
+        for path, parameter in self.layers[index].named_parameters():
+            values = tensors.get(self.prefix(index) + path)
+            if values is not None:
+                self._changes.data(parameter, values.to(parameter.device, parameter.dtype))
+
+    def commit(self) -> None:
+        """Make all changes at once, or none if something is raised."""
+        self._changes.commit()
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Layers, their linears and what goes into them, checked before anything is changed."""
+class _OwnCalls(list[BlockCall]):
+    """Keyword arguments by batch, the same for every layer."""
 
-    layers: list[nn.Module]
-    linears: list[dict[str, str]]
-    """Per layer {name inside the layer: full name} of those to quantize."""
-    batches: list[Batch]
-    root: str
-    """What full names begin with."""
+    def get(self, batch: int, block: int) -> BlockCall:
+        return self[batch]
 
 
-def open_stack(
-    layers: Iterable[nn.Module], inputs: Inputs, spec: QuantizationSpec, exclude: Sequence[str], prefix: str
-) -> Stack:
-    """Layers and inputs for quantization by `spec`. FewbitError for what cannot be honoured."""
-    spec.check_stored("the layers' weights")
-    stack = [in_memory.unwrapped(layer) for layer in layers]
-    root = f"{prefix}." if prefix else ""
-    left = _no_linears(stack, root)
-    linears = _linears(stack, root, exclude, left)
-    _say_what_stays([one for one in left if not any(_covers(pattern, one) for pattern in exclude)])
-    _check_shapes(stack, linears, spec)
-    batches = _batches(inputs)
-    _check_rotations(stack, batches)
-    return Stack(stack, linears, batches, root)
+def pass_through_layers(stack: LayerStack, inputs: Inputs, reference: Callable[[int], Sequence[int]]) -> Passage:
+    """Recorded inputs on their way through the layers; they are not changed.
 
-
-def _batches(inputs: Inputs) -> list[Batch]:
-    """Batches of recorded inputs; the tensors are not copied, and never written to."""
+    `reference` tells of so many batches the numbers of those that pass in full precision, too.
+    CalibrationError for what are no inputs, ArchitectureError for embeddings that do not suit all layers.
+    """
     items = [inputs] if isinstance(inputs, Tensor | Mapping) else inputs
-    batches = []
+    hidden: list[Tensor] = []
+    calls = _OwnCalls()
     for item in items:
         if isinstance(item, Tensor):
-            batches.append(Batch(item, item, {}))
+            hidden.append(item)
+            calls.append({})
         elif isinstance(item, Mapping) and isinstance(item.get("input_tensor"), Tensor):
-            hidden = item["input_tensor"]
-            batches.append(Batch(hidden, hidden, dict(item.get("kwargs") or {})))
+            hidden.append(item["input_tensor"])
+            calls.append(dict(item.get("kwargs") or {}))
         else:
             raise CalibrationError(
                 f"an input is a tensor or {{'input_tensor': …, 'kwargs': …}}, not {type(item).__name__}; "
                 "build_calib_dataset_inputs makes them"
             )
-    if not batches:
+    if not hidden:
         raise CalibrationError("there are no inputs; record some with DataRecorder and build_calib_dataset_inputs")
-    return batches
+    _check_rotations(stack.layers, calls)
+    chosen = reference(len(hidden))
+    states, full = (HiddenStates(None, None, device=None) for _ in range(2))
+    for batch, x in enumerate(hidden):
+        states.put(batch, x)
+        if batch in chosen:
+            full.put(batch, x)
+    return Passage(stack, None, [_mask(call) for call in calls], calls, states, full if chosen else None, chosen)
 
 
-def _linears(
-    layers: Sequence[nn.Module], root: str, exclude: Sequence[str], left: Sequence[Untouched]
-) -> list[dict[str, str]]:
-    """Per layer {name inside the layer: full name} of its linears. ConfigError for a pattern that matches none."""
-    found = [
-        {
-            name: f"{root}{index}" + (f".{name}" if name else "")
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        for index, layer in enumerate(layers)
-    ]
-    everything = [full for names in found for full in names.values()]
-    if not everything:
-        raise ArchitectureError("there is no linear in the layers, so there is nothing to quantize")
-    covered = {pattern: matching(pattern, everything) for pattern in exclude}
-    excluded = set().union(*covered.values())
-    owners: dict[int, str] = {}
-    for layer, names in zip(layers, found, strict=True):
-        for name, full in names.items():
-            if full not in excluded:
-                in_memory.check_weight(linear_of(layer, name), full)
-            if (first := owners.setdefault(id(linear_of(layer, name).weight), full)) != full:
-                raise ConfigError(
-                    f"{first!r} and {full!r} have one weight, which cannot be quantized for two inputs; give "
-                    "them copies"
-                )
-    for pattern, names_of_it in covered.items():
-        if not names_of_it and not any(_covers(pattern, one) for one in left):
-            raise ConfigError(f"exclude: {pattern!r} matches no linear{nearest(pattern, everything)}")
-    return [{name: full for name, full in names.items() if full not in excluded} for names in found]
+def _mask(call: BlockCall) -> Tensor | None:
+    """Bool [batch, tokens], True where a token counts; None if all do."""
+    mask = call.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _no_linears(layers: Sequence[nn.Module], root: str) -> list[Untouched]:
-    """Matrices of the layers that are no linears, by their full names."""
-    stack = nn.ModuleList(layers)
-    linears = [name for name, module in stack.named_modules() if isinstance(module, nn.Linear)]
-    return [replace(one, name=root + one.name) for one in untouched(stack, linears)]
-
-
-def _covers(pattern: str, one: Untouched) -> bool:
-    """Whether an exclude pattern means this tensor, its module, or one that this is in."""
-    parts = one.name.split(".")
-    return bool(matching(pattern, [".".join(parts[:end]) for end in range(2, len(parts) + 1)]))
-
-
-def _say_what_stays(left: Sequence[Untouched]) -> None:
-    """ConfigError for stacks of matrices, such as experts in one tensor; a warning for others."""
-    stacked = [one for one in left if len(one.shape) == 3 and min(one.shape) > 1 and not one.kind.startswith("Conv")]
-    if stacked:
-        raise ConfigError(
-            f"{sentence(stacked)}; stacks of matrices (experts in one tensor) cannot be quantized here, so say "
-            "that they stay: exclude=[…] with their names or wildcards"
-        )
-    if left:
-        logger.warning(sentence(left))
-
-
-def _check_shapes(layers: Sequence[nn.Module], linears: Sequence[Mapping[str, str]], spec: QuantizationSpec) -> None:
-    """ConfigError for the first linear that the spec's groups or blocks do not divide."""
-    for layer, names in zip(layers, linears, strict=True):
-        for name, full in names.items():
-            shape = linear_of(layer, name).weight.shape
-            try:
-                spec.tiling.scale_shape(tuple(shape))
-            except ValueError as error:
-                raise ConfigError(
-                    f"{full!r} cannot be quantized: {error}; choose another size, or exclude it"
-                ) from None
-
-
-def _check_rotations(layers: Iterable[nn.Module], batches: Iterable[Batch]) -> None:
+def _check_rotations(layers: Iterable[nn.Module], calls: Iterable[BlockCall]) -> None:
     """ArchitectureError if layers rotate positions in several ways and the inputs hold the embeddings of one."""
     kinds = set()
     for layer in layers:
@@ -177,82 +162,13 @@ def _check_rotations(layers: Iterable[nn.Module], batches: Iterable[Batch]) -> N
         rope = getattr(attention.config, "rope_parameters", None) if attention is not None else None
         if attention is not None and isinstance(rope, Mapping) and layer_type(attention) in rope:
             kinds.add(layer_type(attention))
-    recorded = [batch.kwargs.get("position_embeddings") for batch in batches]
+    recorded = [call.get("position_embeddings") for call in calls]
     if len(kinds) > 1 and any(not isinstance(embeddings, Mapping | None) for embeddings in recorded):
         raise ArchitectureError(
             f"these layers rotate positions in {len(kinds)} ways ({', '.join(sorted(map(str, kinds)))}), but the "
             "inputs hold one kind of position_embeddings; give {layer type: embeddings}, or quantize the model with "
             "fewbit.quantize, which calls every layer as the model does"
         )
-
-
-@dataclass(frozen=True)
-class Pass:
-    """All batches through one layer."""
-
-    layer: nn.Module
-    batches: Sequence[Batch]
-    manager: LayerForwardManager
-
-    def forward(self, index: int) -> Tensor:
-        """The output for one batch, float32 (or float64) on the layer's device."""
-        batch = self.batches[index]
-        return self._call(self.layer, batch.hidden, batch.kwargs)
-
-    def emit(self, index: int, output: Tensor) -> None:
-        """Make an output the next layer's input."""
-        batch = self.batches[index]
-        batch.hidden = output.to(batch.hidden.device)
-
-    def reference(self, groups: Groups, config: GPTQConfig) -> Reference | None:
-        """The same layer in full precision, if the drift of the inputs is wanted. Call it before weights change."""
-        chosen = config.drift_batches(len(self.batches))
-        if not chosen:
-            return None
-        # shares its parameters with the layer, which gets others when it is quantized
-        original = copy.deepcopy(self.layer, {id(p): p for p in self.layer.parameters()})
-
-        def forward(index: int) -> Tensor:
-            batch = self.batches[index]
-            return self._call(original, batch.reference, batch.kwargs)
-
-        def emit(index: int, output: Tensor) -> None:
-            self.batches[index].reference = output.to(self.batches[index].hidden.device)
-
-        return Reference(original, groups, chosen, forward, emit)
-
-    def _call(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        like = next(iter(layer.parameters()), hidden)
-        hidden, kwargs = _like(hidden, like), _like(kwargs, like)
-        return self.manager.forward(layer, hidden, **kwargs)
-
-
-@contextmanager
-def computing(layer: nn.Module, linears: Iterable[nn.Linear] = (), changes: Exchange | None = None) -> Iterator[None]:
-    """The layer in float32 (float64 stays) and without dropout; afterwards it is as it was, whatever happens.
-
-    The `linears` may be given other weights inside: these go into `changes`, in the dtypes that the old ones have.
-    """
-    old = {linear: (linear.weight, linear.weight.dtype) for linear in linears}
-    for_now = Exchange()
-    for x in (*layer.parameters(), *layer.buffers()):
-        if x.is_floating_point() and x.element_size() < 4:
-            for_now.data(x, x.data.float())
-    for module in layer.modules():
-        for_now.item(vars(module), "training", False)
-    for linear in old:
-        for_now.item(linear._parameters, "weight", linear.weight)
-    with for_now.for_now():
-        yield
-        new = {p: linear.weight.data.to(dtype) for linear, (p, dtype) in old.items() if linear.weight is not p}
-    if changes is not None:  # collected only now that the parameters have their own values again
-        for parameter, values in new.items():
-            changes.data(parameter, values)
-
-
-def stored_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """What scales are stored in, unless the spec says so: the weight's dtype, if that is one for scales."""
-    return weight_dtype if weight_dtype in SCALE_DTYPES.values() else torch.float32
 
 
 def _like(value: Any, like: Tensor) -> Any:

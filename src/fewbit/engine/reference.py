@@ -30,12 +30,13 @@ class Reference:
         forward: Callable[[int], Tensor],
         emit: Callable[[int, Tensor], None],
     ) -> None:
+        self.block = block
         self._batches = batches
         self._forward = forward
         self._emit = emit
         self._runs: dict[int, _ReferenceRun] = {}
         for order, group in enumerate(groups):
-            for name in group:
+            for name in group.members:
                 linear = linear_of(block, name)
                 linear.__dict__["forward"] = _reporting(order, linear.forward)
 

@@ -7,8 +7,7 @@ of them share an input, are found by looking on while recorded inputs pass the l
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -16,23 +15,20 @@ from pydantic import Field
 from torch import nn
 
 from fewbit import process
-from fewbit.config.algorithms import CodeConfig, GPTQConfig, RTNConfig
+from fewbit.calibration.passage import spread
+from fewbit.config.algorithms import CodeConfig, GPTQConfig
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
-from fewbit.engine.layer_stack import Inputs, Pass, computing, open_stack, stored_dtype
-from fewbit.engine.stage_quantizer import LinearResult, Member, quantize_stage
-from fewbit.engine.staged import StagedForward, Strategy
-from fewbit.engine.stages import Stage
+from fewbit.engine.block_quantizer import BlockQuantizer, Targets
+from fewbit.engine.given_layers import stack_of
+from fewbit.engine.layer_stack import Inputs, pass_through_layers
+from fewbit.engine.stage_quantizer import LinearResult
+from fewbit.engine.staged import Strategy
 from fewbit.errors import ConfigError
 from fewbit.models.forward_manager import LayerForwardManager, forward_manager
 from fewbit.models.memory import trim_heap
-from fewbit.models.probe import shared_inputs
-from fewbit.nn.exchange import Exchange
-from fewbit.nn.linear import linear_of
 from fewbit.nn.words import weight_spec
-
-logger = logging.getLogger("fewbit")
 
 
 @config_class
@@ -96,51 +92,17 @@ def run_gptq_for_sequential_layers(
     Raises ConfigError for what cannot be honoured, before anything is changed.
     """
     weights, algorithm = _resolved(spec, config)
-    stack = open_stack(layers, inputs, weights, exclude, prefix)
+    stack = stack_of(layers, weights, exclude, prefix, forward)
+    passage = pass_through_layers(stack, inputs, partial(spread, algorithm.needs.reference))
+    configs = {name: QuantizationConfig(weight=weights) for names in stack.linears for name in names}
+    quantizer = BlockQuantizer(stack, Targets(configs), algorithm)
     results: dict[str, LinearResult] = {}
-    changes = Exchange()
-    for layer, names in zip(stack.layers, stack.linears, strict=True):
-        results |= _quantize_layer(Pass(layer, stack.batches, forward), names, weights, algorithm, strategy, changes)
+    for index in range(len(stack)):
+        work = quantizer.quantize(index, passage, strategy)
+        stack.change(index, {f"{name}.weight": result.weight.dequantize() for name, result in work.results.items()})
+        results |= work.results
         trim_heap()
-    changes.commit()
-    return results
-
-
-def _quantize_layer(
-    run: Pass,
-    names: Mapping[str, str],
-    spec: QuantizationSpec,
-    algorithm: CodeConfig,
-    strategy: Strategy,
-    changes: Exchange,
-) -> dict[str, LinearResult]:
-    """One layer's linears, given as {name inside the layer: full name}; the batches go on to the next layer. The new
-    weights go into `changes`."""
-    linears = {name: linear_of(run.layer, name) for name in names}
-    dtypes = {name: linear.weight.dtype for name, linear in linears.items()}
-    results: dict[str, LinearResult] = {}
-
-    def decide(stage: Stage) -> None:
-        members = [
-            Member(name, linear.weight.detach().float(), spec, stored_dtype(dtypes[name]))
-            for name, linear in stage.members.items()
-        ]
-        for name, result in quantize_stage(members, stage.statistics, algorithm).items():
-            weight = linears[name].weight
-            linears[name].weight = nn.Parameter(result.weight.dequantize(weight.dtype), requires_grad=False)
-            results[names[name]] = result
-            logger.info("%s loss %.4e tokens %d seconds %.2f", names[name], result.loss, result.tokens, result.seconds)
-            if result.fallback is not None:
-                logger.warning("%s fell back: %s", names[name], result.fallback)
-
-    with computing(run.layer, linears.values(), changes):
-        groups = shared_inputs(run.layer, linears, [partial(run.forward, index) for index in range(len(run.batches))])
-        reached = {name for group in groups for name in group}
-        groups += tuple((name,) for name in linears if name not in reached)  # rounded to nearest, and reported
-        reference = run.reference(groups, algorithm) if isinstance(algorithm, GPTQConfig) else None
-        stages = [Stage(order, {name: linears[name] for name in group}, decide) for order, group in enumerate(groups)]
-        masks = [batch.mask for batch in run.batches]
-        StagedForward(stages, masks, run.forward, reference).run(run.emit, strategy)
+    stack.commit()
     return results
 
 
@@ -152,14 +114,14 @@ def _resolved(
         if config is not None:
             raise ConfigError("SequentialGPTQConfig holds the method's options; leave config out")
         return spec.spec, spec.algorithm
-    if config is not None and not isinstance(config, GPTQConfig | RTNConfig):
+    if config is not None and not isinstance(config, CodeConfig):
         raise ConfigError(f"config is a GPTQConfig or RTNConfig, not {type(config).__name__}")
     algorithm = config or GPTQConfig()
     if isinstance(spec, QuantizationSpec):
         return QuantizationConfig(weight=spec).weight or spec, algorithm  # says what a weight's spec cannot be
     name = spec if isinstance(spec, str) else "the config"
     chosen = scheme_config(spec) if isinstance(spec, str) else spec
-    if isinstance(chosen, GPTQConfig | RTNConfig):
+    if isinstance(chosen, CodeConfig):
         raise ConfigError(
             f"{type(chosen).__name__} says nothing of bits; give a spec before it, or a SequentialGPTQConfig for both"
         )

@@ -7,9 +7,8 @@ multiplied. Weights stay floats, ready for whatever quantizes them next, `run_gp
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,26 +17,31 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewbit import process
-from fewbit.algorithms.scale_search import ScaleSearch, is_cut, search_scales
+from fewbit.algorithms.scale_search import ScaleSearch
+from fewbit.calibration.passage import Passage
 from fewbit.calibration.statistics import Statistics
 from fewbit.config.algorithms import AWQConfig, ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
-from fewbit.engine.layer_stack import Inputs, Pass, computing, open_stack, stored_dtype
+from fewbit.engine.block_work import BlockWork
+from fewbit.engine.channel_scaler import ChannelScaler
+from fewbit.engine.given_layers import stack_of
+from fewbit.engine.layer_stack import Inputs, LayerStack, pass_through_layers
+from fewbit.engine.stage_quantizer import Member
+from fewbit.engine.staged import StagedForward
+from fewbit.engine.stages import Stage
 from fewbit.errors import ConfigError
-from fewbit.models import folding
-from fewbit.models.architecture import Scaling
+from fewbit.models.architecture import Scaling, members_of
+from fewbit.models.block_stack import full_name, path_in
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, forward_manager
-from fewbit.models.hooks import removed_at_the_end
 from fewbit.models.memory import trim_heap
-from fewbit.models.probe import shared_inputs
+from fewbit.models.probe import kind_of, linears_in, shared_inputs
 from fewbit.models.scalings import scalings_of_block
+from fewbit.models.token_identity import TokenIdentity
 from fewbit.nn.exchange import Exchange
 from fewbit.nn.linear import linear_of
 from fewbit.nn.words import with_methods
-
-logger = logging.getLogger("fewbit")
 
 LINEAR_TYPES = {"Int8Linear": "W8A8", "FP8Linear": "FP8_DYNAMIC"}
 """Names of linears that stand for a scheme; others are NAMEFakeLinear, or the scheme's own name."""
@@ -119,149 +123,123 @@ def run_smooth_quant_for_sequential_layers(
         forward: how layers are run.
 
     Returns what was found by the name of the norm or linear that was divided ("0.input_layernorm"): `scale` is what
-    its readers' columns were multiplied by, all ones where nothing is gained. In 16 bits only powers of two are tried
-    where a linear is divided, and a norm's own rounding is made up for in its readers.
+    its consumers' columns were multiplied by, all ones where nothing is gained. In 16 bits only powers of two are
+    tried where a linear is divided, and a norm's own rounding is made up for in its consumers.
     Raises ConfigError for what cannot be honoured, and if nothing in the layers can be scaled.
     """
     quantization, search = _resolved(spec, config)
     assert quantization.weight is not None
-    stack = open_stack(layers, inputs, quantization.weight, exclude, prefix)
-    sample = 0 if quantization.input_tensors is None else search.sample_tokens
-    known: dict[tuple[object, ...], tuple[Scaling, ...]] = {}
+    stack = stack_of(layers, quantization.weight, exclude, prefix, forward)
+    passage = pass_through_layers(stack, inputs, lambda batches: ())
+    configs = {name: quantization for names in stack.linears for name in names}
+    inputs_too = quantization.input_tensors
+    activations = {} if inputs_too is None else {f"{name}.input": inputs_too for name in configs}
+    known: dict[Hashable, tuple[Scaling, ...]] = {}
     results: dict[str, ScaleSearch] = {}
-    changes = Exchange()
-    for index, (layer, names) in enumerate(zip(stack.layers, stack.linears, strict=True)):
-        run = Pass(layer, stack.batches, forward)
-        with computing(layer):
-            every = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-            kind = (type(layer), *((name, p.shape) for name, p in layer.named_parameters()))
+    for index, layer in enumerate(stack.layers):
+        kind, heads = kind_of(layer), _head_dim(layer)
+        with stack.loaded(index):
             if kind not in known:
-                known[kind] = _scalings(run, every, search)
-            statistics = _gathered(run, known[kind], sample)
-        tensors = {name: parameter.data for name, parameter in layer.named_parameters()}
-        for scaling in known[kind]:
-            readers = [name for name in scaling.readers if name in names]
-            cut = any(is_cut(quantization.weight, tensors[f"{name}.weight"].shape) for name in readers)
-            if not readers or cut or scaling not in statistics:
-                continue
-            found = _scaled(
-                layer, tensors, scaling, readers, statistics.pop(scaling), quantization, search, gptq_follows
-            )
-            name = f"{stack.root}{index}.{scaling.producer}"
-            results[name] = found
-            gain = found.loss / found.loss_before if found.loss_before else 1.0
-            logger.info("%s alpha %s loss × %.3f", name, found.alpha, gain)
-        _collect(layer, tensors, changes)
+                known[kind] = _scalings(stack, passage, index, search)
+            statistics = _gathered(layer, index, passage, known[kind], search.needs.sample if activations else 0)
+        scaler = ChannelScaler(
+            search, stack.source, configs, activations, (), heads, compensated=gptq_follows, stored=True
+        )
+        work = BlockWork(index, stack.prefix(index))
+        for scaling, found in statistics.items():
+            members = [
+                Member(name, _weight(stack, name, work), quantization.weight, stack.stored_dtype(name))
+                for consumer in scaling.consumers
+                if (name := full_name(work.prefix, consumer)) in configs
+            ]
+            if members and not scaler.is_cut([path_in(work.prefix, member.name) for member in members], work.prefix):
+                results[work.prefix + scaling.producer] = scaler.apply(scaling, members, found, work)
+        stack.change(index, work.dense)
         trim_heap()
     if not results:
         raise ConfigError(
             "no norm or linear was found in these layers whose output channels could be scaled for those who read them"
         )
-    changes.commit()
+    stack.commit()
     return results
 
 
-def _scalings(run: Pass, names: Sequence[str], search: ScaleSearchConfig) -> tuple[Scaling, ...]:
+def _scalings(stack: LayerStack, passage: Passage, index: int, search: ScaleSearchConfig) -> tuple[Scaling, ...]:
     """What can be scaled in a layer, found (or what the config says, checked) on the first batch.
 
     Where that does not reach all linears, because tokens are routed, every batch is tried: what is scaled has been
-    found on each batch that reaches its readers.
+    found on each batch that reaches its consumers.
     """
-    reached, found = _scalings_on(run, 0, names, search)
+    names = linears_in(stack.layers[index])
+    reached, found = _scalings_on(stack, passage, index, 0, search)
     if search.scaling_layers is not None or len(reached) == len(names):
         return found
-    tried = [(reached, found), *(_scalings_on(run, index, names, search) for index in range(1, len(run.batches)))]
+    others = [_scalings_on(stack, passage, index, batch, search) for batch in range(1, len(passage))]
+    tried = [(reached, found), *others]
     candidates = dict.fromkeys(scaling for _, found in tried for scaling in found)
     return tuple(
         scaling
         for scaling in candidates
-        if all(scaling in found for reached, found in tried if not reached.isdisjoint(scaling.readers))
+        if all(scaling in found for reached, found in tried if not reached.isdisjoint(scaling.consumers))
     )
 
 
 def _scalings_on(
-    run: Pass, index: int, names: Sequence[str], search: ScaleSearchConfig
+    stack: LayerStack, passage: Passage, index: int, batch: int, search: ScaleSearchConfig
 ) -> tuple[set[str], tuple[Scaling, ...]]:
     """Linears that one batch reaches, and what can be scaled as far as it tells."""
+    layer = stack.layers[index]
+    passing, names = partial(passage.forward(layer, index), batch), linears_in(layer)
     if not names:
         return set(), ()
 
     def forward(changed: Mapping[str, Tensor]) -> Tensor:
-        with _collect(run.layer, changed, Exchange()).for_now():
-            return run.forward(index)
+        others = Exchange()
+        for name, parameter in layer.named_parameters():
+            if name in changed:
+                others.data(parameter, changed[name])
+        with others.for_now():
+            return passing()
 
-    groups = shared_inputs(run.layer, names, [partial(run.forward, index)])
-    output, hidden = run.forward(index), run.batches[index].hidden
+    groups = shared_inputs(layer, names, [passing])
+    output, hidden = passing(), passage.states.get(batch)
     # what a layer adds to its input is what must not change; one without a residual is measured as a whole
     residual = hidden.to(output) if hidden.shape == output.shape else torch.zeros_like(output)
-    found = scalings_of_block(run.layer, groups, forward, residual, _head_dim(run.layer), search.scaling_layers)
-    return {name for group in groups for name in group}, found
+    found = scalings_of_block(layer, groups, forward, residual, _head_dim(layer), search.scaling_layers)
+    return set(members_of(groups)), found
 
 
-def _gathered(run: Pass, scalings: Iterable[Scaling], sample: int) -> dict[Scaling, Statistics]:
-    """Statistics of the inputs that readers share; the batches go on to the next layer."""
+def _gathered(
+    layer: nn.Module, index: int, passage: Passage, scalings: Sequence[Scaling], sample: int
+) -> dict[Scaling, Statistics]:
+    """Statistics of the inputs that consumers share; the batches go on to the next layer."""
     statistics: dict[Scaling, Statistics] = {}
-    mask: Tensor | None = None
 
-    def note(scaling: Scaling, x: Tensor) -> None:
-        if scaling not in statistics:
-            statistics[scaling] = Statistics.empty(x.shape[-1], x.device, sample)
-        counts = mask is not None and x.shape[:-1].numel() == mask.numel()
-        statistics[scaling].add(x, mask.reshape(x.shape[:-1]).to(x.device) if counts and mask is not None else None)
+    def keep(stage: Stage, scaling: Scaling) -> None:
+        if stage.statistics is not None:
+            statistics[scaling] = stage.statistics
 
-    with removed_at_the_end() as hooks:
-        for scaling in scalings:
-            reader = linear_of(run.layer, scaling.readers[0])
-            hooks.append(reader.register_forward_pre_hook(lambda _module, x, scaling=scaling: note(scaling, x[0])))
-        for index, batch in enumerate(run.batches):
-            mask = batch.mask
-            run.emit(index, run.forward(index))
-    for scaling, found in statistics.items():
-        found.finish(scaling.readers[0])
+    stages = [
+        Stage(
+            order,
+            {scaling.consumers[0]: linear_of(layer, scaling.consumers[0])},
+            partial(keep, scaling=scaling),
+            sample=sample,
+            waits=False,
+        )
+        for order, scaling in enumerate(scalings)
+    ]
+    identity = TokenIdentity() if any(mask is not None for mask in passage.masks) else None
+    with nullcontext() if identity is None else identity.following(layer):
+        staged = StagedForward(stages, passage.masks, passage.forward(layer, index), identity=identity)
+        staged.run(partial(passage.emit, index=index), "staged")
     return statistics
 
 
-def _scaled(
-    layer: nn.Module,
-    tensors: dict[str, Tensor],
-    scaling: Scaling,
-    readers: Sequence[str],
-    statistics: Statistics,
-    quantization: QuantizationConfig,
-    search: ScaleSearchConfig,
-    gptq_follows: bool,
-) -> ScaleSearch:
-    """Search one scale and fold it into `tensors`, the layer's parameters by their names, in their own dtype."""
-    weights = [tensors[f"{name}.weight"] for name in readers]
-    producer = tensors[f"{scaling.producer}.weight"]
-    rows, spec = producer.shape[0], quantization.weight
-    assert spec is not None
-    heads = _head_dim(layer)
-    channels = folding.channel_map(weights[0].shape[1], rows, heads).to(producer.device)
-
-    def per_row(scale: Tensor) -> Tensor:
-        return folding.per_row(scale.double(), channels, rows)  # float64, so that what divides is what multiplies
-
-    def stored(scale: Tensor) -> Tensor:
-        return folding.fold_into_producer(tensors, scaling, per_row(scale), heads)[1].float()
-
-    found = search_scales(
-        [weight.float() for weight in weights],
-        [spec] * len(weights),
-        statistics,
-        search,
-        dtype=stored_dtype(weights[0].dtype),
-        input_spec=quantization.input_tensors,
-        tie=channels if rows != channels.numel() else None,
-        power_of_two=producer.ndim > 1 and producer.dtype.itemsize < 4,
-        compensated=gptq_follows,
-        stored=stored,
-    )
-    if found.alpha is None:
-        return found
-    changed, columns = folding.fold(tensors, scaling, per_row(found.scale), heads)
-    tensors |= {name: tensor for name, tensor in changed.items() if name in tensors}
-    return replace(found, scale=columns.float())
+def _weight(stack: LayerStack, name: str, work: BlockWork) -> Tensor:
+    """A linear's weight [out, in] as the block has it by now, float32 where the layer is."""
+    weight = linear_of(stack.layers[work.index], path_in(work.prefix, name)).weight
+    return work.dense.get(f"{name}.weight", weight.detach()).to(weight.device, torch.float32)
 
 
 def _resolved(
@@ -282,9 +260,9 @@ def _resolved(
         )
     if config is None:
         return chosen, AWQConfig() if chosen.input_tensors is None else SmoothQuantConfig()
-    if not isinstance(config, AWQConfig | SmoothQuantConfig):
+    if not isinstance(config, ScaleSearchConfig):
         raise ConfigError(f"config is an AWQConfig or SmoothQuantConfig, not {type(config).__name__}")
-    if isinstance(config, AWQConfig) and config.clip:
+    if config.clips:
         raise ConfigError(
             "clip=True cuts the weights off, so the layers would not compute the same; leave it out here"
         )
@@ -305,11 +283,3 @@ def _preset_of(linear_type: Any) -> str:
 def _head_dim(layer: nn.Module) -> int:
     """Channels per head of a layer's attention; 1 if it has none."""
     return int(getattr(attention_of(layer), "head_dim", 1))
-
-
-def _collect(layer: nn.Module, tensors: Mapping[str, Tensor], changes: Exchange) -> Exchange:
-    """Add to `changes` what gives a layer's parameters other values: `tensors` by their names."""
-    for name, parameter in layer.named_parameters():
-        if name in tensors and tensors[name].data_ptr() != parameter.data_ptr():
-            changes.data(parameter, tensors[name])
-    return changes

@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fewbit.engine.reference import Reference
 from fewbit.engine.stages import ATTENTION, WEIGHTS, CalibrationStop, Stage, Stop
 from fewbit.errors import ArchitectureError
+from fewbit.models.token_identity import TokenIdentity
 from fewbit.nn.exchange import Exchange
 from fewbit.nn.steps import Stepped
 
@@ -41,6 +42,7 @@ class StagedForward:
         masks: per batch, bool [batch, tokens] that leaves padding out of the statistics, or None.
         forward: runs one batch, given by its number, through the block and returns its output.
         reference: the same block in full precision, for the drift of the inputs.
+        identity: follows the tokens, entered while this runs; for blocks in which they are routed.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class StagedForward:
         forward: Callable[[int], Tensor],
         reference: Reference | None = None,
         calibrations: Sequence[CalibrationStop] = (),
+        identity: TokenIdentity | None = None,
     ) -> None:
+        self._identity = identity
         self._stages = stages
         self._calibrations = calibrations
         self._masks = masks
@@ -78,7 +82,7 @@ class StagedForward:
                     self._reference.restart()  # ends what an exception left suspended
 
     def _staged(self, emit: Callable[[int, Tensor], None]) -> None:
-        waiting = [_BatchRun(self._forward, index) for index in range(len(self._masks))]
+        waiting = [self._begun(index) for index in range(len(self._masks))]
         try:
             self._advance(waiting, emit)
             while waiting := [run for run in waiting if not run.dead]:
@@ -104,7 +108,7 @@ class StagedForward:
         while pending:
             reached: list[Stop] = []
             for index in list(pending):
-                run = _BatchRun(self._forward, index)
+                run = self._begun(index)
                 output = run.switch(index)  # as far as the first stop that is not decided, or to the end
                 if run.dead:
                     pending.remove(index)
@@ -122,26 +126,52 @@ class StagedForward:
                 if not stop.done:
                     stop.reset()  # counted anew when it is its turn
 
+    def _begun(self, index: int) -> _BatchRun:
+        """The forward of a batch, at its beginning."""
+        return _BatchRun(self._forward, index, self._count)
+
     def _count(self, run: _BatchRun) -> None:
-        """Add the tensor that a suspended forward has in hand to its stop."""
-        stop, x, index = run.at, run.tensor, run.index
-        run.tensor = None
+        """Add the tensor that a forward has in hand to the stop where it is."""
+        stop, x, tokens = run.at, run.tensor, run.tokens
+        run.tensor = run.tokens = None
         assert stop is not None
         assert x is not None
-        mask = self._masks[index]
-        if mask is not None and isinstance(stop, CalibrationStop) and stop.order[1] == ATTENTION:
-            rows = x.shape[0] // mask.numel()  # of a token: its heads, or its channels where heads are columns
-            mask = mask.repeat_interleave(rows, int(stop.quantizer.spec.qscheme == "per_channel")).flatten()
-        elif mask is not None and x.shape[:-1].numel() == mask.numel():
-            mask = mask.reshape(x.shape[:-1])  # some blocks put the batch's tokens in one row
-        else:
-            mask = None  # tokens were routed: what reaches the linear is no longer laid out like the batch
-        reference = None
+        routed = isinstance(stop, Stage) and stop.routed
+        mask = self._counted(stop, x, tokens, self._masks[run.index], routed)
+        reference = known = None
         if self._reference is not None and stop.order[1] == WEIGHTS:
-            reference = self._reference.input_of(stop.order[0], index)
-            if reference is not None and reference.shape != x.shape:
-                reference = None  # other tokens were routed here than in full precision
-        stop.add(x, mask, reference)
+            reference = self._reference.input_of(stop.order[0], run.index)
+            if reference is not None and (routed or tokens is not None):
+                reference, known = self._paired(reference, tokens)
+            elif reference is not None and reference.shape != x.shape:
+                reference = None
+        stop.add(x, mask, reference, known)
+
+    def _counted(
+        self, stop: Stop, x: Tensor, tokens: Tensor | None, mask: Tensor | None, routed: bool
+    ) -> Tensor | None:
+        """Which rows [...] of `x` [..., channels] are no padding; None if none is. Rows of which that is not known do
+        not count."""
+        if mask is None:
+            return None
+        if isinstance(stop, CalibrationStop) and stop.order[1] == ATTENTION:
+            rows = x.shape[0] // mask.numel()  # of a token: its heads, or its channels where heads are columns
+            return mask.repeat_interleave(rows, int(stop.quantizer.spec.qscheme == "per_channel")).flatten()
+        if tokens is not None:
+            return mask.flatten().to(tokens.device)[tokens] | (tokens < 0)
+        if not routed and x.shape[:-1].numel() == mask.numel():
+            return mask.reshape(x.shape[:-1])  # some blocks put the batch's tokens in one row
+        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+    def _paired(self, reference: Tensor, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """For each of `tokens` [...] its row of `reference`, and whether it has one there. None if nobody knows."""
+        there = None if self._identity is None else self._identity.of(reference)
+        if there is None or tokens is None or not there.numel():
+            return None, None
+        ordered, place = there.flatten().sort(stable=True)
+        found = torch.searchsorted(ordered, tokens).clamp_(max=ordered.numel() - 1)
+        known = (ordered[found] == tokens) & (tokens >= 0)
+        return reference.reshape(-1, reference.shape[-1])[place[found]], known
 
     @contextmanager
     def _wrapped(self) -> Iterator[None]:
@@ -149,14 +179,16 @@ class StagedForward:
         for_now = Exchange()
         for stage in self._stages:
             for name, linear in stage.members.items():
-                for_now.item(vars(linear), "forward", _suspending(stage, name, linear))
+                for_now.item(vars(linear), "forward", _suspending(stage, name, linear, self._identity))
         for stop in self._calibrations:
-            for_now.item(vars(stop.quantizer), "observer", _parking(stop))
+            for_now.item(vars(stop.quantizer), "observer", _parking(stop, self._identity))
         with for_now.for_now():
             yield
 
 
-def _suspending(stage: Stage, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _suspending(
+    stage: Stage, name: str, linear: nn.Linear, identity: TokenIdentity | None
+) -> Callable[[Tensor], Tensor]:
     """A forward of a stage's member that waits until the stage is done."""
     original = linear.forward
 
@@ -164,32 +196,39 @@ def _suspending(stage: Stage, name: str, linear: nn.Linear) -> Callable[[Tensor]
         run = getcurrent()
         if not isinstance(run, _BatchRun):
             return original(x)
+        tokens = None if identity is None else identity.of(x)
+        output = suspended(run, x, tokens)
+        if identity is not None and tokens is not None:  # quantizers are no functions that it could follow
+            identity.mark(output, tokens)
+        return output
+
+    def suspended(run: _BatchRun, x: Tensor, tokens: Tensor | None) -> Tensor:
         if not isinstance(linear, Stepped):
             for stop in (stage.before, stage):
                 if stop is not None and not stop.done:
-                    run.park(stop, x)
+                    run.park(stop, x, tokens)
             run.check_input(stage, name, x)
             return original(x)
         place = linear.scales_at
         coming = linear.seen(x, stop=place)
         if stage.before is not None and not stage.before.done:
-            run.park(stage.before, coming)
+            run.park(stage.before, coming, tokens)
         seen, steps = linear.seen(coming, place), linear.input_steps
         if not stage.done:
-            run.park(stage, seen)
+            run.park(stage, seen, tokens)
         run.check_input(stage, name, x)
         return linear.output(seen if linear.input_steps == steps else linear.seen(coming, place))
 
     return forward
 
 
-def _parking(stop: CalibrationStop) -> Callable[[Tensor], None]:
+def _parking(stop: CalibrationStop, identity: TokenIdentity | None) -> Callable[[Tensor], None]:
     """An observer that waits until the scale is fixed."""
 
     def observe(x: Tensor) -> None:
         run = getcurrent()
         if isinstance(run, _BatchRun) and not stop.done:
-            run.park(stop, x)
+            run.park(stop, x, None if identity is None else identity.of(x))
 
     return observe
 
@@ -197,20 +236,26 @@ def _parking(stop: CalibrationStop) -> Callable[[Tensor], None]:
 class _BatchRun(greenlet):  # type: ignore[misc]
     """The forward of one batch, suspended or running."""
 
-    def __init__(self, forward: Callable[[int], Tensor], index: int) -> None:
+    def __init__(self, forward: Callable[[int], Tensor], index: int, count: Callable[[_BatchRun], None]) -> None:
         super().__init__(forward)
         self.index = index
+        self._count = count
         self.at: Stop | None = None
         """Where it is suspended."""
         self.tensor: Tensor | None = None
-        """What it came with, until it is counted."""
+        """What it came with, until it is counted …"""
+        self.tokens: Tensor | None = None
+        """… and the token of each of its rows, if somebody knows."""
         self._inputs: dict[Stage, tuple[str, int, StorageWeakRef]] = {}
         """Per stage: the first member called, the address of its input, and whether that memory still lives."""
 
-    def park(self, stop: Stop, x: Tensor) -> None:
-        """Suspend until the stop is decided."""
-        self.at, self.tensor = stop, x
-        self.parent.switch()
+    def park(self, stop: Stop, x: Tensor, tokens: Tensor | None) -> None:
+        """Suspend until the stop is decided, if it is one that waits."""
+        self.at, self.tensor, self.tokens = stop, x, tokens
+        if stop.waits:
+            self.parent.switch()
+        else:
+            self._count(self)
 
     def check_input(self, stage: Stage, name: str, x: Tensor) -> None:
         """ArchitectureError if a member of a stage is fed something else than the first one."""

@@ -22,16 +22,18 @@ PLACES = {"input_quantizer": INPUT, "output_quantizer": OUTPUT}
 
 
 class Stop(Protocol):
-    """What a suspended forward waits for."""
+    """A point where a forward is suspended."""
 
     order: Order
     done: bool
+    waits: bool
+    """Whether the forward waits for a decision. Else what it came with is counted, and it goes on."""
 
     @property
     def name(self) -> str: ...
 
-    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
-        """Count one batch's tensor; `mask` of its leading shape, bool, leaves padding out."""
+    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None, known: Tensor | None = None) -> None:
+        """Count one batch's tensor, as `Statistics.add` does."""
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -51,6 +53,8 @@ class Stage:
         place: WEIGHTS sees the input as the weights meet it (smoothed, quantized), SCALES as it comes.
         sample: tokens of the input to keep, evenly spread over the batches' order of arrival.
         before: the stop at SCALES that comes first, if there is one.
+        waits: False where nothing is decided that would change the forward.
+        routed: tokens are chosen or reordered before they come here.
     """
 
     def __init__(
@@ -62,8 +66,12 @@ class Stage:
         place: int = WEIGHTS,
         sample: int = 0,
         before: Stage | None = None,
+        waits: bool = True,
+        routed: bool = False,
     ) -> None:
         self.order: Order = (order, place)
+        self.waits = waits
+        self.routed = routed
         self.members = members
         self.before = before
         self.done = False
@@ -75,13 +83,13 @@ class Stage:
     def name(self) -> str:
         return next(iter(self.members))
 
-    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
+    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None, known: Tensor | None = None) -> None:
         if self.statistics is None:
             self.statistics = Statistics.empty(x.shape[-1], x.device, self._sample)
         first = next(iter(self.members.values()))
         if reference is not None and isinstance(first, Stepped):
             reference = first.exactly(reference)  # as x came
-        self.statistics.add(x, mask, reference)
+        self.statistics.add(x, mask, reference, known)
 
     def reset(self) -> None:
         self.statistics = None
@@ -99,6 +107,8 @@ class Stage:
 class CalibrationStop:
     """An activation with a static scale: when all batches have come, the scale is fixed."""
 
+    waits = True
+
     def __init__(self, order: Order, name: str, quantizer: ActivationQuantizer) -> None:
         self.order = order
         self.done = False
@@ -106,7 +116,7 @@ class CalibrationStop:
         self.quantizer = quantizer
         self._observer = make_observer(quantizer.spec, quantizer.dtype)
 
-    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None) -> None:
+    def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None, known: Tensor | None = None) -> None:
         self._observer.update(x if mask is None else x[mask])
 
     def reset(self) -> None:
@@ -132,13 +142,13 @@ def stages_of(
     """
     stages = []
     for order, group in enumerate(groups):
-        if not group:
+        if not group.members:
             continue
-        members = {name: linear_of(block, name) for name in group}
+        members = {name: linear_of(block, name) for name in group.members}
         before = None
         if scale is not None and samples is not None and order in samples:
-            before = Stage(order, members, scale, place=SCALES, sample=samples[order])
-        stages.append(Stage(order, members, decide, before=before))
+            before = Stage(order, members, scale, place=SCALES, sample=samples[order], routed=group.routed)
+        stages.append(Stage(order, members, decide, before=before, routed=group.routed))
     return stages
 
 
@@ -147,7 +157,7 @@ def calibration_stops(block: nn.Module, groups: Groups, prefix: str = "") -> lis
 
     `prefix` is the block's name and a dot, for messages.
     """
-    group_of = {name: number for number, group in enumerate(groups) for name in group}
+    group_of = {name: number for number, group in enumerate(groups) for name in group.members}
     stops = []
     for path, module in block.named_modules():  # one that linears share comes once
         if isinstance(module, ActivationQuantizer) and module.needs_calibration:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbit import process
-from fewbit.calibration.hidden_states import HiddenStates, check_finite
+from fewbit.calibration.hidden_states import HiddenStates
+from fewbit.calibration.passage import enter
 from fewbit.formats.opening import open_any
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.scratch import temporary_directory
@@ -45,16 +46,8 @@ def last_hidden_states(
     model: BlockwiseModel, ids: Tensor, device: torch.device, budget: int, scratch: Path
 ) -> HiddenStates:
     """Output of the last block for each window of `ids` [windows, tokens]; CalibrationError for NaN or infinity."""
-    states = HiddenStates(budget, scratch)
-    calls = []
-    for index, inputs in enumerate(model.enter([{"input_ids": window.unsqueeze(0)} for window in ids], device)):
-        check_finite(inputs.hidden, "the embedding", index)
-        states.put(index, inputs.hidden)
-        calls.append(inputs.calls)
-    for number in range(len(model)):
-        with model.loaded(number, device) as block, torch.no_grad():
-            for index in range(len(states)):
-                output = model.call_block(block, states.get(index).to(device), calls[index][number])
-                check_finite(output, f"block {model.block_name(number)!r}", index)
-                states.put(index, output)
-    return states
+    passage = enter(model, [{"input_ids": window.unsqueeze(0)} for window in ids], device, budget, scratch)
+    for index in range(len(model)):
+        with model.loaded(index, device) as block, torch.no_grad():
+            passage.cross(block, index)
+    return passage.states

@@ -2,99 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-# Linears of a block in execution order; the members of one group share one input.
-Groups = tuple[tuple[str, ...], ...]
 
-ATTENTION_AND_GATED_MLP: Groups = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that share one input."""
+
+    members: tuple[str, ...]
+    """Their paths inside the block."""
+    producer: str | None = None
+    """The norm or linear that makes the input, channel by channel (values through attention, up through the gated
+    product), so that it can be divided and the members' columns multiplied; None if nobody is known."""
+    routed: bool = False
+    """Tokens are chosen or reordered on their way here (experts): the input is not laid out like the batch."""
+
+
+Groups = tuple[Group, ...]
+"""Of one kind of block, in execution order."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Channels that are divided at their producer and multiplied back in every reader's columns.
+    """Channels divided at their producer and multiplied back in every consumer's columns.
 
     Names are paths inside a block.
     """
 
     producer: str
-    """A norm, or a linear whose output channels reach the readers one by one (values through attention, up through
-    the gated product). A producer with fewer channels than its readers makes them for several heads each."""
-    readers: tuple[str, ...]
+    """A norm, or a linear whose output channels reach the consumers one by one. A producer with fewer channels than
+    its consumers makes them for several heads each."""
+    consumers: tuple[str, ...]
     """All linears that read them."""
     others: tuple[str, ...] = ()
     """All parameters [..., channels] of other modules that read them: routers, experts in one tensor."""
     offset: bool = False
-    """The producer is a norm that multiplies by (1 + weight)."""
+    """A norm as producer multiplies by (1 + weight)."""
 
 
-def _scalings(before_mlp: str = "post_attention_layernorm", offset: bool = False) -> tuple[Scaling, ...]:
-    """Those of ATTENTION_AND_GATED_MLP behind pre-norms."""
-    attention, output, mlp, down = ATTENTION_AND_GATED_MLP
+def _decoder(before_mlp: str = "post_attention_layernorm") -> Groups:
+    """Attention and a gated MLP, each behind a norm."""
     return (
-        Scaling("input_layernorm", attention, offset=offset),
-        Scaling("self_attn.v_proj", output),
-        Scaling(before_mlp, mlp, offset=offset),
-        Scaling("mlp.up_proj", down),
+        Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+        Group(("self_attn.o_proj",), "self_attn.v_proj"),
+        Group(("mlp.gate_proj", "mlp.up_proj"), before_mlp),
+        Group(("mlp.down_proj",), "mlp.up_proj"),
     )
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where things are in a family's modules, and what is particular about it. Names are module paths."""
+    """Where things are in a family's modules. Names are module paths."""
 
     name: str
     model_types: tuple[str, ...]
     """`model_type` of the configurations that this row describes."""
-    groups: Groups
-    scalings: tuple[Scaling, ...] = ()
-    """What can be scaled; empty for a family that was detected: see scalings.py."""
+    kinds: tuple[Groups, ...] = ()
+    """The groups of each kind of block (dense and MoE layers, a vision tower's …); empty for a family that was
+    detected, whose blocks are looked at."""
     blocks: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     head: str = "lm_head"
     offset_norm: bool = False
-    """The norm multiplies by (1 + weight) instead of weight."""
-    post_norms: bool = False
-    """Attention and MLP outputs pass a norm before they are added to the residual stream."""
-    qk_norm: bool = False
-    """Queries and keys are normalized per head before RoPE."""
-    sliding_window: bool = False
-    """Some blocks see a sliding window only, so masks and RoPE differ from block to block."""
+    """Norms multiply by (1 + weight) instead of weight."""
     detected: bool = False
     """Found by looking at the modules, not listed in FAMILIES."""
 
-    @property
-    def traits(self) -> list[str]:
-        """The particulars in words."""
-        named = {
-            "offset norms": self.offset_norm,
-            "post-norms": self.post_norms,
-            "q/k norms": self.qk_norm,
-            "sliding windows": self.sliding_window,
-            "detected": self.detected,
-        }
-        return [words for words, present in named.items() if present]
+    def groups(self, linears: Collection[str]) -> Groups | None:
+        """Of a block with these linears: those of the kind that covers most of them; None if no kind fits."""
+        fitting = [kind for kind in self.kinds if set(linears).issuperset(members_of(kind))]
+        return max(fitting, key=lambda kind: len(members_of(kind)), default=None)
+
+    def scalings(self, groups: Groups) -> tuple[Scaling, ...]:
+        """What can be scaled by the groups' own word."""
+        linears = members_of(groups)
+        return tuple(
+            Scaling(
+                producer,
+                tuple(name for group in groups if group.producer == producer for name in group.members),
+                offset=self.offset_norm and producer not in linears,
+            )
+            for producer in dict.fromkeys(group.producer for group in groups)
+            if producer is not None
+        )
+
+
+def members_of(groups: Groups) -> list[str]:
+    """All linears of the groups, in order."""
+    return [name for group in groups for name in group.members]
 
 
 FAMILIES = (
-    Architecture("llama", ("llama", "mistral"), ATTENTION_AND_GATED_MLP, _scalings()),
-    Architecture("qwen2", ("qwen2",), ATTENTION_AND_GATED_MLP, _scalings()),
-    Architecture("qwen3", ("qwen3",), ATTENTION_AND_GATED_MLP, _scalings(), qk_norm=True),
-    Architecture(
-        "gemma3",
-        ("gemma3_text",),
-        ATTENTION_AND_GATED_MLP,
-        _scalings("pre_feedforward_layernorm", offset=True),
-        offset_norm=True,
-        post_norms=True,
-        qk_norm=True,
-        sliding_window=True,
-    ),
+    Architecture("llama", ("llama", "mistral"), (_decoder(),)),
+    Architecture("qwen2", ("qwen2",), (_decoder(),)),
+    Architecture("qwen3", ("qwen3",), (_decoder(),)),
+    Architecture("gemma3", ("gemma3_text",), (_decoder("pre_feedforward_layernorm"),), offset_norm=True),
 )
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSour
 from fewbit.errors import ArchitectureError, CheckpointError, FewbitError, first_line
 from fewbit.models import detect, stored
 from fewbit.models.architecture import Architecture, Groups, listed
+from fewbit.models.block_stack import BlockCall
 from fewbit.models.memory import trim_grown_heap, trim_heap
 from fewbit.models.nested import to_device
+from fewbit.models.probe import kind_of, linears_in, probe_tokens
 from fewbit.models.skeleton import build, outline
 from fewbit.nn import in_memory, linear
-
-BlockCall = dict[str, Any]
-"""Keyword arguments of one block for one batch."""
 
 
 @dataclass
@@ -58,7 +57,7 @@ class BlockwiseModel:
         self.architecture = architecture or listed(model_type) or detect.architecture(skeleton, model_type)
         self.blocks: nn.ModuleList = detect.get_module_list(skeleton, self.architecture.blocks)
         linear.adopt(skeleton)
-        self._groups: Groups | None = self.architecture.groups or None
+        self._groups: dict[Hashable, Groups] = {}
         self.module: PreTrainedModel | None = None
         """The model in memory whose weights these are, if it is one."""
         self._returns_tuple = False  # what the model expects of its blocks: known once one was called
@@ -118,12 +117,22 @@ class BlockwiseModel:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    @property
-    def groups(self) -> Groups:
-        """Linears that share an input, in execution order, by their names inside a block."""
-        if self._groups is None:
-            self._groups = detect.groups(self)
-        return self._groups
+    def groups(self, index: int, passing: Sequence[Callable[[], object]] = ()) -> Groups:
+        """Linears of a block that share an input, in execution order: what the architecture says of its kind, or found
+        by a probe of the first block of the kind."""
+        block = self.blocks[index]
+        kind = kind_of(block)
+        if kind not in self._groups:
+            self._groups[kind] = self.architecture.groups(linears_in(block)) or self._probed(index)
+        return self._groups[kind]
+
+    def _probed(self, index: int) -> Groups:
+        """Groups of a block that no row describes; many tokens pass where few do not reach all experts."""
+        batches = [{"input_ids": tokens.unsqueeze(0)} for tokens in probe_tokens(self.vocabulary)]
+        inputs = list(self.enter(batches))
+        with self.loaded(index) as block, torch.no_grad():
+            forwards = [partial(self.call_block, block, one.hidden, one.calls[index]) for one in inputs]
+            return detect.groups(block, self.architecture.name, forwards)
 
     def block_name(self, index: int) -> str:
         return f"{self.architecture.blocks}.{index}"
@@ -132,10 +141,17 @@ class BlockwiseModel:
         """What the full names of a block's modules begin with."""
         return f"{self.block_name(index)}."
 
-    def full_groups(self) -> Groups:
+    def full_groups(self) -> list[tuple[str, ...]]:
         """Linears that share an input, by their full names, of all blocks."""
-        blocks = [self.prefix(index) for index in range(len(self))]
-        return tuple(tuple(prefix + name for name in group) for prefix in blocks for group in self.groups)
+        return [
+            tuple(self.prefix(index) + name for name in group.members)
+            for index in range(len(self))
+            for group in self.groups(index)
+        ]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Dtype of a linear's weight in the checkpoint."""
+        return self.source.info()[f"{name}.weight"].dtype
 
     def linears(self) -> dict[str, linear.Linear]:
         """Every linear of the model, inside and outside of the blocks, by its full name."""
@@ -170,7 +186,9 @@ class BlockwiseModel:
             _release(block)
             trim_grown_heap()
 
-    def enter(self, batches: list[Mapping[str, Tensor]], device: torch.device | str = "cpu") -> Iterator[BlockInputs]:
+    def enter(
+        self, batches: Iterable[Mapping[str, Tensor]], device: torch.device | str = "cpu"
+    ) -> Iterator[BlockInputs]:
         """What the blocks are called with for each batch ({"input_ids": [batch, tokens], maybe "attention_mask"}).
 
         Batches of the same shape in which every token counts share masks and rotary embeddings.

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fewbit.errors import ArchitectureError
-from fewbit.models.architecture import Architecture, Groups
-from fewbit.models.probe import shared_inputs
+from fewbit.models.architecture import Architecture, Groups, members_of
+from fewbit.models.probe import linears_in, shared_inputs
 from fewbit.models.untouched import sentence, untouched
-from fewbit.nn.linear import Linear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from fewbit.models.blockwise import BlockwiseModel
 
 WHAT_TO_WRITE = (
     "add a row to FAMILIES in fewbit/models/architecture.py, for example Architecture({name!r}, ({name!r},), "
-    'groups=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), …), '
+    '((Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")), Group(("self_attn.o_proj",)), …),), '
     'blocks="model.layers", embeddings="model.embed_tokens", head="lm_head")'
 )
 
 
 def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
-    """Where blocks, embeddings and head of an unlisted family are. Its groups are found by `groups`."""
+    """Where blocks, embeddings and head of an unlisted family are. Groups are found by `groups`."""
     names = {module: name for name, module in skeleton.named_modules()}
     lists = [
         (sum(p.numel() for p in module.parameters()), name)
@@ -57,7 +51,6 @@ def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
     return Architecture(
         name=model_type,
         model_types=(model_type,),
-        groups=(),
         blocks=blocks,
         embeddings=names[embeddings],
         head=names[head],
@@ -65,26 +58,18 @@ def architecture(skeleton: PreTrainedModel, model_type: str) -> Architecture:
     )
 
 
-def groups(model: BlockwiseModel) -> Groups:
-    """Which linears of a block share an input, in execution order: seen while 8 tokens pass the first block."""
-    (inputs,) = model.enter([{"input_ids": torch.arange(8).unsqueeze(0)}])
-    linears = [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
-    with model.loaded(0) as block, torch.no_grad():
-        found = shared_inputs(block, linears, [lambda: model.call_block(block, inputs.hidden, inputs.calls[0])])
-    unseen = set(linears) - {name for members in found for name in members}
-    kind = model.architecture.name
-    if unseen:
+def groups(block: nn.Module, kind: str, forwards: Sequence[Callable[[], object]]) -> Groups:
+    """Which linears of a block share an input, in execution order: seen while batches pass it.
+
+    `forwards` run one each; ArchitectureError, which names the family `kind`, if a linear is reached by none.
+    """
+    linears = linears_in(block)
+    found = shared_inputs(block, linears, forwards)
+    if unseen := set(linears).difference(members_of(found)):
         raise ArchitectureError(
-            f"model type {kind!r} is not listed and a probe of its first block did not reach {sorted(unseen)[0]!r}; "
+            f"model type {kind!r} is not listed and a probe of its blocks did not reach {sorted(unseen)[0]!r}; "
             + WHAT_TO_WRITE.format(name=kind)
         )
-    for index, other in enumerate(model.blocks):
-        names = {name for name, module in other.named_modules() if isinstance(module, Linear)}
-        if names != set(linears):
-            raise ArchitectureError(
-                f"model type {kind!r} is not listed and its block {index} has other linears than its first; "
-                + WHAT_TO_WRITE.format(name=kind)
-            )
     return found
 
 

@@ -5,13 +5,13 @@ whoever makes x can be divided instead: a norm's weight and bias, a linear's row
 the block computes, not even by the rounding of the checkpoint's dtype:
 
     norm       w/s is rounded to its dtype first, and the scale that is taken is the ratio of what was stored to what
-               is stored. It differs a little from the one that was wanted, and the readers are given that one.
+               is stored. It differs a little from the one that was wanted, and the consumers are given that one.
     linear     each row is rescaled only if that is exact, which powers of two are (short of the ends of the range);
                the other rows keep 1. Of a quantized linear only the scales change.
 
-    readers    a channel is scaled only if each reader's column stays in the range of its dtype, and keeps 1 otherwise.
+    consumers  a channel is scaled only if each consumer's column stays in the range of its dtype, and keeps 1 else.
 
-So every function that folds into a producer returns the scale that was taken, which is the one that the readers'
+So every function that folds into a producer returns the scale that was taken, which is the one that the consumers'
 columns are to be multiplied by.
 """
 
@@ -116,16 +116,16 @@ def rescalable_rows(weight: QuantTensor, factor: Tensor) -> Tensor:
 
 
 def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
-    """A reader [..., in] whose columns are multiplied by `scale` [in], in its dtype.
+    """A consumer [..., in] whose columns are multiplied by `scale` [in], in its dtype.
 
-    This is for readers that stay as they are: routers, gates, excluded linears. In 16 bits it rounds unless the scale
-    is a power of two.
+    This is for consumers that stay as they are: routers, gates, excluded linears. In 16 bits it rounds unless the
+    scale is a power of two.
     """
     return (weight.double() * scale.double()).to(weight.dtype)
 
 
 def channel_map(channels: int, rows: int, head_dim: int) -> Tensor:
-    """Which of a producer's `rows` makes each of the readers' `channels`: [channels] int64.
+    """Which of a producer's `rows` makes each of the consumers' `channels`: [channels] int64.
 
     One to one where there are as many; values of attention with fewer heads than queries have are read by several
     neighbouring heads. ValueError if the numbers do not fit.
@@ -148,24 +148,24 @@ def per_row(scale: Tensor, channels: Tensor, rows: int) -> Tensor:
 def fold(
     tensors: Mapping[str, Tensor], scaling: Scaling, scale: Tensor, head_dim: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """A block's tensors that change when the producer of `scaling` is divided and its readers are multiplied.
+    """A block's tensors that change when the producer of `scaling` is divided and its consumers are multiplied.
 
     `tensors` by their names inside the block, unquantized; `scale` [channels of the producer]. Returns the changed
-    tensors and the scale that the readers' columns were multiplied by [channels of the readers].
+    tensors and the scale that the consumers' columns were multiplied by [channels of the consumers].
     """
     changed, columns = fold_into_producer(tensors, scaling, scale, head_dim)
-    return changed | {reader: scale_columns(tensors[reader], columns) for reader in _readers(scaling)}, columns
+    return changed | {consumer: scale_columns(tensors[consumer], columns) for consumer in _consumers(scaling)}, columns
 
 
 def fold_into_producer(
     tensors: Mapping[str, Tensor], scaling: Scaling, scale: Tensor, head_dim: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """`fold` but for the readers: the producer's tensors, and what the readers' columns are to be multiplied by."""
+    """`fold` but for the consumers: the producer's tensors, and what their columns are to be multiplied by."""
     name = scaling.producer
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    readers = [tensors[reader] for reader in _readers(scaling)]
-    channels = channel_map(readers[0].shape[-1], scale.numel(), head_dim).to(scale.device)
-    scale = where_scalable(readers, scale, channels)
+    consumers = [tensors[consumer] for consumer in _consumers(scaling)]
+    channels = channel_map(consumers[0].shape[-1], scale.numel(), head_dim).to(scale.device)
+    scale = where_scalable(consumers, scale, channels)
     if weight.ndim == 1:
         folded, folded_bias, taken = fold_into_norm(weight, bias, scale, scaling.offset)
     else:
@@ -176,18 +176,18 @@ def fold_into_producer(
     return changed, taken[channels]
 
 
-def _readers(scaling: Scaling) -> list[str]:
-    return [f"{reader}.weight" for reader in scaling.readers] + list(scaling.others)
+def _consumers(scaling: Scaling) -> list[str]:
+    return [f"{consumer}.weight" for consumer in scaling.consumers] + list(scaling.others)
 
 
-def where_scalable(readers: Sequence[Tensor], scale: Tensor, channels: Tensor) -> Tensor:
-    """A producer's scale [rows], but 1 where columns of these readers [..., in] would leave the range of their dtype.
+def where_scalable(consumers: Sequence[Tensor], scale: Tensor, channels: Tensor) -> Tensor:
+    """A producer's scale [rows], but 1 where columns of consumers [..., in] would leave the range of their dtype.
 
     `channels` [in]: the row that makes each column. A column is as good as its largest element.
     """
     possible = torch.ones_like(channels, dtype=torch.bool)
     columns = scale[channels]
-    for weight in readers:
+    for weight in consumers:
         largest = weight.abs().flatten(0, -2).amax(0).double() * columns.double()
         possible &= _in_range(largest, weight.dtype)
     rows = torch.ones_like(scale, dtype=torch.bool)

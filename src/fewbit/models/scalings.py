@@ -1,14 +1,14 @@
 """Which channels of a model can be scaled: from the family's data, from the recipe, or found by looking.
 
-A scaling is right if dividing the producer and multiplying the readers leaves the block's output as it was, so that is
-what is tried: 8 tokens pass the first block before and after, with powers of two as scales, which float arithmetic
-carries through exactly. A reader that was left out, an activation function in between, a norm with an offset: each
-shows in the output. What is found or given is used only if it passes.
+A scaling is right if dividing the producer and multiplying the consumers leaves the block's output as it was, so that
+is what is tried: 8 tokens pass a block of each kind before and after, with powers of two as scales, which float
+arithmetic carries through exactly. A consumer that was left out, an activation function in between, a norm with an
+offset: each shows in the output. What is found or given is used only if it passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -20,42 +20,53 @@ from torch.func import functional_call
 from fewbit.config.algorithms import ScalingLayer
 from fewbit.errors import ConfigError, nearest
 from fewbit.models.architecture import Groups, Scaling
-from fewbit.models.blockwise import BlockInputs, BlockwiseModel
+from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.folding import channel_map, fold
 from fewbit.models.hooks import removed_at_the_end
+from fewbit.models.probe import kind_of, probe_tokens
 
-TOLERANCE = 1e-4  # of the block's contribution; a reader that was left out changes it by a large part
-OTHERS_TRIED = 4  # parameters that may or may not be readers: all their subsets are tried
+TOLERANCE = 1e-4  # of the block's contribution; a consumer that was left out changes it by a large part
+OTHERS_TRIED = 4  # parameters that may or may not be consumers: all their subsets are tried
 WHAT_TO_WRITE = (
     'scaling_layers = [{"prev_op": "input_layernorm", "layers": ["self_attn.q_proj", "self_attn.k_proj", '
     '"self_attn.v_proj"]}, …], with names inside a block'
 )
 
 
-def scalings(model: BlockwiseModel, given: Sequence[ScalingLayer] | None = None) -> tuple[Scaling, ...]:
-    """What can be scaled in each block of the model.
+def scalings(model: BlockwiseModel, given: Sequence[ScalingLayer] | None = None) -> list[tuple[Scaling, ...]]:
+    """What can be scaled in each block of the model; blocks of one kind have the same.
 
     Args:
         given: what the recipe says instead of the family's data.
 
-    Raises ConfigError for a layer that is not there, one that cannot be scaled, or if nothing can be.
+    Raises ConfigError for a layer that no block has, one that cannot be scaled, or if nothing can be.
     """
     if given is not None:
-        with _probe(model) as probe:
-            return tuple(_from_recipe(model.blocks, probe, layer) for layer in given)
-    heads, block = head_dim(model), model.blocks[0]
-    fitting = tuple(scaling for scaling in model.architecture.scalings if _fits(block, scaling, heads))
-    if fitting:
-        return fitting
-    groups = model.groups  # found by a probe of its own
-    with _probe(model) as probe:
-        found = tuple(_found(probe, groups))
-    if not found:
+        check_names(list(model.blocks), given)
+    found: dict[Hashable, tuple[Scaling, ...]] = {}
+    kinds = [kind_of(block) for block in model.blocks]
+    for index, kind in enumerate(kinds):
+        if kind not in found:
+            found[kind] = _of_kind(model, index, given)
+    if not any(found.values()):
         raise ConfigError(
             f"no layer of {model.architecture.name} was found whose output channels could be scaled; "
             f"write which: {WHAT_TO_WRITE}"
         )
-    return found
+    return [found[kind] for kind in kinds]
+
+
+def _of_kind(model: BlockwiseModel, index: int, given: Sequence[ScalingLayer] | None) -> tuple[Scaling, ...]:
+    """What can be scaled in a block and those like it."""
+    if given is not None:
+        with _probe(model, index) as probe:
+            return tuple(_from_recipe(probe, layer) for layer in given if not _lacks(probe.block, layer))
+    groups, heads, block = model.groups(index), head_dim(model), model.blocks[index]
+    fitting = tuple(scaling for scaling in model.architecture.scalings(groups) if _fits(block, scaling, heads))
+    if fitting:
+        return fitting
+    with _probe(model, index) as probe:
+        return tuple(_found(probe, groups))
 
 
 def scalings_of_block(
@@ -73,7 +84,8 @@ def scalings_of_block(
     """
     probe = _Probe(block, {name: p.data for name, p in block.named_parameters()}, forward, hidden, head_dim)
     if given is not None:
-        return tuple(_from_recipe([block], probe, layer) for layer in given)
+        check_names([block], given)
+        return tuple(_from_recipe(probe, layer) for layer in given)
     return tuple(_found(probe, groups))
 
 
@@ -85,10 +97,10 @@ def head_dim(model: BlockwiseModel) -> int:
 
 
 def _fits(block: nn.Module, scaling: Scaling, heads: int) -> bool:
-    """Whether the producer's channels, in heads of so many, can be told apart in the readers."""
+    """Whether the producer's channels, in heads of so many, can be told apart in the consumers."""
     rows = _weight(block, scaling.producer).shape[0]
     try:
-        channel_map(_weight(block, scaling.readers[0]).shape[-1], rows, heads)
+        channel_map(_weight(block, scaling.consumers[0]).shape[-1], rows, heads)
     except ValueError:
         return False
     return True
@@ -102,7 +114,7 @@ def _weight(block: nn.Module, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Probe:
-    """The first block with its weights, and a forward through it."""
+    """A block with its weights, and a forward through it."""
 
     block: nn.Module
     tensors: Mapping[str, Tensor]
@@ -125,7 +137,7 @@ class _Probe:
         return bool(error < TOLERANCE * (before - self.hidden).norm())
 
     def settled(self, scaling: Scaling) -> Scaling | None:
-        """The scaling with the kind of norm, and those of its possible other readers, with which it passes."""
+        """The scaling with the kind of norm, and those of its possible other consumers, with which it passes."""
         is_norm = self.tensors[f"{scaling.producer}.weight"].ndim == 1
         for count in range(len(scaling.others), -1, -1):
             for others in combinations(scaling.others, count):
@@ -137,31 +149,36 @@ class _Probe:
 
 
 @contextmanager
-def _probe(model: BlockwiseModel) -> Iterator[_Probe]:
-    (inputs,) = model.enter([{"input_ids": torch.arange(8).unsqueeze(0)}])
-    with model.loaded(0) as block, torch.no_grad():
+def _probe(model: BlockwiseModel, index: int) -> Iterator[_Probe]:
+    (inputs,) = model.enter([{"input_ids": probe_tokens(model.vocabulary)[0].unsqueeze(0)}])
+    with model.loaded(index) as block, torch.no_grad():
         tensors = {name: parameter.data for name, parameter in block.named_parameters()}
 
         def forward(changed: Mapping[str, Tensor]) -> Tensor:
-            return _call(block, inputs, changed)
+            output = functional_call(block, dict(changed), (inputs.hidden,), inputs.calls[index])
+            first: Tensor = output[0] if isinstance(output, tuple) else output
+            return first
 
         yield _Probe(block, tensors, forward, inputs.hidden, head_dim(model))
 
 
-def _call(block: nn.Module, inputs: BlockInputs, changed: Mapping[str, Tensor]) -> Tensor:
-    output = functional_call(block, dict(changed), (inputs.hidden,), inputs.calls[0])
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first
+def check_names(blocks: Sequence[nn.Module], given: Sequence[ScalingLayer]) -> None:
+    """ConfigError for a layer whose modules no block has."""
+    for layer in given:
+        if all(_lacks(block, layer) for block in blocks):
+            name = _lacks(blocks[0], layer)
+            known = [known for known, _ in blocks[0].named_modules() if known]
+            raise ConfigError(f"scaling_layers: a block has no module {name!r}{nearest(name, known)}")
 
 
-def _from_recipe(blocks: Iterable[nn.Module], probe: _Probe, layer: ScalingLayer) -> Scaling:
+def _lacks(block: nn.Module, layer: ScalingLayer) -> str | None:
+    """The first module of a layer that the block does not have."""
+    known = {name for name, _ in block.named_modules()} - {""}
+    return next((name for name in (layer.prev_op, *layer.layers) if name not in known), None)
+
+
+def _from_recipe(probe: _Probe, layer: ScalingLayer) -> Scaling:
     """A scaling as the recipe gives it; what it calls layers may be modules other than linears."""
-    named = (layer.prev_op, *layer.layers)
-    for block in blocks:
-        known = [name for name, _ in block.named_modules() if name]
-        for name in named:
-            if name not in known:
-                raise ConfigError(f"scaling_layers: a block has no module {name!r}{nearest(name, known)}")
     if f"{layer.prev_op}.weight" not in probe.tensors:
         raise ConfigError(f"scaling_layers: prev_op {layer.prev_op!r} has no weight of its own; name a norm or linear")
     linears = tuple(name for name in layer.layers if isinstance(probe.block.get_submodule(name), nn.Linear))
@@ -194,12 +211,12 @@ def _found(probe: _Probe, groups: Groups) -> Iterator[Scaling]:
     """Scalings that pass: norms whose output linears read as it is, then linears whose channels reach a group."""
     made, read = _watched(probe)
     linears = {name for name, module in probe.block.named_modules() if isinstance(module, nn.Linear)}
-    left = list(groups)
+    left = [group.members for group in groups]
     for producer, output in made.items():
         if producer in linears or probe.tensors[f"{producer}.weight"].ndim != 1:
             continue
-        readers = tuple(name for name in read if name in linears and _same_memory(read[name], output))
-        if not readers:
+        consumers = tuple(name for name in read if name in linears and _same_memory(read[name], output))
+        if not consumers:
             continue
         others = [
             parameter
@@ -209,14 +226,16 @@ def _found(probe: _Probe, groups: Groups) -> Iterator[Scaling]:
         ]
         if len(others) > OTHERS_TRIED:
             continue
-        if scaling := probe.settled(Scaling(producer, readers, tuple(others))):
-            left = [group for group in left if not set(group) <= set(readers)]
+        if scaling := probe.settled(Scaling(producer, consumers, tuple(others))):
+            left = [members for members in left if not set(members) <= set(consumers)]
             yield scaling
     order = list(read)
-    for group in left:
-        earlier = [name for name in order[: order.index(group[0])] if name in linears and name not in group]
+    for members in left:
+        if members[0] not in order:  # experts that no token of the probe reached
+            continue
+        earlier = [name for name in order[: order.index(members[0])] if name in linears and name not in members]
         for producer in reversed(earlier):
-            scaling = Scaling(producer, group)
+            scaling = Scaling(producer, members)
             if _fits(probe.block, scaling, probe.head_dim) and probe.passes(scaling):
                 yield scaling
                 break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 ROWS_WORTH_IT = 64
 WIDTHS = (64, 32, 16, 8, 4, 2, 1)
@@ -16,6 +17,9 @@ WIDTHS = (64, 32, 16, 8, 4, 2, 1)
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, in] · weightᵀ [out, in] → [rows, out], in x's dtype."""
+    if has_torch_function_unary(x):  # a mode that looks on sees one product
+        looked_on: Tensor = handle_torch_function(linear, (x,), x, weight)
+        return looked_on
     rows, columns = x.shape
     suited = x.device.type == "cpu" and x.dtype == torch.float32 and columns > 0 and rows >= ROWS_WORTH_IT
     if not suited or not torch.backends.mkldnn.is_available():

@@ -59,8 +59,8 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
         architecture=blockwise.architecture,
         blocks=len(blockwise),
         groups=[
-            {name: (linears[prefix + name].out_features, linears[prefix + name].in_features) for name in group}
-            for group in blockwise.groups
+            {name: (linears[prefix + name].out_features, linears[prefix + name].in_features) for name in group.members}
+            for group in blockwise.groups(0)
         ],
         parameters=sum(sizes.values()),
         parameters_in_linears=sum(sizes[f"{name}.weight"] for name in grouped),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,7 +11,6 @@ from fewbit.config.recipe import Config
 from fewbit.config.spec import AttentionConfig, QuantizationSpec
 from fewbit.contents import AttentionEntry, Contents, LinearEntry
 from fewbit.errors import ConfigError
-from fewbit.models.architecture import Groups
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.stored import aliases, unexpected
 from fewbit.models.untouched import Untouched, sentence, untouched
@@ -21,12 +20,9 @@ from fewbit.nn.linear import Linear
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run will hold, and the groups of each block that have something to quantize."""
+    """What the run will hold."""
 
     contents: Contents
-    block_groups: list[Groups]
-    """Per block: of each of the model's groups, in the same order, the linears whose weights are quantized (by their
-    names inside the block); empty where none is."""
     warnings: list[str]
     attention: AttentionConfig | None = None
     untouched: tuple[Untouched, ...] = ()
@@ -64,11 +60,11 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
     _check_divides(linears)
     if not any(linear.config for linear in linears.values()) and config.attention is None:
         raise ConfigError("the recipe quantizes nothing: every linear is excluded or has no spec")
-    search = config.scale_search
-    if search is not None and not any(linear.weight for linear in linears.values()):
+    searches = config.scale_searches
+    if searches and not any(linear.weight for linear in linears.values()):
         raise ConfigError(
-            f"algorithm {search.name}: scales are searched before linears whose weights are quantized, which none is; "
-            "give weights a spec, or leave it out"
+            f"algorithm {searches[0].name}: scales are searched before linears whose weights are quantized, which "
+            "none is; give weights a spec, or leave it out"
         )
     left = tuple(untouched(model.skeleton, linears))
     contents = Contents(
@@ -81,18 +77,17 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
         str(model.config.model_type),
         model.architecture.blocks,
     )
-    groups = [_to_quantize(model, index, linears) for index in range(len(model))]
-    return Plan(contents, groups, list(_warnings(model, contents, left)), config.attention, left)
+    return Plan(contents, list(_warnings(model, contents, left)), config.attention, left)
 
 
 def _linears(model: BlockwiseModel, config: Config) -> dict[str, LinearEntry]:
     """Every linear of the model, with what the recipe says of it."""
     modules = model.linears()
     places = {
-        f"{model.prefix(index)}{name}": (index, name)
+        f"{model.prefix(index)}{name}": (index, name, group.routed)
         for index in range(len(model))
-        for group in model.groups
-        for name in group
+        for group in model.groups(index)
+        for name in group.members
     }
     linears = {}
     for name, match in resolve(config, {name: type(module).__name__ for name, module in modules.items()}).items():
@@ -109,12 +104,11 @@ def _linears(model: BlockwiseModel, config: Config) -> dict[str, LinearEntry]:
                 f"bias of {name!r} is quantized with its weight only; give weight a spec, too ({match.rule})"
             )
         shape = (modules[name].out_features, modules[name].in_features)
-        block, role = places.get(name, (None, ""))
-        linears[name] = LinearEntry(name, shape, wanted, reason, block, role, ".experts." in role)
+        linears[name] = LinearEntry(name, shape, wanted, reason, *places.get(name, (None, "", False)))
     return linears
 
 
-def _siblings(groups: Groups) -> Iterator[tuple[str, ...]]:
+def _siblings(groups: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
     """What engines fuse: of the linears that share an input those that lie in one module."""
     for group in groups:
         for _, members in groupby(sorted(group, key=_owner), key=_owner):
@@ -180,11 +174,6 @@ def _grouped(linear: LinearEntry) -> Iterator[tuple[int, int, str, bool]]:
 
 def _runs_along_rows(spec: QuantizationSpec | None) -> bool:
     return spec is not None and spec.ch_axis in (0, -2)
-
-
-def _to_quantize(model: BlockwiseModel, index: int, linears: dict[str, LinearEntry]) -> Groups:
-    prefix = model.prefix(index)
-    return tuple(tuple(name for name in group if linears[prefix + name].weight is not None) for group in model.groups)
 
 
 def _warnings(model: BlockwiseModel, contents: Contents, left: Collection[Untouched]) -> Iterator[str]:

@@ -23,11 +23,10 @@ from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.checkpoint.side_files import copy_side_files, in_words, mend_generation_config, saved_side_files
 from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.checkpoint.tokenizer import load_tokenizer
-from fewbit.config.algorithms import RTNConfig
 from fewbit.config.recipe import Config
 from fewbit.config.run_options import RunOptions, choose_device, parse_size
-from fewbit.engine.smoothing import Smoother
-from fewbit.engine.walk import Walk
+from fewbit.engine.block_quantizer import BlockQuantizer, Targets
+from fewbit.engine.channel_scaler import ChannelScaler
 from fewbit.errors import ConfigError
 from fewbit.files import write_json
 from fewbit.formats import already_there, export, export_directory, exporter
@@ -35,11 +34,13 @@ from fewbit.formats.format import ExportFormat
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.limits import check_length, check_tokens
 from fewbit.models.memory import trim_heap
+from fewbit.models.scalings import head_dim, scalings
 from fewbit.nn.attach import refuse_quantized
 from fewbit.runs.plan import Plan, make_plan
 from fewbit.runs.progress import ProgressView, progress_view
 from fewbit.runs.report import REPORT, build_report
 from fewbit.runs.run_directory import Identity, RunDirectory
+from fewbit.runs.walk import Walk
 from fewbit.version import __version__
 
 NO_CALIBRATION = "none"
@@ -77,8 +78,7 @@ def quantize_model(
         target.check(plan.contents)
     data = _calibration(blockwise, config, plan, calibration, tokenizer)
     plan = replace(plan, warnings=plan.warnings + _check(data, blockwise, plan, config))
-    search = config.scale_search  # may try what it scales on the model as it is, so before anything is quantized
-    smoother = Smoother(blockwise, plan, config, search) if search is not None else None
+    quantizer = _quantizer(blockwise, plan, config, device)  # looks at the model as it is
     identity = _identity(blockwise, config, data, plan)
     if not options.resume:
         _check_weights(blockwise)
@@ -92,7 +92,8 @@ def quantize_model(
         prepared = time.perf_counter()
         for warning in plan.warnings:
             view.warn(warning)
-        walk = Walk(blockwise, plan, config, directory, view, device, memory, smoother)
+        quantizer = replace(quantizer, listener=view)
+        walk = Walk(blockwise, plan, config, quantizer, directory, view, memory)
         rows = walk.run(data)
         walked = time.perf_counter()
         plan = replace(plan, warnings=plan.warnings + directory.damaged)
@@ -135,11 +136,32 @@ def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
     return BlockwiseModel.from_directory(resolve_directory(model))
 
 
+def _quantizer(model: BlockwiseModel, plan: Plan, config: Config, device: torch.device) -> BlockQuantizer:
+    """What quantizes the blocks. It may try on the model what can be scaled, so that comes before anything changes."""
+    configs = {name: linear.config for name, linear in plan.linears.items() if linear.config is not None}
+    codes = config.codes
+    turned = {name for name, linear in model.linears().items() if linear.scales_at > 0}
+    scalers = [
+        ChannelScaler(
+            search,
+            model.source,
+            configs,
+            plan.activations,
+            scalings(model, search.scaling_layers),
+            head_dim(model),
+            codes.compensates,
+            turned,
+        )
+        for search in config.scale_searches
+    ]
+    return BlockQuantizer(model, Targets(configs, plan.activations), codes, device, scalers=scalers)
+
+
 def _calibration(
     model: BlockwiseModel, config: Config, plan: Plan, data: CalibrationData | None, tokenizer: Any
 ) -> CalibrationSet | None:
     if isinstance(data, str) and data == NO_CALIBRATION:
-        searching = [found.name for found in config.algo_config if not isinstance(found, RTNConfig)]
+        searching = [found.name for found in config.algo_config if found.needs.moment]
         if searching:
             raise ConfigError(f"{searching[0]} needs calibration data; use --algorithm rtn to quantize without")
         if plan.needs_data:
@@ -160,7 +182,7 @@ def _check(data: CalibrationSet | None, model: BlockwiseModel, plan: Plan, confi
     check_tokens(model, data.batches)
     warnings = check_length(model, max(batch["input_ids"].shape[1] for batch in data.batches))
     widths = [linear.shape[1] for linear in plan.contents.weights]
-    if isinstance(config.codes, RTNConfig) or not widths or data.tokens >= max(widths):
+    if not config.codes.needs.moment or not widths or data.tokens >= max(widths):
         return warnings
     return [
         *warnings,

@@ -1,0 +1,162 @@
+"""Which token each row of a tensor belongs to, followed through a block that chooses or reorders tokens.
+
+A tensor [..., channels] has a token for every place of its leading dimensions. Operations that move rows (indexing,
+views, gathering) are done to the tokens' numbers as well; those that work on each row by itself pass them on. Behind
+any other operation the tokens are not known, which is never the same as wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fewbit.models.hooks import removed_at_the_end
+
+# fmt: off
+_MOVING = {
+    "__getitem__", "index_select", "gather", "take_along_dim", "masked_select", "select", "narrow", "view", "reshape",
+    "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "swapaxes", "permute",
+    "movedim", "expand", "expand_as", "repeat", "repeat_interleave", "flip", "roll", "cat", "concat", "stack", "split",
+    "chunk", "unbind", "tile",
+}
+"""Functions and methods whose result holds the elements of what they are given, elsewhere."""
+_OF_THE_FIRST = {"linear", "matmul", "scaled_dot_product_attention"}
+"""Functions whose result has at every place to do with the first operand's row there."""
+_ROWWISE = _OF_THE_FIRST | {
+    "add", "sub", "mul", "div", "true_divide", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "square", "abs", "clamp",
+    "clip", "where", "sigmoid", "tanh", "relu", "silu", "gelu", "elu", "mish", "softplus", "hardtanh", "hardswish",
+    "relu6", "leaky_relu", "logsigmoid", "glu", "dropout", "layer_norm", "rms_norm", "to", "float", "double", "half",
+    "bfloat16", "type", "type_as", "contiguous", "clone", "detach", "masked_fill", "addcmul", "lerp", "nan_to_num",
+}
+"""Functions that work on each row by itself."""
+_OPERATORS = {
+    "radd": "add", "iadd": "add", "rmul": "mul", "imul": "mul", "rsub": "sub", "isub": "sub",
+    "truediv": "div", "rtruediv": "div", "itruediv": "div",
+}
+# fmt: on
+
+
+class TokenIdentity(TorchFunctionMode):
+    """While entered, follows the tokens of tensors that were marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokens = WeakTensorKeyDictionary()
+        self._total = 0
+
+    @contextmanager
+    def following(self, *blocks: nn.Module) -> Iterator[None]:
+        """Entered, with the first tensor marked that a block is called with."""
+
+        def mark(_block: nn.Module, args: Any, kwargs: Any) -> None:
+            if (x := next(_tensors([*args, *kwargs.values()]), None)) is not None:
+                self._total = x.shape[:-1].numel()
+                self.mark(x)
+
+        with self, removed_at_the_end() as hooks:
+            for block in blocks:
+                hooks.append(block.register_forward_pre_hook(mark, with_kwargs=True))
+            yield
+
+    def mark(self, x: Tensor, tokens: Tensor | None = None) -> None:
+        """`tokens` [...], int64, are those of `x` [..., channels]: by default 0, 1, 2 … in the order of its rows."""
+        if tokens is None:
+            tokens = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
+        self._tokens[x] = tokens
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """The token [...] of each row of `x` [..., channels], −1 for rows of none; None where they are not known."""
+        known: Tensor | None = self._tokens.get(x)
+        return None if known is None or known.shape != x.shape[:-1] else known
+
+    def is_routed(self, x: Tensor) -> bool:
+        """Whether the rows of `x` [..., channels] are not the tokens that the block was given, one by one in order."""
+        tokens = self.of(x)
+        if tokens is None:
+            return x.shape[:-1].numel() != self._total
+        return not torch.equal(tokens.flatten(), torch.arange(self._total, device=tokens.device))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name.startswith("__get__") or name in ("size", "dim", "numel"):
+            return result
+        name = _plain(name)
+        if name is None:  # writes into its first operand
+            self._tokens.pop(args[0], None)
+            return result
+        given = [x for x in _tensors(args) if self.of(x) is not None]
+        if name in _OF_THE_FIRST:
+            given = given[:1] if given and given[0] is args[0] else []
+        if given:
+            if name in _MOVING:
+                self._move(func, args, kwargs, result)
+            elif name in _ROWWISE:
+                self._pass_on(given, result)
+        return result
+
+    def _move(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Move the tokens' numbers as the elements were moved."""
+        try:
+            moved = func(*_replaced(args, self._numbers), **kwargs)
+        except (RuntimeError, TypeError, IndexError):
+            return
+        for x, numbers in zip(_tensors([result]), _tensors([moved]), strict=False):
+            if x.ndim and x.shape == numbers.shape and numbers.dtype == torch.int64:
+                tokens = numbers[..., 0] if x.shape[-1] else numbers.new_zeros(x.shape[:-1])
+                if bool((numbers == tokens.unsqueeze(-1)).all()) and bool((tokens >= 0).any()):
+                    self.mark(x, tokens)
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """The token's number in every element; −1 where there is none. Indices stay what they are."""
+        tokens = self.of(x)
+        if tokens is None:
+            return x if not x.is_floating_point() else torch.full_like(x, -1, dtype=torch.int64)
+        return tokens.unsqueeze(-1).expand(x.shape)
+
+    def _pass_on(self, given: Sequence[Tensor], result: Any) -> None:
+        for x in _tensors([result]):
+            fitting = [found for one in given if (found := self.of(one)) is not None and found.shape == x.shape[:-1]]
+            if fitting and all(torch.equal(fitting[0], other) for other in fitting[1:]):
+                self.mark(x, fitting[0])
+
+
+def _plain(name: str) -> str | None:
+    """A function's name without the marks of operators; None for those that write into their first operand."""
+    if name in ("__setitem__", "copy_", "set_"):
+        return None
+    if name == "__getitem__":
+        return name
+    if name.startswith("__") and name.endswith("__"):
+        plain = name.strip("_")
+        return _OPERATORS.get(plain, plain)
+    if name.endswith("_"):
+        return name[:-1] if name[:-1] in _ROWWISE else None
+    return name
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Tensors among arguments or results, those in lists and tuples, too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _replaced(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, list | tuple):
+        made = [_replaced(value, change) for value in values]
+        return made if isinstance(values, list) else tuple(made)
+    return values
