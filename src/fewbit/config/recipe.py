@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypedDict
@@ -148,7 +149,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `Config.from_dict(config.to_dict()) == config`."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
 
     def to_yaml(self) -> str:
@@ -206,13 +207,6 @@ def _of_layers(value: Any, group_size: int | None) -> tuple[Any, bool]:
         scheme_config(value)  # refuses one that names a KV cache
         return _sized(value, group_size)
     return QuantizationConfig() if value is None else value, False
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as YAML and JSON have them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
     architecture = json.dumps(described, sort_keys=True, default=str)
     fingerprint = hashlib.sha256((model.source.fingerprint() + architecture).encode()).hexdigest()
     return Identity(
-        recipe=json.loads(json.dumps(config.to_dict())),
+        recipe=config.to_dict(),
         model=fingerprint,
         calibration=data.fingerprint() if data is not None else NO_CALIBRATION,
         version=__version__,
