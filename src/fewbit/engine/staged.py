@@ -169,7 +169,7 @@ class StagedForward:
         if there is None or tokens is None or not there.numel():
             return None, None
         ordered, place = there.flatten().sort(stable=True)
-        found = torch.searchsorted(ordered, tokens).clamp_(max=ordered.numel() - 1)
+        found = torch.searchsorted(ordered, tokens.contiguous()).clamp_(max=ordered.numel() - 1)
         known = (ordered[found] == tokens) & (tokens >= 0)
         return reference.reshape(-1, reference.shape[-1])[place[found]], known
 
