@@ -23,15 +23,15 @@ def plan_of(model, **recipe):
 
 
 def statuses(plan):
-    return {name: linear.status for name, linear in plan.linears.items()}
+    return {name: linear.status for name, linear in plan.contents.linears.items()}
 
 
 def test_every_linear_of_the_model_has_a_place_in_the_plan(model):
     plan = plan_of(model)
-    assert set(plan.linears) == set(model.linears())
+    assert set(plan.contents.linears) == set(model.linears())
     assert plan.contents.unquantized == ["lm_head"]
-    assert plan.linears["lm_head"].status == "skipped"
-    assert plan.linears["lm_head"].reason == "outside the blocks' groups"
+    assert plan.contents.linears["lm_head"].status == "skipped"
+    assert plan.contents.linears["lm_head"].reason == "outside the blocks' groups"
     assert set(statuses(plan).values()) == {"quantized", "skipped"}
     assert plan.warnings == []
 
@@ -42,8 +42,8 @@ def test_exclude_leaves_out_and_says_by_which_pattern(model):
         "lm_head",
         *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")),
     }
-    assert plan.linears["lm_head"].reason == "exclude 'lm_head'"
-    quantized = {name for name in statuses(plan) if plan.linears[name].weight is not None}
+    assert plan.contents.linears["lm_head"].reason == "exclude 'lm_head'"
+    quantized = {name for name in statuses(plan) if plan.contents.linears[name].weight is not None}
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     assert quantized == {
         *(f"model.layers.0.{name}" for name in attention),
@@ -154,8 +154,8 @@ def test_unlike_specs_of_different_groups_give_no_warning(model, recipe):
 
 def test_mixed_specs_keep_their_group_size_and_their_shared_stage(model):
     plan = plan_of(model, layer_quant_config={"*.v_proj": W8})
-    assert plan.spec("model.layers.1.self_attn.v_proj").bits == 8
-    assert plan.spec("model.layers.1.self_attn.q_proj").bits == 4
+    assert plan.contents.linears["model.layers.1.self_attn.v_proj"].weight.bits == 8
+    assert plan.contents.linears["model.layers.1.self_attn.q_proj"].weight.bits == 4
 
 
 def test_a_search_without_weights_to_quantize_is_refused(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -29,29 +29,9 @@ class Plan:
     """Tensors that are no linears and stay as they are."""
 
     @property
-    def linears(self) -> Mapping[str, LinearEntry]:
-        """Every linear of the model."""
-        return self.contents.linears
-
-    @property
-    def weights(self) -> dict[str, QuantizationSpec]:
-        """Spec of every weight that is quantized, by the weight's name."""
-        return {linear.weight_name: linear.weight for linear in self.contents.weights if linear.weight is not None}
-
-    @property
-    def activations(self) -> Mapping[str, QuantizationSpec]:
-        """Spec of every activation that is quantized, by module and slot."""
-        return self.contents.activations
-
-    @property
     def needs_data(self) -> bool:
         """Whether a static scale has to be found, whatever the algorithm."""
-        return any(spec.needs_data for spec in self.activations.values())
-
-    def spec(self, name: str) -> QuantizationSpec:
-        spec = self.linears[name].weight
-        assert spec is not None
-        return spec
+        return any(spec.needs_data for spec in self.contents.activations.values())
 
 
 def make_plan(model: BlockwiseModel, config: Config) -> Plan:

@@ -138,7 +138,7 @@ def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
 
 def _quantizer(model: BlockwiseModel, plan: Plan, config: Config, device: torch.device) -> BlockQuantizer:
     """What quantizes the blocks. It may try on the model what can be scaled, so that comes before anything changes."""
-    configs = {name: linear.config for name, linear in plan.linears.items() if linear.config is not None}
+    configs = {name: linear.config for name, linear in plan.contents.linears.items() if linear.config is not None}
     codes = config.codes
     turned = {name for name, linear in model.linears().items() if linear.scales_at > 0}
     scalers = [
@@ -146,7 +146,7 @@ def _quantizer(model: BlockwiseModel, plan: Plan, config: Config, device: torch.
             search,
             model.source,
             configs,
-            plan.activations,
+            plan.contents.activations,
             scalings(model, search.scaling_layers),
             head_dim(model),
             codes.compensates,
@@ -154,7 +154,7 @@ def _quantizer(model: BlockwiseModel, plan: Plan, config: Config, device: torch.
         )
         for search in config.scale_searches
     ]
-    return BlockQuantizer(model, Targets(configs, plan.activations), codes, device, scalers=scalers)
+    return BlockQuantizer(model, Targets(configs, plan.contents.activations), codes, device, scalers=scalers)
 
 
 def _calibration(

@@ -66,9 +66,9 @@ class Walk:
     def strategy(self, calibration: CalibrationSet) -> Strategy:
         """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
         widest = max(
-            (linear.shape[1] for linear in self.plan.linears.values() if linear.config is not None), default=0
+            (linear.shape[1] for linear in self.plan.contents.linears.values() if linear.config is not None), default=0
         )
-        if any(name.endswith(".input") for name in self.plan.activations):
+        if any(name.endswith(".input") for name in self.plan.contents.activations):
             widest *= 2  # as it came, and quantized
         inside = self.plan.attention
         if inside is not None and inside.probabilities is not None and inside.probabilities.needs_data:
@@ -155,7 +155,7 @@ class Walk:
         prefix, groups = self.model.prefix(0), self.model.groups(0)
         dtypes = {self.model.stored_dtype(prefix + name) for name in members_of(groups)}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        attach(self.model.skeleton, self.plan.activations, groups=self.model.full_groups(), dtype=dtype)
+        attach(self.model.skeleton, self.plan.contents.activations, groups=self.model.full_groups(), dtype=dtype)
         for quantizer in quantizers(self.model.skeleton).values():
             quantizer.passive = not self.config.calibration.quantized_activations
 
