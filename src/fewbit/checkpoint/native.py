@@ -146,7 +146,7 @@ class NativePart:
         return QuantTensor.from_tensors(self._parts(name, QuantTensor.stored_names(spec)), spec, shape)
 
     def global_scale(self, name: str) -> float:
-        """Second-level scale of one weight, whose codes are not read; 1.0 if it has none."""
+        """Global scale of one weight, read without its codes; 1.0 if it has none."""
         spec, _ = self.quantized[name]
         return float(self._get([part])[part]) if (part := f"{name}.global_scale") in _stored(name, spec) else 1.0
 

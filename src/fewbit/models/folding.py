@@ -1,7 +1,7 @@
-"""Scales of channels, folded into the tensors around them: pure functions.
+"""Channel scales, folded into the tensors around them: pure functions.
 
-Readers of channels x compute the same from x / s with their columns multiplied by s, and x / s costs nothing where
-whoever makes x can be divided instead: a norm's weight and bias, a linear's rows and bias. Nothing here changes what
+Consumers of channels x compute the same from x / s with their columns multiplied by s, and x / s costs nothing where
+the producer of x can be divided instead: a norm's weight and bias, a linear's rows and bias. Nothing here changes what
 the block computes, not even by the rounding of the checkpoint's dtype:
 
     norm       w/s is rounded to its dtype first, and the scale that is taken is the ratio of what was stored to what
