@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fewbit import process, ptq
 from fewbit.calibration.tokens import token_batch
+from fewbit.checkpoint.names import bias_of, weight_of
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.algorithms import RTNConfig
 from fewbit.config.matching import resolve
@@ -145,9 +146,9 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
     for name, linear in linears.items():
         flows = [activations.get(f"{name}.{slot}") for slot in LINEAR_SLOTS]
         specs = [None if known is None else known.spec for known in flows]
-        weight = f"{name}.weight"
+        weight = weight_of(name)
         if weight in run.quantized:
-            bias = values.get(f"{name}.bias", linear.bias)
+            bias = values.get(bias_of(name), linear.bias)
             made[name] = QuantLinear.from_quant_tensor(run.read_quantized(weight), bias)
         elif any(specs):
             made[name] = FakeQuantLinear.from_module(linear, input_tensors=specs[0], output_tensors=specs[1])

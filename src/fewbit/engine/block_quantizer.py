@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.passage import Passage, full_precision
+from fewbit.checkpoint.names import bias_of, full_name, path_in
 from fewbit.config.algorithms import CodeConfig
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.engine.block_work import BlockWork
@@ -26,7 +27,7 @@ from fewbit.engine.stage_quantizer import LinearResult, Member, quantize_stage, 
 from fewbit.engine.staged import StagedForward, Strategy
 from fewbit.engine.stages import Stage, calibration_stops, stages_of
 from fewbit.models.architecture import Groups, Scaling
-from fewbit.models.block_stack import BlockStack, full_name, path_in
+from fewbit.models.block_stack import BlockStack
 from fewbit.models.token_identity import TokenIdentity
 from fewbit.nn.steps import Stepped
 
@@ -250,8 +251,8 @@ class BlockQuantizer:
         spec = self.targets.configs[name].bias
         if spec is None or linear.bias is None:
             return
-        stored = self.stack.source.read([f"{name}.bias"])[f"{name}.bias"]
+        stored = self.stack.source.read([bias_of(name)])[bias_of(name)]
         row = stored.float().unsqueeze(0)
         quantized = rtn(row, None, spec, spec.scale_format(stored.dtype)).weight.dequantize(stored.dtype)
-        work.dense[f"{name}.bias"] = quantized.squeeze(0)
+        work.dense[bias_of(name)] = quantized.squeeze(0)
         linear.bias = nn.Parameter(quantized.squeeze(0).float().to(linear.bias.device), requires_grad=False)

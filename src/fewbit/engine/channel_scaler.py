@@ -17,6 +17,7 @@ from torch import Tensor
 from fewbit.algorithms.clip import clip
 from fewbit.algorithms.scale_search import ScaleSearch, is_cut, search_scales
 from fewbit.calibration.statistics import Statistics
+from fewbit.checkpoint.names import bias_of, weight_of
 from fewbit.checkpoint.source import TensorSource
 from fewbit.config.algorithms import ScaleSearchConfig
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
@@ -86,7 +87,7 @@ class ChannelScaler:
         for name in group:
             config = self.configs.get(f"{prefix}{name}")
             if config is not None and config.weight is not None:
-                rows, columns = info[f"{prefix}{name}.weight"].shape
+                rows, columns = info[weight_of(prefix + name)].shape
                 if is_cut(config.weight, (rows, columns)):
                     return True
         return False
@@ -103,7 +104,7 @@ class ChannelScaler:
         multiplied; its alpha is None if nothing is gained.
         """
         name = f"{work.prefix}{scaling.producer}"
-        shape = self.source.info()[f"{name}.weight"].shape
+        shape = self.source.info()[weight_of(name)].shape
         rows, is_norm = shape[0], len(shape) == 1
         device = statistics.moment.device
         channels = folding.channel_map(members[0].weight.shape[1], rows, self.head_dim)
@@ -154,12 +155,12 @@ class ChannelScaler:
     def _power_of_two(self, name: str, scaling: Scaling, is_norm: bool, work: BlockWork) -> bool:
         """Whether other scales would cost something by their rounding."""
         if self.stored:
-            return not is_norm and self._read(f"{name}.weight", work).dtype.itemsize < 4
+            return not is_norm and self._read(weight_of(name), work).dtype.itemsize < 4
         return not is_norm or bool(scaling.others) or self._bias(name, work) is not None
 
     def _stored_consumers(self, scaling: Scaling, prefix: str) -> list[str]:
         """Parameters whose columns are multiplied as they are stored."""
-        linears = [f"{name}.weight" for name in scaling.consumers] if self.stored else []
+        linears = [weight_of(name) for name in scaling.consumers] if self.stored else []
         return [prefix + name for name in (*linears, *scaling.others)]
 
     def _divided(self, name: str, scaling: Scaling, wanted: Tensor, channels: Tensor, work: BlockWork) -> _Divided:
@@ -176,18 +177,18 @@ class ChannelScaler:
             rescaled, bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
             quantized = replace(producer, weight=rescaled)
         else:
-            weight = self._read(f"{name}.weight", work)
+            weight = self._read(weight_of(name), work)
             if weight.ndim == 1:  # a norm
-                changed[f"{name}.weight"], bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
+                changed[weight_of(name)], bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
             else:
-                changed[f"{name}.weight"], bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
+                changed[weight_of(name)], bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
         if bias is not None:
-            changed[f"{name}.bias"] = bias.cpu()
+            changed[bias_of(name)] = bias.cpu()
         return _Divided(taken.cpu(), changed, quantized)
 
     def _read(self, name: str, work: BlockWork) -> Tensor:
         return work.dense[name] if name in work.dense else self.source.read([name])[name]
 
     def _bias(self, module: str, work: BlockWork) -> Tensor | None:
-        name = f"{module}.bias"
+        name = bias_of(module)
         return self._read(name, work) if name in work.dense or name in self.source.info() else None

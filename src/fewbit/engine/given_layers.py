@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from fewbit.checkpoint.names import full_name
 from fewbit.config.matching import matching
 from fewbit.config.spec import QuantizationSpec
 from fewbit.engine.layer_stack import LayerStack
 from fewbit.errors import ArchitectureError, ConfigError, nearest
-from fewbit.models.block_stack import full_name
 from fewbit.models.forward_manager import LayerForwardManager
 from fewbit.models.untouched import Untouched, sentence, untouched
 from fewbit.nn import in_memory

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fewbit.calibration.hidden_states import HiddenStates
 from fewbit.calibration.passage import Passage
 from fewbit.calibration.recorded import Item
+from fewbit.checkpoint.names import path_in, weight_of
 from fewbit.checkpoint.source import ModuleSource
 from fewbit.config.spec import SCALE_DTYPES
 from fewbit.errors import ArchitectureError, CalibrationError
 from fewbit.models.architecture import Group, Groups, members_of
-from fewbit.models.block_stack import BlockCall, path_in
+from fewbit.models.block_stack import BlockCall
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, layer_type
 from fewbit.models.nested import map_tensors
 from fewbit.models.probe import shared_inputs
@@ -69,7 +70,7 @@ class LayerStack:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The weight's own dtype, if that is one for scales."""
-        dtype = self.source.info()[f"{name}.weight"].dtype
+        dtype = self.source.info()[weight_of(name)].dtype
         return dtype if dtype in SCALE_DTYPES.values() else torch.float32
 
     @contextmanager

@@ -16,6 +16,7 @@ from torch import nn
 
 from fewbit import process
 from fewbit.calibration.passage import spread
+from fewbit.checkpoint.names import weight_of
 from fewbit.config.algorithms import CodeConfig, GPTQConfig
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
@@ -99,7 +100,7 @@ def run_gptq_for_sequential_layers(
     results: dict[str, LinearResult] = {}
     for index in range(len(stack)):
         work = quantizer.quantize(index, passage, strategy)
-        stack.change(index, {f"{name}.weight": result.weight.dequantize() for name, result in work.results.items()})
+        stack.change(index, {weight_of(name): result.weight.dequantize() for name, result in work.results.items()})
         results |= work.results
         trim_heap()
     stack.commit()

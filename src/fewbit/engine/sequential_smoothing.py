@@ -20,6 +20,7 @@ from fewbit import process
 from fewbit.algorithms.scale_search import ScaleSearch
 from fewbit.calibration.passage import Passage
 from fewbit.calibration.statistics import Statistics
+from fewbit.checkpoint.names import full_name, path_in, weight_of
 from fewbit.config.algorithms import AWQConfig, ScaleSearchConfig, SmoothQuantConfig
 from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
@@ -33,7 +34,6 @@ from fewbit.engine.staged import StagedForward
 from fewbit.engine.stages import Stage
 from fewbit.errors import ConfigError
 from fewbit.models.architecture import Scaling, members_of
-from fewbit.models.block_stack import full_name, path_in
 from fewbit.models.forward_manager import LayerForwardManager, attention_of, forward_manager
 from fewbit.models.memory import trim_heap
 from fewbit.models.probe import kind_of, linears_in, shared_inputs
@@ -239,7 +239,7 @@ def _gathered(
 def _weight(stack: LayerStack, name: str, work: BlockWork) -> Tensor:
     """A linear's weight [out, in] as the block has it by now, float32 where the layer is."""
     weight = linear_of(stack.layers[work.index], path_in(work.prefix, name)).weight
-    return work.dense.get(f"{name}.weight", weight.detach()).to(weight.device, torch.float32)
+    return work.dense.get(weight_of(name), weight.detach()).to(weight.device, torch.float32)
 
 
 def _resolved(

@@ -51,13 +51,3 @@ class BlockStack(Protocol):
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Dtype of a linear's weight, by its full name: scales are stored in it where a spec leaves that open."""
-
-
-def full_name(prefix: str, path: str) -> str:
-    """Full name of a module by its path inside a block ("" is the block itself)."""
-    return (prefix + path).removesuffix(".") if not path else prefix + path
-
-
-def path_in(prefix: str, name: str) -> str:
-    """Path inside a block of a module by its full name."""
-    return name.removeprefix(prefix) if name.startswith(prefix) else ""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbit.checkpoint.configuration import load_config, quantization_of
+from fewbit.checkpoint.names import weight_of
 from fewbit.checkpoint.source import ModuleSource, SafetensorsSource, TensorSource
 from fewbit.errors import ArchitectureError, CheckpointError, FewbitError, first_line
 from fewbit.models import detect, stored
@@ -151,7 +152,7 @@ class BlockwiseModel:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Dtype of a linear's weight in the checkpoint."""
-        return self.source.info()[f"{name}.weight"].dtype
+        return self.source.info()[weight_of(name)].dtype
 
     def linears(self) -> dict[str, linear.Linear]:
         """Every linear of the model, inside and outside of the blocks, by its full name."""
@@ -287,7 +288,7 @@ class BlockwiseModel:
     @contextmanager
     def _outside_loaded(self, device: torch.device | str, skip_head: bool) -> Iterator[None]:
         """Embeddings, norms and (unless skipped) the head have weights inside this context."""
-        head, embeddings = f"{self.architecture.head}.weight", f"{self.architecture.embeddings}.weight"
+        head, embeddings = weight_of(self.architecture.head), weight_of(self.architecture.embeddings)
         names = {*self.outside_tensors(), *self._aliases} - {head if skip_head else embeddings}
         own = {name: self._aliases.get(name, name) for name in names}  # logits need no embeddings: none is looked up
         read = self.source.read(set(own.values()), torch.float32)

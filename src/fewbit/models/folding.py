@@ -23,6 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fewbit.checkpoint.names import bias_of, weight_of
 from fewbit.models.architecture import Scaling
 from fewbit.tensor import QuantTensor
 
@@ -162,7 +163,7 @@ def fold_into_producer(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`fold` but for the consumers: the producer's tensors, and what their columns are to be multiplied by."""
     name = scaling.producer
-    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    weight, bias = tensors[weight_of(name)], tensors.get(bias_of(name))
     consumers = [tensors[consumer] for consumer in _consumers(scaling)]
     channels = channel_map(consumers[0].shape[-1], scale.numel(), head_dim).to(scale.device)
     scale = where_scalable(consumers, scale, channels)
@@ -170,14 +171,14 @@ def fold_into_producer(
         folded, folded_bias, taken = fold_into_norm(weight, bias, scale, scaling.offset)
     else:
         folded, folded_bias, taken = fold_into_linear_rows(weight, bias, scale)
-    changed = {f"{name}.weight": folded}
+    changed = {weight_of(name): folded}
     if folded_bias is not None:
-        changed[f"{name}.bias"] = folded_bias
+        changed[bias_of(name)] = folded_bias
     return changed, taken[channels]
 
 
 def _consumers(scaling: Scaling) -> list[str]:
-    return [f"{consumer}.weight" for consumer in scaling.consumers] + list(scaling.others)
+    return [weight_of(consumer) for consumer in scaling.consumers] + list(scaling.others)
 
 
 def where_scalable(consumers: Sequence[Tensor], scale: Tensor, channels: Tensor) -> Tensor:

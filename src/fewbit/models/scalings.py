@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fewbit.checkpoint.names import weight_of
 from fewbit.config.algorithms import ScalingLayer
 from fewbit.errors import ConfigError, nearest
 from fewbit.models.architecture import Groups, Scaling
@@ -125,7 +126,7 @@ class _Probe:
 
     def passes(self, scaling: Scaling) -> bool:
         """Whether the scaling leaves the block's output as it is."""
-        channels = self.tensors[f"{scaling.producer}.weight"].shape[0]
+        channels = self.tensors[weight_of(scaling.producer)].shape[0]
         chooser = torch.Generator().manual_seed(0)
         exponents = torch.tensor([-2.0, -1.0, 1.0, 2.0])[torch.randint(4, (channels,), generator=chooser)]
         try:
@@ -138,7 +139,7 @@ class _Probe:
 
     def settled(self, scaling: Scaling) -> Scaling | None:
         """The scaling with the kind of norm, and those of its possible other consumers, with which it passes."""
-        is_norm = self.tensors[f"{scaling.producer}.weight"].ndim == 1
+        is_norm = self.tensors[weight_of(scaling.producer)].ndim == 1
         for count in range(len(scaling.others), -1, -1):
             for others in combinations(scaling.others, count):
                 for offset in (False, True) if is_norm else (False,):
@@ -179,7 +180,7 @@ def _lacks(block: nn.Module, layer: ScalingLayer) -> str | None:
 
 def _from_recipe(probe: _Probe, layer: ScalingLayer) -> Scaling:
     """A scaling as the recipe gives it; what it calls layers may be modules other than linears."""
-    if f"{layer.prev_op}.weight" not in probe.tensors:
+    if weight_of(layer.prev_op) not in probe.tensors:
         raise ConfigError(f"scaling_layers: prev_op {layer.prev_op!r} has no weight of its own; name a norm or linear")
     linears = tuple(name for name in layer.layers if isinstance(probe.block.get_submodule(name), nn.Linear))
     if not linears:
@@ -213,7 +214,7 @@ def _found(probe: _Probe, groups: Groups) -> Iterator[Scaling]:
     linears = {name for name, module in probe.block.named_modules() if isinstance(module, nn.Linear)}
     left = [group.members for group in groups]
     for producer, output in made.items():
-        if producer in linears or probe.tensors[f"{producer}.weight"].ndim != 1:
+        if producer in linears or probe.tensors[weight_of(producer)].ndim != 1:
             continue
         consumers = tuple(name for name in read if name in linears and _same_memory(read[name], output))
         if not consumers:
@@ -248,7 +249,7 @@ def _watched(probe: _Probe) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def note(_module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if f"{name}.weight" in probe.tensors and isinstance(output, Tensor):
+            if weight_of(name) in probe.tensors and isinstance(output, Tensor):
                 made[name] = output
             if inputs and isinstance(inputs[0], Tensor):
                 read.setdefault(name, inputs[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from fewbit import process
+from fewbit.checkpoint.names import weight_of
 from fewbit.config.recipe import Config
 from fewbit.models.architecture import Architecture
 from fewbit.models.untouched import Untouched, untouched
@@ -63,7 +64,7 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
             for group in blockwise.groups(0)
         ],
         parameters=sum(sizes.values()),
-        parameters_in_linears=sum(sizes[f"{name}.weight"] for name in grouped),
+        parameters_in_linears=sum(sizes[weight_of(name)] for name in grouped),
         bytes_stored=stored,
         bytes_largest_block=max(4 * sum(sizes[n] for n in blockwise.block_tensors(i)) for i in range(len(blockwise))),
         bytes_quantized=quantized,

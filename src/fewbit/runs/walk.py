@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbit.calibration.passage import Passage, enter, spread
 from fewbit.calibration.tokens import CalibrationSet
+from fewbit.checkpoint.names import weight_of
 from fewbit.checkpoint.native import NativePart, block_file, write_part
 from fewbit.config.recipe import Config
 from fewbit.engine.block_quantizer import BlockQuantizer
@@ -112,7 +113,7 @@ class Walk:
     def _write(self, work: BlockWork) -> Rows:
         """Write a finished block, then journal it."""
         index, results = work.index, work.results
-        quantized = {f"{name}.weight": result.weight for name, result in results.items()}
+        quantized = {weight_of(name): result.weight for name, result in results.items()}
         rest = [name for name in self.model.block_tensors(index) if name not in quantized]
         dense = self.model.source.read(rest) | work.dense
         activations = {name: quantizer.state() for name, quantizer in self._quantizers(work.prefix).items()}
