@@ -27,13 +27,11 @@ TEXT_LIMIT = 32 * 2**20
 def read_bytes(path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = CheckpointError) -> bytearray:
     """A regular file of at most `limit` bytes; `error`, a sentence, if it is missing, larger or something else."""
     with open_regular(path, error) as descriptor:
-        data = bytearray()
-        if os.fstat(descriptor).st_size > limit:
-            raise error(_too_large(path, limit))
-        while len(data) <= limit and (piece := os.read(descriptor, 2**20)):
+        data, size = bytearray(), os.fstat(descriptor).st_size
+        while max(size, len(data)) <= limit and (piece := os.read(descriptor, 2**20)):
             data += piece
-    if len(data) > limit:
-        raise error(_too_large(path, limit))  # files of the system do not say how large they are
+    if max(size, len(data)) > limit:  # files of the system do not say how large they are
+        raise error(f"{path} is larger than {limit // 2**20} MiB, which no such file is; is it another file?")
     return data
 
 
@@ -45,22 +43,20 @@ def read_text(path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = Ch
         raise error(f"{path} is damaged or no text: it is not UTF-8") from None
 
 
-def read_json(path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = CheckpointError) -> Any:
-    """The data of a JSON file; errors as of `read_bytes`, and for what is not JSON."""
-    text = read_text(path, limit, error)
+def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
+    """The data of a JSON file. CheckpointError as of `read_bytes`, and for what is not JSON."""
+    text = read_text(path, limit)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as problem:  # a number of 10,000 digits is a ValueError, too
-        raise error(f"{path} is damaged: it is not JSON ({' '.join(str(problem).split())[:100]})") from None
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({' '.join(str(problem).split())[:100]})") from None
 
 
-def read_json_object(
-    path: Path, limit: int = TEXT_LIMIT, error: type[FewbitError] = CheckpointError
-) -> dict[str, Any]:
+def read_json_object(path: Path, limit: int = TEXT_LIMIT) -> dict[str, Any]:
     """A JSON file that must hold a table of fields."""
-    data = read_json(path, limit, error)
+    data = read_json(path, limit)
     if not isinstance(data, dict):
-        raise error(f"{path} is damaged: it should hold a table of fields, not a {type(data).__name__}")
+        raise CheckpointError(f"{path} is damaged: it should hold a table of fields, not a {type(data).__name__}")
     return data
 
 
@@ -93,17 +89,8 @@ def kind(path: Path) -> str:
         mode = path.stat().st_mode
     except (OSError, ValueError):
         return "a link to nowhere" if os.path.islink(path) else "nothing"
-    kinds = (
-        (stat.S_ISDIR, "a directory"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISREG, "a file"),
-    )
-    return next((words for test, words in kinds if test(mode)), "a device")
-
-
-def _too_large(path: Path, limit: int) -> str:
-    return f"{path} is larger than {limit // 2**20} MiB, which no such file is; is it another file?"
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _unreadable(path: Path, problem: Exception) -> str:
@@ -165,7 +152,12 @@ def replacing_directory(directory: Path, last: str | None = None) -> Iterator[Pa
     """
     target = destination(directory, "an output")
     with disk_errors_as_sentences(directory):
-        created = _make(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir()
+            created = True
+        except FileExistsError:
+            created = False
         lock = lock_directory(target, f"{directory} is being written by another process; wait for it")
         try:
             sweep(target)
@@ -179,29 +171,15 @@ def replacing_directory(directory: Path, last: str | None = None) -> Iterator[Pa
                     beside.replace(target)
                     sync_directory(target.parent)
                 else:
-                    _move_up(beside, target, last)
+                    for path in sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name)):
+                        path.rename(target / path.name)
+                    sync_directory(target)
                 created = False
         finally:
             if created:
                 with suppress(OSError):
                     target.rmdir()
-            lock.release()
-
-
-def _make(target: Path) -> bool:
-    """Make a directory; returns whether it is new."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.mkdir()
-    except FileExistsError:
-        return False
-    return True
-
-
-def _move_up(beside: Path, target: Path, last: str | None) -> None:
-    for path in sorted(beside.iterdir(), key=lambda path: (path.name == last, path.name)):
-        path.rename(target / path.name)
-    sync_directory(target)
+            lock.close()
 
 
 def sync_directory(directory: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +34,8 @@ class _Setting:
 
 def _exact(backend: Any) -> _Setting:
     """Products of float32 are products of float32; torch.set_float32_matmul_precision can make bf16 of them."""
-
-    def write(value: str) -> None:
-        backend.fp32_precision = value
-
-    return _Setting(
-        lambda: backend.fp32_precision, write, lambda found: "ieee" if found in ("bf16", "tf32") else found
-    )
+    get, set_ = partial(getattr, backend, "fp32_precision"), partial(setattr, backend, "fp32_precision")
+    return _Setting(get, set_, lambda found: "ieee" if found in ("bf16", "tf32") else found)
 
 
 _mkldnn: Any = torch.backends.mkldnn
@@ -112,5 +108,4 @@ def _after_fork() -> None:
     lock, _guard = threading.RLock(), threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)

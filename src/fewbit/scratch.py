@@ -17,8 +17,8 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fewbit.errors import RunError
@@ -26,33 +26,24 @@ from fewbit.errors import RunError
 _PATTERN = re.compile(r"\..*\.fewbit-[0-9a-f]{16}\.partial", re.DOTALL)
 
 
-class Lock:
-    """An exclusive lock on a file or a directory until `release`, or until the process ends."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor: int | None = descriptor
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+Lock = ExitStack
+"""An exclusive lock on a file or a directory until `close`, or until the process ends."""
 
 
 def lock_file(path: Path, busy: str) -> Lock:
     """Lock the file `path`, which is made if there is none. RunError `busy` if another process or thread has it, and a
     sentence of its own if it is a link or something else than a file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    no_file = RunError(f"{path} is no file; remove it, for fewbit locks a file of this name")
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise RunError(f"{path} is a link; remove it, for locks are never taken through links") from None
-        if error.errno in (errno.EISDIR, errno.ENXIO):
-            raise RunError(f"{path} is no file; remove it, for fewbit locks a file of this name") from None
-        raise
+        raise no_file if error.errno in (errno.EISDIR, errno.ENXIO) else error from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise RunError(f"{path} is no file; remove it, for fewbit locks a file of this name")
+        raise no_file
     return _locked(descriptor, path, busy)
 
 
@@ -62,19 +53,18 @@ def lock_directory(path: Path, busy: str) -> Lock:
 
 
 def _locked(descriptor: int, path: Path, busy: str) -> Lock:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, path):
-            return Lock(descriptor)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise RunError(busy) from None
-        raise RunError(
-            f"{path} cannot be locked ({error.strerror}); choose a directory on a file system with locks"
-        ) from None
-    os.close(descriptor)  # the one who had it took it away meanwhile
-    raise RunError(busy)
+    with ExitStack() as held:
+        held.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return held.pop_all()
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RunError(
+                    f"{path} cannot be locked ({error.strerror}); choose a directory on a file system with locks"
+                ) from None
+        raise RunError(busy) from None  # or the one who had it took it away meanwhile
 
 
 class Scratch:
@@ -84,18 +74,14 @@ class Scratch:
     """
 
     def __init__(self, parent: Path, stem: str, *, keep_mode: bool = False) -> None:
-        sweep(parent, stem)
-        while True:
-            self.path: Path = _new_name(parent, stem)
-            self.path.mkdir(mode=0o777 if keep_mode else 0o700)
-            try:
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # someone swept it away before it was opened
-            _hold(descriptor)
-            if _is_at(descriptor, self.path):
-                break
-            os.close(descriptor)  # someone swept it away before it was locked
+
+        def make(path: Path) -> int | None:
+            path.mkdir(mode=0o777 if keep_mode else 0o700)
+            with suppress(FileNotFoundError):  # someone swept it away before it was opened
+                return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return None
+
+        self.path, descriptor = _new(parent, stem, make)
         self._end = weakref.finalize(self, _remove, self.path, descriptor, os.getpid())
 
     def close(self) -> None:
@@ -121,15 +107,8 @@ def temporary_directory(stem: str) -> Scratch:
 def scratch_file(path: Path) -> Iterator[Path]:
     """A new empty file beside `path`, with the permissions of the user's new files; removed at the end if it still has
     its name."""
-    sweep(path.parent, path.name)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    while True:
-        beside = _new_name(path.parent, path.name)
-        descriptor = os.open(beside, flags, 0o666)
-        _hold(descriptor)
-        if _is_at(descriptor, beside):
-            break
-        os.close(descriptor)
+    beside, descriptor = _new(path.parent, path.name, lambda new: os.open(new, flags, 0o666))
     try:
         yield beside
     finally:
@@ -140,11 +119,11 @@ def scratch_file(path: Path) -> Iterator[Path]:
 def sweep(parent: Path, stem: str | None = None) -> None:
     """Remove the scratch of killed processes in `parent`, of one stem or of all."""
     try:
-        names = [entry.name for entry in os.scandir(parent)]
+        names = os.listdir(parent)
     except OSError:
         return
     for name in names:
-        if _PATTERN.fullmatch(name) and (stem is None or name.startswith(f".{_short(stem)}.fewbit-")):
+        if is_scratch(name) and (stem is None or name.startswith(f".{_short(stem)}.fewbit-")):
             _remove_dead(parent / name)
 
 
@@ -169,19 +148,23 @@ def _remove_dead(path: Path) -> None:
             os.close(descriptor)
 
 
-def _new_name(parent: Path, stem: str) -> Path:
-    return parent / f".{_short(stem)}.fewbit-{secrets.token_hex(8)}.partial"
+def _new(parent: Path, stem: str, make: Callable[[Path], int | None]) -> tuple[Path, int]:
+    """A new file or directory, locked, and its descriptor, which `make` opens; None: it was swept away meanwhile."""
+    sweep(parent, stem)
+    while True:
+        path = parent / f".{_short(stem)}.fewbit-{secrets.token_hex(8)}.partial"
+        if (descriptor := make(path)) is None:
+            continue
+        with suppress(OSError):  # on file systems without locks, nothing is swept either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_at(descriptor, path):
+            return path, descriptor
+        os.close(descriptor)  # someone swept it away before it was locked
 
 
 def _short(stem: str) -> str:
     """File systems take names of 255 bytes."""
     return os.fsdecode(os.fsencode(stem)[:180])
-
-
-def _hold(descriptor: int) -> None:
-    """Lock a new file or directory. On file systems without locks, nothing is swept either."""
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from fewbit.calibration.recorded import (
 )
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
 from fewbit.models.forward_manager import first_tensor
+from fewbit.models.nested import map_tensors
 
 Modules = str | nn.Module | Sequence[str | nn.Module] | None
 """A module, its name in the model, several of these, or None for the method's default."""
+Find = Callable[[nn.Module, dict[str, Any]], Step | None]
 
 
 class DataRecorder:
@@ -65,7 +68,7 @@ class DataRecorder:
 
     def register_input_hooks(self, modules: Modules = None) -> None:
         """Record the first input of modules (default: the first block; a block itself). Key: model_input."""
-        for suffix, module in self._chosen(modules, first=True):
+        for suffix, module in self._chosen(modules):
             self._before(INPUT, INPUT + suffix, module, _first_input)
 
     def register_pos_embed_hooks(self, modules: Modules = None) -> None:
@@ -73,26 +76,17 @@ class DataRecorder:
 
         A rotary embedding works as well: its output is recorded. Keys: model_pos_embed, model_position_ids.
         """
-        for suffix, module in self._chosen(modules, first=True):
+        for suffix, module in self._chosen(modules):
+            key = POSITION_EMBEDDINGS + suffix
             if "position_embeddings" in _parameters(module):
-                self._before(
-                    POSITION_EMBEDDINGS,
-                    POSITION_EMBEDDINGS + suffix,
-                    module,
-                    lambda module, arguments: _parts(arguments.get("position_embeddings")),
-                )
+                self._before(POSITION_EMBEDDINGS, key, module, _argument("position_embeddings", _parts))
             elif _has_linears(module):
                 raise ArchitectureError(
                     f"{type(module).__name__} takes no position_embeddings, so none can be recorded"
                 )
             else:
-                self._after(POSITION_EMBEDDINGS, POSITION_EMBEDDINGS + suffix, module, _parts)
-            self._before(
-                POSITION_EMBEDDINGS,
-                POSITION_IDS + suffix,
-                module,
-                lambda module, arguments: _tensor(arguments.get("position_ids")),
-            )
+                self._after(POSITION_EMBEDDINGS, key, module, _parts)
+            self._before(POSITION_EMBEDDINGS, POSITION_IDS + suffix, module, _argument("position_ids"))
 
     def register_linear_input_hooks(self, modules: Modules = None) -> None:
         """Record the input of every linear in modules (default: in the model). Keys: linear_input.NAME."""
@@ -115,13 +109,8 @@ class DataRecorder:
                     f"{type(module).__name__} takes no input_ids, so none can be recorded; make a DataRecorder of "
                     "the model, and name the block in the other methods"
                 )
-            self._before(
-                INPUT_IDS,
-                INPUT_IDS + suffix,
-                module,
-                lambda module, arguments: _tensor(arguments.get("input_ids")),
-            )
-            self._before(INPUT_IDS, ATTENTION_MASK + suffix, module, lambda module, arguments: _mask(arguments))
+            self._before(INPUT_IDS, INPUT_IDS + suffix, module, _argument("input_ids"))
+            self._before(INPUT_IDS, ATTENTION_MASK + suffix, module, _argument("attention_mask", _mask))
 
     def register_output_hooks(self, modules: Modules = None) -> None:
         """Record the (first) output tensor of modules (default: the last block). Key: model_output."""
@@ -144,10 +133,8 @@ class DataRecorder:
         if path.suffix not in SUFFIXES:
             if path.is_file():
                 raise ConfigError(f"{path} is a file; give a directory, or a file that ends in {', '.join(SUFFIXES)}")
-            path.mkdir(parents=True, exist_ok=True)
             path = _next_file(path)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_recording({key: steps for key, steps in self.recorded.items() if steps}, path, allow_pickle=allow_pickle)
         return path
 
@@ -156,35 +143,26 @@ class DataRecorder:
         for steps in self.recorded.values():
             steps.clear()
 
-    def remove_input_hooks(self) -> None:
-        """Stop recording inputs. What was recorded stays, here and below."""
-        self._remove(INPUT)
+    def remove_hooks(self, kind: str | None = None) -> None:
+        """Stop recording everything, or one kind ("model_input", …). What was recorded stays."""
+        for key in [key for key, (other, _) in self._hooks.items() if kind in (other, None)]:
+            self._hooks.pop(key)[1].remove()
 
-    def remove_pos_embed_hooks(self) -> None:
-        """Stop recording position embeddings and position ids."""
-        self._remove(POSITION_EMBEDDINGS)
-
-    def remove_linear_input_hooks(self) -> None:
-        """Stop recording the inputs of linears."""
-        self._remove(LINEAR_INPUT)
-
-    def remove_input_ids_hooks(self) -> None:
-        """Stop recording token ids."""
-        self._remove(INPUT_IDS)
-
-    def remove_output_hooks(self) -> None:
-        """Stop recording outputs."""
-        self._remove(OUTPUT)
-
-    def remove_hooks(self) -> None:
-        """Stop recording."""
-        for kind in {kind for kind, _ in self._hooks.values()}:
-            self._remove(kind)
+    remove_input_hooks = partialmethod(remove_hooks, INPUT)
+    """Stop recording inputs."""
+    remove_pos_embed_hooks = partialmethod(remove_hooks, POSITION_EMBEDDINGS)
+    """Stop recording position embeddings and position ids."""
+    remove_linear_input_hooks = partialmethod(remove_hooks, LINEAR_INPUT)
+    """Stop recording the inputs of linears."""
+    remove_input_ids_hooks = partialmethod(remove_hooks, INPUT_IDS)
+    """Stop recording token ids."""
+    remove_output_hooks = partialmethod(remove_hooks, OUTPUT)
+    """Stop recording outputs."""
 
     def __enter__(self) -> DataRecorder:
         """Record; if nothing was registered, what a calibration set needs: input, positions, token ids."""
         if not self._hooks:
-            block = self._default(first=True)
+            block = self._default()
             self.register_input_hooks(block)
             if "position_embeddings" in _parameters(block):
                 self.register_pos_embed_hooks(block)
@@ -205,7 +183,7 @@ class DataRecorder:
             for module in map(self._module, modules):
                 yield f".{self._names[module]}", module
 
-    def _default(self, first: bool) -> nn.Module:
+    def _default(self, first: bool = True) -> nn.Module:
         """The default to record: a model's first or last block, or the given module itself."""
         blocks = _blocks(self.model)
         return self.model if blocks is None else blocks[0 if first else -1]
@@ -222,23 +200,18 @@ class DataRecorder:
             close = nearest(module, names) if len(names) < 1000 else ""
             raise ArchitectureError(f"{type(self.model).__name__} has no module {module!r}{close}") from None
 
-    def _before(
-        self, kind: str, key: str, module: nn.Module, find: Callable[[nn.Module, dict[str, Any]], Step | None]
-    ) -> None:
+    def _before(self, kind: str, key: str, module: nn.Module, find: Find) -> None:
         """Record what `find` takes from the arguments of a call."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._keep(key, find(module, _arguments(module, args, kwargs)))
 
-        self._add(kind, key, lambda: module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._add(kind, key, partial(module.register_forward_pre_hook, hook, with_kwargs=True))
 
     def _after(self, kind: str, key: str, module: nn.Module, find: Callable[[Any], Step | None]) -> None:
         """Record what `find` takes from the output of a call."""
-        self._add(
-            kind,
-            key,
-            lambda: module.register_forward_hook(lambda module, args, output: self._keep(key, find(output))),
-        )
+        hook = partial(module.register_forward_hook, lambda module, args, output: self._keep(key, find(output)))
+        self._add(kind, key, hook)
 
     def _add(self, kind: str, key: str, register: Callable[[], RemovableHandle]) -> None:
         if key in self._hooks:
@@ -246,18 +219,10 @@ class DataRecorder:
         self.recorded.setdefault(key, [])
         self._hooks[key] = (kind, register())
 
-    def _remove(self, kind: str) -> None:
-        for key in [key for key, (kind_of_key, _) in self._hooks.items() if kind_of_key == kind]:
-            self._hooks.pop(key)[1].remove()
-
     def _keep(self, key: str, step: Step | None) -> None:
-        if isinstance(step, tuple):
-            self.recorded[key].append(tuple(self._copy(part) for part in step))
-        elif step is not None:
-            self.recorded[key].append(self._copy(step))
-
-    def _copy(self, x: Tensor) -> Tensor:
-        return x.detach().to(self.device, copy=True).contiguous()
+        if step is not None:
+            copied = map_tensors(step, lambda x: x.detach().to(self.device, copy=True).contiguous())
+            self.recorded[key].append(copied)
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -287,21 +252,24 @@ def _parts(value: Any) -> Step | None:
     return _tensor(value)
 
 
-def _mask(arguments: Mapping[str, Any]) -> Tensor:
-    mask = arguments.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else torch.empty(0, dtype=torch.bool)
+def _mask(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) and value.ndim == 2 else torch.empty(0, dtype=torch.bool)
+
+
+def _argument(name: str, find: Callable[[Any], Step | None] = _tensor) -> Find:
+    return lambda module, arguments: find(arguments.get(name))
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList | None:
     """The list of like layers with the most parameters; None for a module that is a block, or part of one, itself."""
     if next(iter(_parameters(model)), None) == "hidden_states":  # it may hold a list of experts
         return None
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1 and _has_linears(module)
-    ]
-    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()), default=None)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(set(map(type, m))) == 1]
+    return max(
+        filter(_has_linears, lists),
+        key=lambda module: sum(parameter.numel() for parameter in module.parameters()),
+        default=None,
+    )
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fewbit.errors import ArchitectureError, CheckpointError, first_line, shown
 from fewbit.files import read_json_object
@@ -60,7 +60,7 @@ def load_config(directory: Path, stored: int | None = None) -> PretrainedConfig:
     file = directory / CONFIG_FILE
     check_sizes(described, file, stored)
     code = described.get("auto_map")
-    if isinstance(code, dict) and "AutoConfig" in code and not _is_known(described.get("model_type")):
+    if isinstance(code, dict) and "AutoConfig" in code and str(described.get("model_type")) not in CONFIG_MAPPING:
         raise ArchitectureError(
             f"{file} names code of its own (auto_map) and the model type {described.get('model_type')!r}, which "
             "transformers does not know; fewbit runs no code of a checkpoint, so load the model with "
@@ -87,12 +87,6 @@ def check_sizes(config: Mapping[str, Any], file: Path, stored: int | None = None
             raise CheckpointError(
                 f"{file}: {path} is {shown(value, 60)}, which is more than any model has{of}; mend it"
             )
-
-
-def _is_known(model_type: Any) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def _values(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, Any]]:

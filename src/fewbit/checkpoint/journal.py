@@ -15,7 +15,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from fewbit.errors import disk_errors_as_sentences
 from fewbit.files import read_bytes
@@ -51,23 +51,18 @@ class Journal:
 
     def blocks(self) -> dict[int, FinishedBlock]:
         """By their numbers."""
-        found = {}
-        for entry in self._entries():
-            number, linears = entry.get("block"), entry.get("linears")
-            if isinstance(number, int) and (digest := _digest(entry)) and _are_rows(linears):
-                found[number] = FinishedBlock(digest, linears)
-        return found
+        return {
+            entry["block"]: FinishedBlock(entry["digest"], entry["linears"])
+            for entry in self._entries()
+            if isinstance(entry.get("block"), int) and _are_rows(entry.get("linears"))
+        }
 
     def files(self) -> dict[str, str]:
         """Digest by name, of the files beside the blocks."""
-        found = {}
-        for entry in self._entries():
-            name = entry.get("file")
-            if isinstance(name, str) and (digest := _digest(entry)):
-                found[name] = digest
-        return found
+        return {entry["file"]: entry["digest"] for entry in self._entries() if isinstance(entry.get("file"), str)}
 
     def _entries(self) -> list[dict[str, Any]]:
+        """Lines that are whole, each with a digest."""
         path = self.directory / JOURNAL
         if not path.exists():
             return []
@@ -77,7 +72,8 @@ class Journal:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict) and entry.pop("check", None) == fields_digest(entry):
+            whole = isinstance(entry, dict) and entry.pop("check", None) == fields_digest(entry)
+            if whole and _DIGEST.fullmatch(str(entry.get("digest"))):
                 found.append(entry)
         return found
 
@@ -96,10 +92,5 @@ def fields_digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(entry: dict[str, Any]) -> str | None:
-    digest = entry.get("digest")
-    return digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
-
-
-def _are_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+def _are_rows(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, dict) for row in value)

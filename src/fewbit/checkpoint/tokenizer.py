@@ -10,22 +10,12 @@ from transformers import AutoTokenizer
 from fewbit.errors import CheckpointError, first_line
 from fewbit.files import check_regular
 
-_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "tekken*",
-)
+_FILES = ("tokenizer*", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken*")
 
 
 def load_tokenizer(directory: Path | None) -> Any:
     """The tokenizer beside a checkpoint; None if there is none. CheckpointError for one that cannot be read."""
-    if directory is None:
-        return None
-    files = [path for pattern in _FILES for path in sorted(directory.glob(pattern))]
+    files = [path for pattern in _FILES for path in sorted(directory.glob(pattern))] if directory is not None else []
     if not files:
         return None
     for file in files:

@@ -172,7 +172,7 @@ class RunDirectory:
         if self._created and not self._foreign_files():
             (self._place / LOCK).unlink()
             self._place.rmdir()
-        self._lock.release()
+        self._lock.close()
         self._lock = None
 
     def _manifest(self) -> dict[str, Any]:
