@@ -32,13 +32,10 @@ Item = dict[str, Any]
 """{"input_tensor": [batch, tokens, channels], "kwargs": {…}} and, if they were recorded, "input_ids"."""
 
 INPUT, POSITION_EMBEDDINGS, POSITION_IDS = "model_input", "model_pos_embed", "model_position_ids"
-INPUT_IDS, ATTENTION_MASK, OUTPUT, LINEAR_INPUT = (
-    "model_input_ids",
-    "model_attention_mask",
-    "model_output",
-    "linear_input",
-)
+INPUT_IDS, ATTENTION_MASK = "model_input_ids", "model_attention_mask"
+OUTPUT, LINEAR_INPUT = "model_output", "linear_input"
 FORMAT = "fewbit-recording"
+ALL = slice(None)
 SUFFIXES = (".safetensors", *io.TORCH_SUFFIXES, *io.PICKLE_SUFFIXES)
 
 
@@ -58,9 +55,9 @@ def write_recording(recording: Recording, path: Path, *, allow_pickle: bool = Fa
 
 
 def read_recording(
-    path: str | Path, keys: Iterable[str] | None = None, steps: range | None = None, *, allow_pickle: bool = False
+    path: str | Path, keys: Iterable[str] | None = None, steps: slice = ALL, *, allow_pickle: bool = False
 ) -> dict[str, list[Step]]:
-    """What was recorded under `keys` (all if None) in `steps` (all if None); a key that is not there is left out.
+    """What was recorded under `keys` (all if None) in `steps`; a key that is not there is left out.
 
     Raises CheckpointError for a file that cannot be read, CalibrationError for one that holds no recording.
     """
@@ -80,7 +77,7 @@ def read_recording(
                         tuple(file.get_tensor(f"{key}:{number}:{part}") for part in range(parts[number]))
                         if parts[number]
                         else file.get_tensor(f"{key}:{number}")
-                        for number in (range(len(parts)) if steps is None else steps)
+                        for number in range(len(parts))[steps]
                     ]
             return found
     except OSError as error:
@@ -112,15 +109,12 @@ class DefaultDataset(Dataset[Item]):
     ) -> None:
         if (files is None) == (root_dir is None):
             raise ConfigError("give the recordings once: files, or root_dir for a directory")
-        if files is None:
-            assert root_dir is not None
-            files = root_dir
         self.key = key
         self._allow_pickle = allow_pickle
         sequences = [
             (source, steps)
-            for source in _sources(files)
-            for steps in _sequences(self._read(source, (key, *self._beside(POSITION_IDS))), key, source)
+            for source in _sources(root_dir if files is None else files)
+            for steps in _sequences(*self._read(source, POSITION_IDS).values())
         ]
         self._chosen = [sequences[index] for index in _sample(len(sequences), num_samples, seed)]
 
@@ -136,11 +130,7 @@ class DefaultDataset(Dataset[Item]):
         input_ids: [batch, tokens], if they were recorded.
         """
         source, steps = self._chosen[index]
-        keys = (self.key, *self._beside(POSITION_IDS, POSITION_EMBEDDINGS, INPUT_IDS, ATTENTION_MASK))
-        recording = self._read(source, keys, steps)
-        for name, found in recording.items():
-            if len(found) != len(steps):
-                raise _unlike_steps(source, self.key, name)
+        recording = self._read(source, POSITION_IDS, POSITION_EMBEDDINGS, INPUT_IDS, ATTENTION_MASK, steps=steps)
         inputs = _joined(recording[self.key], 1)
         item: Item = {"input_tensor": inputs, "kwargs": {}}
         for name, found in recording.items():
@@ -156,21 +146,27 @@ class DefaultDataset(Dataset[Item]):
                     item["kwargs"]["attention_mask"] = mask.bool()
         return item
 
-    def _beside(self, *keys: str) -> list[str]:
-        """Keys of what was recorded in the same calls; none of them for inputs of linears."""
-        if self.key == INPUT:
-            return list(keys)
-        if not self.key.startswith(f"{INPUT}."):
-            return []
+    def _read(self, source: Path | Recording, *beside: str, steps: slice = ALL) -> dict[str, list[Step]]:
+        """The inputs, and what was recorded in the same calls; nothing is beside the inputs of linears."""
         suffix = self.key.removeprefix(INPUT)
-        return [key + suffix if key in (POSITION_IDS, POSITION_EMBEDDINGS) else key for key in keys]
-
-    def _read(
-        self, source: Path | Recording, keys: Sequence[str], steps: range | None = None
-    ) -> dict[str, list[Step]]:
+        named = [key + suffix if key in (POSITION_IDS, POSITION_EMBEDDINGS) else key for key in beside]
+        keys = (self.key, *(named if self.key == INPUT or self.key.startswith(f"{INPUT}.") else ()))
         if isinstance(source, Path):
-            return read_recording(source, keys, steps, allow_pickle=self._allow_pickle)
-        return _checked(source, "the recording", keys, steps)
+            recording = read_recording(source, keys, steps, allow_pickle=self._allow_pickle)
+        else:
+            recording = _checked(source, "the recording", keys, steps)
+        name = source if isinstance(source, Path) else "the recording"
+        inputs = recording.pop(self.key, None)
+        if not inputs:
+            raise CalibrationError(
+                f"{name} holds no {self.key!r}; register it with the DataRecorder before the model runs"
+            )
+        if unlike := next((key for key, found in recording.items() if len(found) != len(inputs)), None):
+            raise CalibrationError(
+                f"{name} does not hold as many steps of {unlike!r} as of {self.key!r}; register both before the "
+                "model runs"
+            )
+        return {self.key: inputs} | recording
 
 
 def build_calib_dataset_inputs(
@@ -222,75 +218,56 @@ def device_of(name: torch.device | str | int) -> torch.device:
         raise ConfigError(f'device {name!r} is none; give "cpu", "cuda" or "cuda:0"') from None
 
 
-def _sources(files: Files) -> list[Path | Recording]:
+def _sources(files: Files | None) -> list[Path | Recording]:
     if isinstance(files, Mapping):
         return [files]
     if not isinstance(files, str | Path | Iterable):
         raise ConfigError(f"recordings are a directory, files or what DataRecorder.recorded holds, not {files!r}")
-    if isinstance(files, str | Path) and not Path(files).exists():
-        raise CheckpointError(f"there is no file or directory {files}; DataRecorder.save_inputs writes recordings")
     if not isinstance(files, str | Path):
         sources = [source if isinstance(source, Mapping) else Path(source) for source in files]
-    elif Path(files).is_dir():
-        sources = [path for path in sorted(Path(files).iterdir()) if path.suffix in SUFFIXES]
+    elif not Path(files).exists():
+        raise CheckpointError(f"there is no file or directory {files}; DataRecorder.save_inputs writes recordings")
     else:
-        sources = [Path(files)]
+        inside = sorted(Path(files).iterdir()) if Path(files).is_dir() else None
+        sources = [Path(files)] if inside is None else [path for path in inside if path.suffix in SUFFIXES]
     if not sources:
         raise CalibrationError(f"there are no recordings in {files}; DataRecorder.save_inputs writes them")
     return sources
 
 
-def _sequences(recording: Recording, key: str, source: Path | Recording) -> list[range]:
-    """The steps of each sequence.
-
-    With position ids a step goes on where every row's positions do; without them where there is one token per row.
-    """
-    if not recording.get(key):
-        name = source if isinstance(source, Path) else "the recording"
-        raise CalibrationError(f"{name} holds no {key!r}; register it with the DataRecorder before the model runs")
-    steps = recording[key]
-    positions = next((steps for name, steps in recording.items() if name != key), None)
-    if positions is not None and len(positions) != len(steps):
-        raise _unlike_steps(source, key, POSITION_IDS)
-    starts = []
-    for number, step in enumerate(steps):
-        assert isinstance(step, Tensor)
-        before = steps[number - 1]
-        assert isinstance(before, Tensor)
-        if number == 0 or step.ndim != 3 or step.shape[0] != before.shape[0]:
-            goes_on = False
-        elif positions is not None:
-            here, there = positions[number], positions[number - 1]
-            assert isinstance(here, Tensor)
-            assert isinstance(there, Tensor)
-            goes_on = here.shape[:-1] == there.shape[:-1] and bool((here[..., 0] == there[..., -1] + 1).all())
-        else:
-            goes_on = step.shape[1] == 1
-        if not goes_on:
-            starts.append(number)
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(steps)], strict=True)]
+def _sequences(steps: Sequence[Any], positions: Sequence[Any] | None = None) -> list[slice]:
+    """The steps of each sequence."""
+    pairs = positions or [None] * len(steps)
+    starts = [
+        number
+        for number in range(len(steps))
+        if number == 0 or not _goes_on(steps[number - 1], steps[number], pairs[number - 1], pairs[number])
+    ]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(steps)], strict=True)]
 
 
-def _checked(data: Any, name: object, keys: Iterable[str] | None, steps: range | None) -> dict[str, list[Step]]:
+def _goes_on(before: Tensor, step: Tensor, before_at: Tensor | None, step_at: Tensor | None) -> bool:
+    """Whether a step belongs to the sequence of the one before: with position ids where every row's positions go on,
+    without them where there is one token per row."""
+    if step.ndim != 3 or step.shape[0] != before.shape[0]:
+        return False
+    if before_at is None or step_at is None:
+        return step.shape[1] == 1
+    return before_at.shape[:-1] == step_at.shape[:-1] and bool((step_at[..., 0] == before_at[..., -1] + 1).all())
+
+
+def _checked(data: Any, name: object, keys: Iterable[str] | None, steps: slice) -> dict[str, list[Step]]:
     """A recording that may have been made by something else; tuples may be lists there."""
     if not isinstance(data, Mapping) or not all(isinstance(found, list | tuple) for found in data.values()):
         raise CalibrationError(f"{name} holds no recording: a table of lists of tensors, like DataRecorder's")
     found = {}
     for key, recorded in data.items():
         if keys is None or key in keys:
-            chosen = recorded if steps is None else recorded[steps.start : steps.stop]
-            found[key] = [step if isinstance(step, Tensor) else tuple(step) for step in chosen]
-            parts = [part for step in found[key] for part in ([step] if isinstance(step, Tensor) else step)]
+            found[key] = [step if isinstance(step, Tensor) else tuple(step) for step in recorded[steps]]
+            parts = [part for step in found[key] if isinstance(step, tuple) for part in step]
             if not all(isinstance(part, Tensor) for part in parts):
                 raise CalibrationError(f"{name} holds no recording: there is more than tensors in {key!r}")
     return found
-
-
-def _unlike_steps(source: Path | Recording, key: str, other: str) -> CalibrationError:
-    name = source if isinstance(source, Path) else "the recording"
-    return CalibrationError(
-        f"{name} does not hold as many steps of {other!r} as of {key!r}; register both before the model runs"
-    )
 
 
 def _embeddings(steps: Sequence[Step], batch: int) -> Tensor | tuple[Tensor, ...]:

@@ -26,22 +26,30 @@ def holds_ids(row: Any) -> bool:
 
 
 def _text(row: Any, what: str, tokenizer: Any) -> str:
+    text = _found(row, what, tokenizer)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise CalibrationError(f"{what} holds half a character ({half}), which is no Unicode text") from None
+    return text
+
+
+def _found(row: Any, what: str, tokenizer: Any) -> str:
     if isinstance(row, str):
-        return _encodable(row, what)
+        return row
     if _is_conversation(row):
-        return _encodable(_rendered(row, what, tokenizer), what)
+        return _rendered(row, what, tokenizer)
     if not isinstance(row, Mapping):
         raise CalibrationError(f"{what} is a {_kind(row)}; expected a text, or an object with 'text' or 'messages'")
     if (text := row.get("text")) is not None:
         if not isinstance(text, str):
             raise CalibrationError(f"'text' in {what} is a {_kind(text)}, not a text")
-        return _encodable(text, what) if text.strip() else ""
+        return text if text.strip() else ""
     if (messages := row.get("messages")) is not None:
-        return _encodable(_rendered(messages, what, tokenizer), what)
-    if "text" in row or "messages" in row:
-        raise CalibrationError(
-            f"{what} has no text: its {'text' if 'text' in row else 'messages'!r} is null; remove it"
-        )
+        return _rendered(messages, what, tokenizer)
+    if empty := next((name for name in ("text", "messages") if name in row), None):
+        raise CalibrationError(f"{what} has no text: its {empty!r} is null; remove it")
     columns = ", ".join(repr(str(column)[:40]) for column in list(row)[:12]) or "none"
     raise CalibrationError(
         f"{what} has neither 'text' nor 'messages' (its columns: {columns}); rename the column that holds the text to "
@@ -78,15 +86,6 @@ def _rendered(messages: Any, what: str, tokenizer: Any) -> str:
     if not isinstance(text, str):
         raise CalibrationError(f"the chat template makes no text of the messages of {what}")
     return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
-
-
-def _encodable(text: str, what: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"U+{ord(text[error.start]):04X}"
-        raise CalibrationError(f"{what} holds half a character ({found}), which is no Unicode text") from None
-    return text
 
 
 def _kind(value: Any) -> str:

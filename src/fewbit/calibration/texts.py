@@ -10,7 +10,6 @@ import codecs
 import csv
 import json
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit.errors import CalibrationError, first_line
+from fewbit.files import open_regular
 
 HUB_PREFIX = "hub:"
 HUB_ROWS = 20_000
@@ -58,35 +58,22 @@ def read_rows(data: str | Path | None) -> tuple[list[Any], str]:
             f"text {path} is named .{suffix}, which is no text; give .txt, .jsonl, .json, .csv or .parquet"
         )
     read = _READERS.get(suffix, _plain)
-    _check_file(path, LARGEST_JSON if read is _json else LARGEST_TEXT)
+    with open_regular(path, CalibrationError) as opened:
+        size, largest = os.fstat(opened).st_size, LARGEST_JSON if read is _json else LARGEST_TEXT
+    if size > largest:
+        raise CalibrationError(
+            f"text {path} has {size >> 20} MiB, and at most {largest >> 20} can be read; "
+            "a few MB are enough: give the first part, as .txt or .jsonl"
+        )
     try:
         rows = list(read(path))
     except OSError as error:
         raise CalibrationError(f"text {path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise CalibrationError(f"text {path} is {_kind(path)}") from None
-    if not rows:
+    if all(row == "" for row in rows):
         raise CalibrationError(f"text {path} is empty")
     return rows, path.name
-
-
-def _check_file(path: Path, largest: int) -> None:
-    """CalibrationError unless `path` is a file of a size that can be read at once."""
-    try:
-        found = os.stat(path)
-    except ValueError:  # a NUL in the name
-        raise CalibrationError(f"text {str(path)!r} cannot be read: this is no file name") from None
-    except OSError as error:
-        raise CalibrationError(f"text {path} cannot be read: {error.strerror}") from None
-    if stat.S_ISDIR(found.st_mode):
-        raise CalibrationError(f"text {path} cannot be read: Is a directory; give a file")
-    if not stat.S_ISREG(found.st_mode):
-        raise CalibrationError(f"text {path} is a pipe or a device; write the text into a file first")
-    if found.st_size > largest:
-        raise CalibrationError(
-            f"text {path} has {found.st_size >> 20} MiB, and at most {largest >> 20} can be read; "
-            "a few MB are enough: give the first part, as .txt or .jsonl"
-        )
 
 
 def _plain(path: Path) -> Iterator[Any]:
@@ -94,11 +81,9 @@ def _plain(path: Path) -> Iterator[Any]:
     text = path.read_text(encoding="utf-8-sig")
     if "\0" in text:
         raise CalibrationError(f"text {path} is {_kind(path)}")
-    first = text.lstrip()[:1]
-    if first == "{" and _is_row(text.lstrip().partition("\n")[0]):
+    if _is_row(text.lstrip().partition("\n")[0]):
         raise CalibrationError(f"text {path} holds JSON rows; name it .jsonl to have their texts read")
-    if first:
-        yield text
+    yield text if text.strip() else ""
 
 
 def _is_row(line: str) -> bool:
@@ -113,15 +98,12 @@ def _is_row(line: str) -> bool:
 def _json_lines(path: Path) -> Iterator[Any]:
     """One value per line; "" keeps the place of a blank one, so that rows are numbered as lines."""
     with path.open(encoding="utf-8-sig", newline="\n") as file:  # other line ends may stand inside a string
-        some = False
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                yield ""
-                continue
-            some = True
-            yield _parsed(line, f"row {number} of {path}")
-    if not some:
-        raise CalibrationError(f"text {path} is empty")
+            try:
+                row = json.loads(line) if line.strip() else ""
+            except (ValueError, RecursionError) as error:
+                raise _no_json(f"row {number} of {path}", error) from None
+            yield row
 
 
 def _json(path: Path) -> Iterator[Any]:
@@ -131,27 +113,19 @@ def _json(path: Path) -> Iterator[Any]:
         return
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            yield from _json_lines(path)
-            return
-        raise CalibrationError(f"text {path} is no valid JSON: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"text {path} is no JSON that can be read: {_reason(error)}") from None
+        if getattr(error, "msg", None) != "Extra data":
+            raise _no_json(f"text {path}", error) from None
+        yield from _json_lines(path)
+        return
     if isinstance(found, dict) and isinstance(columns := found.get("text"), list):
         found = [{"text": text} for text in columns]
     yield from found if isinstance(found, list) else [found]
 
 
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{what} is no JSON that can be read: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+def _no_json(what: str, error: Exception) -> CalibrationError:
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+    return CalibrationError(f"{what} is no JSON that can be read: {reason}")
 
 
 def _csv(path: Path) -> Iterator[Any]:

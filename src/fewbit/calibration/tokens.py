@@ -221,16 +221,16 @@ def choose_windows(tokens: Tensor, num_samples: int, length: int, seed: int, sou
 
 
 def _ready_batches(items: Sequence[Mapping[str, Tensor]]) -> CalibrationSet:
+    batches = []
     for item in items:
         if "input_ids" not in item or not set(item) <= {"input_ids", "attention_mask"}:
             raise CalibrationError(f"a calibration batch has input_ids and maybe attention_mask, not {sorted(item)}")
-        if "attention_mask" in item and item["attention_mask"].shape != item["input_ids"].shape:
-            raise CalibrationError("the attention mask of a calibration batch has another shape than its input_ids")
-    batches = [{"input_ids": checked_ids(item["input_ids"])} for item in items]
-    for batch, item in zip(batches, items, strict=True):
-        if "attention_mask" in item:
-            batch["attention_mask"] = item["attention_mask"].cpu()
-    if not any(batch.get("attention_mask", batch["input_ids"] == batch["input_ids"]).any() for batch in batches):
+        batches.append({"input_ids": checked_ids(item["input_ids"])})
+        if (mask := item.get("attention_mask")) is not None:
+            if mask.shape != item["input_ids"].shape:
+                raise CalibrationError("the attention mask of a batch has another shape than its input_ids")
+            batches[-1]["attention_mask"] = mask.cpu()
+    if all("attention_mask" in batch and not batch["attention_mask"].any() for batch in batches):
         raise CalibrationError("the attention masks of the calibration batches leave every token out")
     return CalibrationSet(batches, "batches", sum(batch["input_ids"].shape[0] for batch in batches))
 

@@ -67,10 +67,8 @@ def copy_side_files(
     changed.pop("transformers_weights", None)  # names a file that is left behind
     if changed != described or not (target / CONFIG_FILE).exists():
         write_json(target / CONFIG_FILE, changed)
-    left += [
-        f"auto_map of {name} (the code is not there)" for name in _WITH_CODE if _drop_dangling_code(target / name)
-    ]
-    return left
+    without_code = [name for name in _WITH_CODE if _drop_dangling_code(target / name)]
+    return left + [f"auto_map of {name} (the code is not there)" for name in without_code]
 
 
 def in_words(left: list[str]) -> list[str]:
@@ -114,30 +112,24 @@ def saved_side_files(
 
 def _side_files(source: Path, target: Path, left: list[str], weights: Container[Path]) -> list[Path]:
     """Every file of `source` to be copied; what is not is added to `left`, in words."""
-    root, blobs, found = source.resolve(), _hub_blobs(source), []
+    root, blobs = source.resolve(), _hub_blobs(source)
+    found: list[Path] = []
     for folder, folders, files in os.walk(source):
         here = Path(folder)
         passed = _PASSED_OVER | RESERVED if here == source and _is_fewbits(source) else _PASSED_OVER
-        folders[:] = [
-            name for name in folders if name not in passed and here / name != target and not is_scratch(name)
-        ]
-        for name in sorted(folders):
-            if reason := _taken(here / name, source) or _why_not_enter(here / name, weights):
-                folders.remove(name)
-                left.append(f"{printable((here / name).relative_to(source))}/ ({reason})")
-        folders.sort()
-        for path in (here / name for name in sorted(set(files) - passed)):
-            if path in weights or is_scratch(path.name):
+        entered: list[Path] = []
+        for name in (*sorted(folders), *sorted(files)):
+            path, is_folder = here / name, name in folders
+            if name in passed or is_scratch(name) or path == target or path in weights:
                 continue
-            if reason := _taken(path, source) or _why_not_copy(path, root, blobs):
-                left.append(f"{printable(path.relative_to(source))} ({reason})")
+            reason = "a run has one of that name" if here == source and name in RESERVED else None
+            reason = reason or (_why_not_enter(path, weights) if is_folder else _why_not_copy(path, root, blobs))
+            if reason:
+                left.append(f"{printable(path.relative_to(source))}{'/' if is_folder else ''} ({reason})")
             else:
-                found.append(path)
+                (entered if is_folder else found).append(path)
+        folders[:] = [path.name for path in entered]
     return found
-
-
-def _taken(path: Path, source: Path) -> str | None:
-    return "a run has one of that name" if path.parent == source and path.name in RESERVED else None
 
 
 def _why_not_enter(folder: Path, weights: Container[Path]) -> str | None:
@@ -241,12 +233,11 @@ def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str
             vars(mended).clear()
             vars(mended).update(before)
     mended.save_pretrained(directory)
-    notes = []
-    if sampled:
-        notes.append(f"generation config: do_sample is on, because {', '.join(sampled)} cannot be saved without")
-    if lost:
-        notes.append(f"generation config: {', '.join(lost)} cannot be saved with the rest and is left out")
-    return notes
+    said = {
+        "do_sample is on, because {} cannot be saved without": sampled,
+        "{} cannot be saved with the rest and is left out": lost,
+    }
+    return [f"generation config: {text.format(', '.join(names))}" for text, names in said.items() if names]
 
 
 def _saves(generation: GenerationConfig, directory: Path) -> bool:
@@ -266,14 +257,15 @@ def _drop_dangling_code(file: Path) -> bool:
         described = read_json_object(file) if file.is_file() else {}
     except CheckpointError:
         return False
-    code = described.get("auto_map")
-    if not isinstance(code, dict):
-        return False
-    kept = {name: value for name, value in code.items() if not _dangles(value, file.parent)}
+    code = described.pop("auto_map", None)
+    kept = (
+        {name: value for name, value in code.items() if not _dangles(value, file.parent)}
+        if isinstance(code, dict)
+        else code
+    )
     if kept == code:
         return False
-    rest = {name: value for name, value in described.items() if name != "auto_map"}
-    write_json(file, rest | ({"auto_map": kept} if kept else {}))
+    write_json(file, described | ({"auto_map": kept} if kept else {}))
     return True
 
 

@@ -131,9 +131,7 @@ class ModuleSource:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise CheckpointError if a float tensor holds NaN or infinity: quantizing it would hide the damage."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    if tensor.dtype in FLOAT_DTYPES and is_finite(tensor):
+    if not tensor.is_floating_point() or tensor.numel() == 0 or (tensor.dtype in FLOAT_DTYPES and is_finite(tensor)):
         return
     bad = sum(int((~torch.isfinite(part.float())).sum()) for part in tensor.flatten().split(_PIECE))
     if bad:
@@ -184,13 +182,9 @@ def _inside(directory: Path, name: Any, owner: str) -> Path:
     if not isinstance(name, str) or "\0" in name or len(name) > _LONGEST_NAME:
         raise CheckpointError(f"{directory / owner} is damaged: {printable(name)[:60]!r} is no file name")
     file = directory / name
-    steps = PurePath(name).parts
-    if (
-        not steps
-        or ".." in steps
-        or PurePath(name).is_absolute()
-        or file.parent.resolve() != directory.resolve().joinpath(*steps[:-1])
-    ):
+    pure = PurePath(name)
+    leads_out = not pure.parts or ".." in pure.parts or pure.is_absolute()
+    if leads_out or file.parent.resolve() != directory.resolve() / pure.parent:
         raise CheckpointError(f"{owner} names the file {printable(name)}, which is not in {directory}; put it there")
     if not file.is_file():
         raise CheckpointError(f"{owner} names the shard {printable(name)}, which is missing from {directory}")
