@@ -62,6 +62,10 @@ class PartsSource:
     def directory(self) -> Path | None:
         return self._source.directory
 
+    @property
+    def files(self) -> frozenset[Path]:
+        return self._source.files
+
     def info(self) -> dict[str, TensorInfo]:
         return self._info
 

@@ -211,6 +211,8 @@ def _stored(name: str, spec: QuantizationSpec) -> list[str]:
 class NativeCheckpoint:
     """A finished run, readable as a TensorSource (dequantized) or part by part (for exporters)."""
 
+    files: frozenset[Path] = frozenset()
+
     def __init__(self, directory: str | Path) -> None:
         self.directory: Path = Path(directory)
         self.manifest: dict[str, Any] = read_manifest(self.directory)

@@ -47,6 +47,10 @@ class TensorSource(Protocol):
     def directory(self) -> Path | None:
         """Holds config.json and the tokenizer; None for a module in memory."""
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """Those of a checkpoint directory that hold the weights and nothing else."""
+
     def info(self) -> dict[str, TensorInfo]:
         """Every tensor's shape and dtype by name."""
 
@@ -102,6 +106,7 @@ class ModuleSource:
     """
 
     directory: Path | None = None
+    files: frozenset[Path] = frozenset()
 
     def __init__(self, module: nn.Module, without: Container[str] = (), prefix: str = "") -> None:
         tensors = module.state_dict()

@@ -46,13 +46,18 @@ class Needs:
     """Tokens of an input that is quantized, as it comes."""
     reference: float = 0.0
     """Share of the batches that pass in full precision, too."""
+    gradients: bool = False
+    """Gradients through the block."""
 
 
 class AlgorithmConfig:
-    """Options of a method. A new one is a subclass here and a function in `fewbit.algorithms`."""
+    """Options of a method, which is a phase of the work. A new one is a subclass and a function by its name: in
+    `fewbit.algorithms` for groups of linears, in `fewbit.engine.phases` for blocks and models."""
 
     name: str
-    finds: ClassVar[Literal["channel scales", "codes"]]
+    level: ClassVar[Literal["model", "channel scales", "codes", "block"]]
+    """What it works on: the model before anything else; a group of linears with one input, of which it finds the
+    channel scales or the codes; a block whose groups are done."""
 
     @property
     def needs(self) -> Needs:
@@ -63,7 +68,7 @@ class AlgorithmConfig:
 class CodeConfig(AlgorithmConfig):
     """Options of a method that finds the codes of linears that share an input."""
 
-    finds = "codes"
+    level = "codes"
     compensates: ClassVar[bool] = False
     """Whether later columns make up for a column's error, so that less of it is left than rounding leaves."""
 
@@ -189,7 +194,7 @@ class ScaleSearchConfig(AlgorithmConfig):
     scaling_layers: tuple[ScalingLayer, ...] | None = None
     """Which layer before which linears is scaled; None takes what the architecture says."""
 
-    finds = "channel scales"
+    level = "channel scales"
     counts_inputs: ClassVar[bool] = False
     """Whether the error of quantized inputs is counted beside that of the weights."""
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(_translate_search)
@@ -240,15 +245,15 @@ ALGORITHMS: dict[str, type[Any]] = {
 
 def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
     """Algorithms from a name, names joined by "+" ("awq+gptq"), with options ("gptq:drift=0.5", or {name: gptq,
-    drift: 0.5}), a config object, or a list of these. Channel scales are searched before codes, one search after the
-    other; without a method for codes they are rounded to nearest."""
+    drift: 0.5}), a config object, or a list of these. Levels follow each other as they must, methods of one level as
+    they are given; without a method for codes they are rounded to nearest."""
     parts = value if isinstance(value, list | tuple) else value.split("+") if isinstance(value, str) else [value]
     found = tuple(_algorithm(part) for part in parts if part is not None)
-    searches = [config for config in found if config.finds == "channel scales"]
-    codes = [config for config in found if config.finds == "codes"]
-    if len(codes) > 1:
+    codes = sum(config.level == "codes" for config in found)
+    if codes > 1:
         raise ConfigError(f"algorithms {', '.join(config.name for config in found)}: only one can find the codes")
-    return (*searches, *codes) if codes else (*searches, RTNConfig())
+    order = ("model", "channel scales", "codes", "block")
+    return tuple(sorted(found if codes else (*found, RTNConfig()), key=lambda config: order.index(config.level)))
 
 
 def _algorithm(value: Any) -> AlgorithmConfig:

@@ -115,6 +115,10 @@ class Config:
         """The algorithm that finds codes."""
         return next(config for config in self.algo_config if isinstance(config, CodeConfig))
 
+    def at(self, level: str) -> tuple[AlgorithmConfig, ...]:
+        """The algorithms of a level, in order."""
+        return tuple(config for config in self.algo_config if config.level == level)
+
     @property
     def scale_searches(self) -> tuple[ScaleSearchConfig, ...]:
         """The algorithms that search channel scales, in order."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from fewbit.algorithms.rtn import rtn
 from fewbit.calibration.passage import Passage, full_precision
 from fewbit.checkpoint.names import bias_of, full_name, path_in
-from fewbit.config.algorithms import CodeConfig
+from fewbit.config.algorithms import AlgorithmConfig, CodeConfig
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.engine.block_work import BlockWork
 from fewbit.engine.channel_scaler import ChannelScaler
+from fewbit.engine.phases import BLOCK_PHASES, QuantizedBlock
 from fewbit.engine.reference import Reference
 from fewbit.engine.stage_quantizer import LinearResult, Member, quantize_stage, round_stage
 from fewbit.engine.staged import StagedForward, Strategy
@@ -81,6 +82,8 @@ class BlockQuantizer:
     listener: Listener = _NOBODY
     scalers: Sequence[ChannelScaler] = ()
     """Searches for channel scales, in order."""
+    refinements: Sequence[AlgorithmConfig] = ()
+    """What works on a block when its groups are done, in order."""
 
     def quantize(self, index: int, passage: Passage, strategy: Strategy) -> BlockWork:
         """A block quantized on the batches of `passage`, which go on to the next block."""
@@ -110,9 +113,23 @@ class BlockQuantizer:
             blocks = [block] if reference is None else [block, reference.block]
             with nullcontext() if identity is None else identity.following(*blocks):
                 staged = StagedForward(stages, passage.masks, forward, reference, calibrations, identity)
-                staged.run(partial(passage.emit, index=index), strategy)
+                staged.run(partial(passage.emit, index=index) if not self.refinements else _keep, strategy)
+            if self.refinements:
+                self._refine(block, index, work, passage)
             self._take_steps(block, work)
         return work
+
+    def _refine(self, block: nn.Module, index: int, work: BlockWork, passage: Passage) -> None:
+        """Let methods change the block that is quantized, then pass the batches on."""
+        target = None if passage.full is None else passage.full.get
+        done = QuantizedBlock(
+            block, work, range(len(passage)), passage.forward(block, index), target, passage.reference
+        )
+        for phase in self.refinements:
+            with torch.set_grad_enabled(phase.needs.gradients):
+                BLOCK_PHASES[phase.name](done, phase)
+        with torch.no_grad():
+            passage.cross(block, index)
 
     @staticmethod
     def _take_steps(block: nn.Module, work: BlockWork) -> None:
@@ -256,3 +273,7 @@ class BlockQuantizer:
         quantized = rtn(row, None, spec, spec.scale_format(stored.dtype)).weight.dequantize(stored.dtype)
         work.dense[bias_of(name)] = quantized.squeeze(0)
         linear.bias = nn.Parameter(quantized.squeeze(0).float().to(linear.bias.device), requires_grad=False)
+
+
+def _keep(batch: int, output: Tensor) -> None:
+    """The block is not done yet: the batch stays before it."""

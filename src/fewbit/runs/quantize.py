@@ -21,12 +21,12 @@ from fewbit.calibration.tokens import CalibrationData, CalibrationSet, calibrati
 from fewbit.checkpoint.hub import resolve_directory
 from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.checkpoint.side_files import copy_side_files, in_words, mend_generation_config, saved_side_files
-from fewbit.checkpoint.source import SafetensorsSource
 from fewbit.checkpoint.tokenizer import load_tokenizer
 from fewbit.config.recipe import Config
 from fewbit.config.run_options import RunOptions, choose_device, parse_size
 from fewbit.engine.block_quantizer import BlockQuantizer, Targets
 from fewbit.engine.channel_scaler import ChannelScaler
+from fewbit.engine.phases import MODEL_PHASES
 from fewbit.errors import ConfigError
 from fewbit.files import write_json
 from fewbit.formats import already_there, export, export_directory, exporter
@@ -73,6 +73,8 @@ def quantize_model(
     directory.refuse(options.resume)
     device, memory = choose_device(options.device), parse_size(options.activation_memory)
     blockwise = open_model(model)
+    for phase in config.at("model"):
+        blockwise = MODEL_PHASES[phase.name](blockwise, phase)
     plan = make_plan(blockwise, config)
     for target in targets:
         target.check(plan.contents)
@@ -86,7 +88,7 @@ def quantize_model(
     try:
         with _side_files(blockwise, tokenizer) as (files, notes):
             directory.open(identity, options.resume)
-            notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, _files(blockwise)))
+            notes += in_words(copy_side_files(files, directory.path, blockwise.config_changes, blockwise.source.files))
             notes += mend_generation_config(directory.path)
         plan = replace(plan, warnings=plan.warnings + notes)
         prepared = time.perf_counter()
@@ -154,7 +156,14 @@ def _quantizer(model: BlockwiseModel, plan: Plan, config: Config, device: torch.
         )
         for search in config.scale_searches
     ]
-    return BlockQuantizer(model, Targets(configs, plan.contents.activations), codes, device, scalers=scalers)
+    return BlockQuantizer(
+        model,
+        Targets(configs, plan.contents.activations),
+        codes,
+        device,
+        scalers=scalers,
+        refinements=config.at("block"),
+    )
 
 
 def _calibration(
@@ -213,11 +222,6 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
         num_blocks=len(model),
         contents=plan.contents.facts(),
     )
-
-
-def _files(model: BlockwiseModel) -> frozenset[Path]:
-    """The files of the model's weights."""
-    return model.source.files if isinstance(model.source, SafetensorsSource) else frozenset()
 
 
 @contextmanager

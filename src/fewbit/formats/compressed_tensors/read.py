@@ -41,6 +41,8 @@ class CompressedTensorsSource:
     is rounded: such weights are exact to the last bit of float32 only.
     """
 
+    files: frozenset[Path] = frozenset()
+
     def __init__(self, directory: str | Path) -> None:
         self.directory: Path = Path(directory)
         self._files = SafetensorsSource(directory)
