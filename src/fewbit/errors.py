@@ -62,9 +62,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, or the text that safetensors' Rust side makes of one, says that the disk is full."""
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return True
-    return any(f"os error {code})" in str(error) for code in _DISK_FULL)
+    return getattr(error, "errno", None) in _DISK_FULL or any(f"os error {code})" in str(error) for code in _DISK_FULL)
 
 
 @contextmanager
@@ -72,9 +70,9 @@ def disk_errors_as_sentences(path: object) -> Iterator[None]:
     """Turn what the system says against writing `path`, raised anywhere below, into a RunError that names the file."""
     try:
         yield
+    except FewbitError:
+        raise
     except Exception as error:
-        if isinstance(error, FewbitError):
-            raise
         if is_disk_full(error):
             raise RunError(
                 f"the disk is full: {path} could not be written; free some space and run the command again "

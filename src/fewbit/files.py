@@ -101,10 +101,8 @@ def _unreadable(path: Path, problem: Exception) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write beside `path`; it is flushed to disk and takes its place only if the body succeeds.
-
-    A link at `path` is replaced, not followed. RunError, with a sentence, if the disk is full or refuses.
-    """
+    """A path to write beside `path`; it is flushed to disk and takes its place only if the body succeeds. A link at
+    `path` is replaced, not followed. RunError if the disk is full or refuses."""
     with disk_errors_as_sentences(path), scratch_file(path) as beside:
         yield beside
         with beside.open("rb+") as written:
@@ -121,8 +119,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def destination(path: Path, what: str) -> Path:
-    """The directory `path`, existing or not, with links resolved. RunError if it is something else or the links are
-    broken."""
+    """The directory `path`, existing or not, with links resolved. RunError if it is something else or cannot be."""
     try:
         resolved = path.resolve()
         there = resolved.exists()

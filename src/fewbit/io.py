@@ -45,23 +45,18 @@ def load(path: str | Path, *, allow_pickle: bool = False) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # decoders raise almost anything on damaged bytes
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path} is damaged or not a {path.suffix} file ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{path} is damaged or not a {path.suffix} file ({reason})") from None
 
 
 def dump(obj: Any, path: str | Path, *, allow_pickle: bool = False) -> None:
     """Write `obj` atomically, in the format of the suffix of `path`.
 
-    Raises ConfigError for an unknown suffix and for an object that the format cannot hold, and for a pickle unless
-    `allow_pickle` is given.
+    Raises ConfigError for an unknown suffix, an object that the format cannot hold, a pickle without `allow_pickle`.
     """
     path = _of_known_suffix(path)
     if path.suffix in PICKLE_SUFFIXES and not allow_pickle:
-        raise ConfigError(
-            f"{path}: reading a pickle can run code; store .safetensors, .json or .pt, or pass allow_pickle=True"
-        )
+        raise ConfigError(f"{path}: pickles can run code; store .safetensors, .json or .pt, or pass allow_pickle=True")
     with replacing(path) as beside:
         try:
             _write(obj, beside, path.suffix)
@@ -119,7 +114,5 @@ def _write(obj: Any, beside: Path, suffix: str) -> None:
 def _of_known_suffix(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ConfigError(
-            f"{path}: the suffix {path.suffix!r} is not a known format; use one of {', '.join(SUFFIXES)}"
-        )
+        raise ConfigError(f"{path}: the suffix {path.suffix!r} is no known format; use one of {', '.join(SUFFIXES)}")
     return path

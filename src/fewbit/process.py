@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 lock = threading.RLock()
-"""Held by code that no two threads may run at a time, such as building a transformers model from its config (which
-sets the default dtype). Hold it shortly: a quantization takes hours, and others want to begin theirs. Written
-`process.lock`, since a fork makes a new one."""
+"""Held, shortly, by code that no two threads may run at a time, such as building a transformers model from its config
+(which sets the default dtype). Written `process.lock`, since a fork makes a new one."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ Lock = ExitStack
 
 
 def lock_file(path: Path, busy: str) -> Lock:
-    """Lock the file `path`, which is made if there is none. RunError `busy` if another process or thread has it, and a
-    sentence of its own if it is a link or something else than a file."""
+    """Lock the file `path`, made if there is none. RunError: `busy` if it is locked, another if it is no file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     no_file = RunError(f"{path} is no file; remove it, for fewbit locks a file of this name")
     try:
@@ -61,9 +60,7 @@ def _locked(descriptor: int, path: Path, busy: str) -> Lock:
                 return held.pop_all()
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise RunError(
-                    f"{path} cannot be locked ({error.strerror}); choose a directory on a file system with locks"
-                ) from None
+                raise RunError(f"{path} cannot be locked ({error.strerror}); use a file system with locks") from None
         raise RunError(busy) from None  # or the one who had it took it away meanwhile
 
 
@@ -105,8 +102,7 @@ def temporary_directory(stem: str) -> Scratch:
 
 @contextmanager
 def scratch_file(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path`, with the permissions of the user's new files; removed at the end if it still has
-    its name."""
+    """A new empty file beside `path`, with a new file's permissions; removed at the end if it still has its name."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     beside, descriptor = _new(path.parent, path.name, lambda new: os.open(new, flags, 0o666))
     try:

@@ -56,18 +56,16 @@ class FloatHistogram:
 
     def _grow(self, smallest: int, largest: int) -> None:
         """Make room for bins from `smallest` to `largest`; counts stay with their bins."""
-        before = self.bins
-        first = min(self._first, smallest) if before else smallest
-        bins = max(self._first + before - 1, largest) - first + 1
+        before, old = self.bins, self._first if self.bins else smallest
+        first = min(old, smallest)
+        bins = max(old + before, largest + 1) - first
         if bins == before:
             return
         counts = self.counts.new_zeros(self.counts.shape[0], 2 * bins + 1)
         counts[:, bins] = self.counts[:, before]
-        start = self._first - first if before else 0
-        positive = slice(bins + 1 + start, bins + 1 + start + before)
-        negative = slice(bins - start - before, bins - start)
-        counts[:, positive] = self.counts[:, before + 1 :]
-        counts[:, negative] = self.counts[:, :before]
+        start = old - first
+        counts[:, bins + 1 + start :][:, :before] = self.counts[:, before + 1 :]
+        counts[:, bins - start - before :][:, :before] = self.counts[:, :before]
         self.counts, self._first = counts, first
 
     def edges(self) -> tuple[Tensor, Tensor]:
@@ -81,8 +79,7 @@ class FloatHistogram:
         """What stands for the values when a grid is scored: points [p] float32 and how many values each stands for,
         [tiles, p] float32. Zeros, which every grid has, are left out.
 
-        A bin is one point in its middle; a wider bin several, evenly spread, so that steps of a grid that lie inside
-        it are seen.
+        A bin is one point in its middle; a wider bin several, evenly spread, so that a grid's steps in it are seen.
         """
         low, high = self.edges()
         parts = 1 << (MANTISSA_BITS - self.mantissa_bits)

@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fewbit.calibration.hidden_states import HiddenStates, check_finite
-from fewbit.calibration.recorded_calls import RecordedCalls
+from fewbit.calibration.hidden_states import HiddenStates, RecordedCalls, check_finite
 from fewbit.calibration.tokens import padding_mask
 from fewbit.models.block_stack import BlockCall, BlockStack
 from fewbit.models.blockwise import BlockwiseModel

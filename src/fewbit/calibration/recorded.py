@@ -90,8 +90,7 @@ class DefaultDataset(Dataset[Item]):
     """Recorded sequences, read when they are asked for.
 
     Args:
-        files: a directory of recordings (also by the name root_dir), files, or recordings in memory
-            (`DataRecorder.recorded`).
+        files: a directory of recordings (or root_dir), files, or recordings in memory (`DataRecorder.recorded`).
         num_samples: how many sequences to choose at random by `seed`; None, or more than there are, takes all.
         key: what to take as input: "model_input", "model_input.NAME" of a named module, "linear_input.NAME", …
         allow_pickle: read pickles, which can run code.
@@ -158,13 +157,10 @@ class DefaultDataset(Dataset[Item]):
         name = source if isinstance(source, Path) else "the recording"
         inputs = recording.pop(self.key, None)
         if not inputs:
-            raise CalibrationError(
-                f"{name} holds no {self.key!r}; register it with the DataRecorder before the model runs"
-            )
+            raise CalibrationError(f"{name} holds no {self.key!r}; register it before the model runs")
         if unlike := next((key for key, found in recording.items() if len(found) != len(inputs)), None):
             raise CalibrationError(
-                f"{name} does not hold as many steps of {unlike!r} as of {self.key!r}; register both before the "
-                "model runs"
+                f"{name} holds not as many steps of {unlike!r} as of {self.key!r}; register both before the model runs"
             )
         return {self.key: inputs} | recording
 

@@ -4,8 +4,7 @@
         model.generate(**prompt)
         recorder.save_inputs("recordings")
 
-Every call of a module is a step: a prefill and its decode steps are kept as a list, as they come. `recorded.py` reads
-the files.
+Every call of a module is a step: a prefill and its decode steps are kept as a list. `recorded.py` reads the files.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from fewbit.calibration.recorded import (
 )
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError, nearest
 from fewbit.models.forward_manager import first_tensor
-from fewbit.models.nested import map_tensors
+from fewbit.models.nested import map_tensors, of_kind
 
 Modules = str | nn.Module | Sequence[str | nn.Module] | None
 """A module, its name in the model, several of these, or None for the method's default."""
@@ -48,74 +47,67 @@ class DataRecorder:
     One module is recorded under "model_input", "model_output" …; of a list of modules each under "model_input.NAME".
 
     Args:
-        model: a model, whose first block is recorded by default, or the module to record: a block, an attention, a
-            linear.
+        model: a model, whose first block is recorded by default, or the block, attention or linear to record.
         device: where recorded tensors are kept.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"a DataRecorder is made of a module, not of {type(model).__name__}; load the model first"
-            )
+            raise ConfigError(f"a DataRecorder is made of a module, not of {type(model).__name__}; load it first")
         self.model = model
         self.device = device_of(device)
         self.recorded: dict[str, list[Step]] = {}
         """Steps by key, since the last `clear_inputs`."""
-        self._hooks: dict[str, tuple[str, RemovableHandle]] = {}
-        """Kind and hook by key."""
+        self._hooks: dict[str, RemovableHandle] = {}
         self._names = {module: name for name, module in model.named_modules()}
 
     def register_input_hooks(self, modules: Modules = None) -> None:
         """Record the first input of modules (default: the first block; a block itself). Key: model_input."""
-        for suffix, module in self._chosen(modules):
-            self._before(INPUT, INPUT + suffix, module, _first_input)
+        for suffix, module in self._chosen(modules, 0):
+            self._before(INPUT + suffix, module, _first_input)
 
     def register_pos_embed_hooks(self, modules: Modules = None) -> None:
         """Record the position embeddings and position ids that blocks are called with (default: the first block).
 
         A rotary embedding works as well: its output is recorded. Keys: model_pos_embed, model_position_ids.
         """
-        for suffix, module in self._chosen(modules):
-            key = POSITION_EMBEDDINGS + suffix
+        for suffix, module in self._chosen(modules, 0):
             if "position_embeddings" in _parameters(module):
-                self._before(POSITION_EMBEDDINGS, key, module, _argument("position_embeddings", _parts))
+                self._before(POSITION_EMBEDDINGS + suffix, module, _argument("position_embeddings", _parts))
             elif _has_linears(module):
-                raise ArchitectureError(
-                    f"{type(module).__name__} takes no position_embeddings, so none can be recorded"
-                )
+                raise ArchitectureError(f"{type(module).__name__} takes no position_embeddings to record")
             else:
-                self._after(POSITION_EMBEDDINGS, key, module, _parts)
-            self._before(POSITION_EMBEDDINGS, POSITION_IDS + suffix, module, _argument("position_ids"))
+                self._after(POSITION_EMBEDDINGS + suffix, module, _parts)
+            self._before(POSITION_IDS + suffix, module, _argument("position_ids"))
 
     def register_linear_input_hooks(self, modules: Modules = None) -> None:
         """Record the input of every linear in modules (default: in the model). Keys: linear_input.NAME."""
-        for _, module in self._chosen(modules, whole=True):
+        for _, module in self._chosen(modules):
             linears = [child for child in module.modules() if isinstance(child, nn.Linear)]
             if not linears:
                 raise ArchitectureError(f"there is no linear in {type(module).__name__}, so no input can be recorded")
             for linear in linears:
                 name = self._names[linear]
-                self._before(LINEAR_INPUT, f"{LINEAR_INPUT}.{name}" if name else LINEAR_INPUT, linear, _first_input)
+                self._before(f"{LINEAR_INPUT}.{name}" if name else LINEAR_INPUT, linear, _first_input)
 
     def register_input_ids_hooks(self, modules: Modules = None) -> None:
         """Record token ids, and the attention mask that tells padding (default: of the model's own call).
 
         Keys: model_input_ids, model_attention_mask (an empty tensor for a step without one).
         """
-        for suffix, module in self._chosen(modules, whole=True):
+        for suffix, module in self._chosen(modules):
             if not _may_take(module, "input_ids"):
                 raise ArchitectureError(
                     f"{type(module).__name__} takes no input_ids, so none can be recorded; make a DataRecorder of "
                     "the model, and name the block in the other methods"
                 )
-            self._before(INPUT_IDS, INPUT_IDS + suffix, module, _argument("input_ids"))
-            self._before(INPUT_IDS, ATTENTION_MASK + suffix, module, _argument("attention_mask", _mask))
+            self._before(INPUT_IDS + suffix, module, _argument("input_ids"))
+            self._before(ATTENTION_MASK + suffix, module, _argument("attention_mask", _mask))
 
     def register_output_hooks(self, modules: Modules = None) -> None:
         """Record the (first) output tensor of modules (default: the last block). Key: model_output."""
-        for suffix, module in self._chosen(modules, first=False):
-            self._after(OUTPUT, OUTPUT + suffix, module, first_tensor)
+        for suffix, module in self._chosen(modules, -1):
+            self._after(OUTPUT + suffix, module, first_tensor)
 
     def save_inputs(self, path: str | Path, *, allow_pickle: bool = False) -> Path:
         """Store what was recorded in a file, or in the next free sample-NUMBER.safetensors of a directory.
@@ -143,18 +135,18 @@ class DataRecorder:
         for steps in self.recorded.values():
             steps.clear()
 
-    def remove_hooks(self, kind: str | None = None) -> None:
-        """Stop recording everything, or one kind ("model_input", …). What was recorded stays."""
-        for key in [key for key, (other, _) in self._hooks.items() if kind in (other, None)]:
-            self._hooks.pop(key)[1].remove()
+    def remove_hooks(self, *kinds: str) -> None:
+        """Stop recording everything, or some kinds ("model_input", …). What was recorded stays."""
+        for key in [key for key in self._hooks if not kinds or key.partition(".")[0] in kinds]:
+            self._hooks.pop(key).remove()
 
     remove_input_hooks = partialmethod(remove_hooks, INPUT)
     """Stop recording inputs."""
-    remove_pos_embed_hooks = partialmethod(remove_hooks, POSITION_EMBEDDINGS)
+    remove_pos_embed_hooks = partialmethod(remove_hooks, POSITION_EMBEDDINGS, POSITION_IDS)
     """Stop recording position embeddings and position ids."""
     remove_linear_input_hooks = partialmethod(remove_hooks, LINEAR_INPUT)
     """Stop recording the inputs of linears."""
-    remove_input_ids_hooks = partialmethod(remove_hooks, INPUT_IDS)
+    remove_input_ids_hooks = partialmethod(remove_hooks, INPUT_IDS, ATTENTION_MASK)
     """Stop recording token ids."""
     remove_output_hooks = partialmethod(remove_hooks, OUTPUT)
     """Stop recording outputs."""
@@ -162,7 +154,7 @@ class DataRecorder:
     def __enter__(self) -> DataRecorder:
         """Record; if nothing was registered, what a calibration set needs: input, positions, token ids."""
         if not self._hooks:
-            block = self._default()
+            block = self._default(0)
             self.register_input_hooks(block)
             if "position_embeddings" in _parameters(block):
                 self.register_pos_embed_hooks(block)
@@ -173,20 +165,18 @@ class DataRecorder:
     def __exit__(self, *error: object) -> None:
         self.remove_hooks()
 
-    def _chosen(self, modules: Modules, *, first: bool = True, whole: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    def _chosen(self, modules: Modules, block: int | None = None) -> Iterator[tuple[str, nn.Module]]:
         """Modules to record, each with what its keys end in."""
-        if modules is None:
-            yield "", self.model if whole else self._default(first)
-        elif isinstance(modules, str | nn.Module):
-            yield "", self._module(modules)
+        if modules is None or isinstance(modules, str | nn.Module):
+            yield "", self._default(block) if modules is None else self._module(modules)
         else:
             for module in map(self._module, modules):
                 yield f".{self._names[module]}", module
 
-    def _default(self, first: bool = True) -> nn.Module:
-        """The default to record: a model's first or last block, or the given module itself."""
-        blocks = _blocks(self.model)
-        return self.model if blocks is None else blocks[0 if first else -1]
+    def _default(self, block: int | None) -> nn.Module:
+        """A model's block, or the given module itself."""
+        blocks = _blocks(self.model) if block is not None else None
+        return self.model if blocks is None or block is None else blocks[block]
 
     def _module(self, module: str | nn.Module) -> nn.Module:
         if isinstance(module, nn.Module):
@@ -200,24 +190,24 @@ class DataRecorder:
             close = nearest(module, names) if len(names) < 1000 else ""
             raise ArchitectureError(f"{type(self.model).__name__} has no module {module!r}{close}") from None
 
-    def _before(self, kind: str, key: str, module: nn.Module, find: Find) -> None:
+    def _before(self, key: str, module: nn.Module, find: Find) -> None:
         """Record what `find` takes from the arguments of a call."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._keep(key, find(module, _arguments(module, args, kwargs)))
 
-        self._add(kind, key, partial(module.register_forward_pre_hook, hook, with_kwargs=True))
+        self._add(key, partial(module.register_forward_pre_hook, hook, with_kwargs=True))
 
-    def _after(self, kind: str, key: str, module: nn.Module, find: Callable[[Any], Step | None]) -> None:
+    def _after(self, key: str, module: nn.Module, find: Callable[[Any], Step | None]) -> None:
         """Record what `find` takes from the output of a call."""
         hook = partial(module.register_forward_hook, lambda module, args, output: self._keep(key, find(output)))
-        self._add(kind, key, hook)
+        self._add(key, hook)
 
-    def _add(self, kind: str, key: str, register: Callable[[], RemovableHandle]) -> None:
+    def _add(self, key: str, register: Callable[[], RemovableHandle]) -> None:
         if key in self._hooks:
             raise ConfigError(f"{key!r} is recorded already; give several modules as one list, or remove its hooks")
         self.recorded.setdefault(key, [])
-        self._hooks[key] = (kind, register())
+        self._hooks[key] = register()
 
     def _keep(self, key: str, step: Step | None) -> None:
         if step is not None:
@@ -235,8 +225,7 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _first_input(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-    values = [part for value in arguments.values() for part in (value if isinstance(value, tuple) else (value,))]
-    found = next((value for value in values if isinstance(value, Tensor)), None)
+    found: Tensor | None = next(of_kind(arguments, Tensor), None)
     if found is None:
         raise CalibrationError(f"{type(module).__name__} was called without a tensor, so there is no input to record")
     return found
@@ -265,11 +254,7 @@ def _blocks(model: nn.Module) -> nn.ModuleList | None:
     if next(iter(_parameters(model)), None) == "hidden_states":  # it may hold a list of experts
         return None
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(set(map(type, m))) == 1]
-    return max(
-        filter(_has_linears, lists),
-        key=lambda module: sum(parameter.numel() for parameter in module.parameters()),
-        default=None,
-    )
+    return max(filter(_has_linears, lists), key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:

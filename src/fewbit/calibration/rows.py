@@ -68,8 +68,7 @@ def _rendered(messages: Any, what: str, tokenizer: Any) -> str:
             messages = json.loads(messages)
         except (ValueError, RecursionError):
             raise CalibrationError(f"'messages' in {what} is a text that is no JSON") from None
-    messages = list(messages) if isinstance(messages, list | tuple) else messages
-    if not isinstance(messages, list) or not all(
+    if not isinstance(messages, list | tuple) or not all(
         isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages
     ):
         raise CalibrationError(f"'messages' in {what} is no list of messages with role and content")
@@ -80,9 +79,7 @@ def _rendered(messages: Any, what: str, tokenizer: Any) -> str:
     try:
         text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
     except Exception as error:  # templates are programs, which raise what they like
-        raise CalibrationError(
-            f"the chat template does not take the messages of {what}: {first_line(error)}"
-        ) from None
+        raise CalibrationError(f"the chat template refuses the messages of {what}: {first_line(error)}") from None
     if not isinstance(text, str):
         raise CalibrationError(f"the chat template makes no text of the messages of {what}")
     return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")

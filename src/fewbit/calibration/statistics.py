@@ -48,11 +48,7 @@ class Statistics:
         return kept[torch.arange(count, device=kept.device) * kept.shape[0] // count] if count else kept
 
     def add(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        reference: Tensor | None = None,
-        known: Tensor | None = None,
+        self, x: Tensor, mask: Tensor | None = None, reference: Tensor | None = None, known: Tensor | None = None
     ) -> None:
         """Count the tokens of `x` [..., channels]; `mask` [...] bool leaves padding out.
 
@@ -79,11 +75,10 @@ class Statistics:
 
     def scaled(self, columns: Tensor) -> Statistics:
         """Of the input divided by `columns` [channels]: H / (s sᵀ), and all else likewise."""
-        drift = None if self.drift is None else _divided(self.drift, columns)
         return replace(
             self,
             moment=_divided(self.moment, columns),
-            drift=drift,
+            drift=None if self.drift is None else _divided(self.drift, columns),
             largest=None if self.largest is None else self.largest / columns,
             outliers=None if self.outliers is None else self.outliers / columns,
             _kept=[kept / columns for kept in self._kept],

@@ -43,10 +43,8 @@ class CalibrationSet:
     @property
     def tokens(self) -> int:
         """Tokens that count: padding is left out."""
-        return sum(
-            int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-            for batch in self.batches
-        )
+        masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in self.batches)
+        return sum(int(mask.sum()) for mask in masks)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -64,10 +62,8 @@ def padding_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def token_batch(item: Any) -> dict[str, Tensor]:
-    """A batch as dataloaders give it: token ids, the first of several tensors, or a mapping with input_ids.
-
-    Ids may be lists; one sequence alone is a batch of one.
-    """
+    """A batch as dataloaders give it: token ids (or lists), the first of several tensors, or a mapping with input_ids.
+    One sequence alone is a batch of one."""
     if isinstance(item, Mapping) and "input_ids" in item:
         return {name: _rows(value) for name, value in item.items() if value is not None and name not in _BESIDE}
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
@@ -133,9 +129,7 @@ def rows_of(data: Any) -> tuple[Tensor | list[Any], str]:
     try:
         items = list(data)
     except TypeError:
-        raise CalibrationError(
-            f"calibration data must be a file, texts, rows or token ids, not {type(data).__name__}"
-        ) from None
+        raise CalibrationError(f"give a file, texts, rows or token ids, not a {type(data).__name__}") from None
     return items, "texts" if all(isinstance(item, str) for item in items) else "given rows"
 
 
@@ -146,9 +140,7 @@ def stream_of(
     if tokenizer is None and load_tokenizer is not None:
         tokenizer = load_tokenizer()
     if tokenizer is None:
-        raise CalibrationError(
-            "a text needs a tokenizer, and there is no tokenizer beside the model; pass one, or token ids"
-        )
+        raise CalibrationError("a text needs a tokenizer, and there is none beside the model; pass one, or token ids")
     if not hasattr(tokenizer, "eos_token_id"):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
@@ -190,9 +182,7 @@ def tokenize(texts: Iterable[str], tokenizer: Any) -> Tensor:
 
 def beginning(tokenizer: Any) -> Tensor:
     """Token ids that the tokenizer itself puts before a text: a beginning-of-sequence token [1], or nothing [0].
-
-    Families trained with one (Gemma, Llama 3) degrade without it, in calibration and in evaluation.
-    """
+    Families trained with one (Gemma, Llama 3) degrade without it."""
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a", verbose=False).input_ids[:1] == [bos]
     return torch.tensor([bos] if begins else [], dtype=torch.int64)
@@ -204,10 +194,8 @@ def begin_with(first: Tensor, windows: Tensor) -> Tensor:
 
 
 def choose_windows(tokens: Tensor, num_samples: int, length: int, seed: int, source: str = "the text") -> Tensor:
-    """`num_samples` of the disjoint windows of `length` tokens, chosen by `seed`, in their order: [sequences, length].
-
-    All windows if there are fewer. CalibrationError if there is none.
-    """
+    """`num_samples` of the disjoint windows of `length` tokens, chosen by `seed`, in their order: [sequences, length];
+    all if there are fewer. CalibrationError if there is none."""
     windows = tokens[: tokens.numel() // length * length].view(-1, length)
     if windows.shape[0] == 0:
         raise CalibrationError(

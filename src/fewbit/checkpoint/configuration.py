@@ -76,17 +76,13 @@ def check_sizes(config: Mapping[str, Any], file: Path, stored: int | None = None
     """CheckpointError for sizes that no model has, before anything of such a size is built."""
     for path, key, value in _values(config, ""):
         if key in _SIZES and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise CheckpointError(
-                f"{file}: {path} is {shown(value, 60)}, which should be a whole number of at least 1"
-            )
+            raise CheckpointError(f"{file}: {path} is {shown(value, 60)}, not a whole number of at least 1")
         if not isinstance(value, int):
             continue
         most = min((bound for pattern, bound in _COUNTED if pattern.search(key)), default=LARGEST_SIZE)
         if value > max(most, stored or 0) and (key in _SIZES or most < LARGEST_SIZE):
             of = f" (the checkpoint holds {stored} tensors)" if stored is not None else ""
-            raise CheckpointError(
-                f"{file}: {path} is {shown(value, 60)}, which is more than any model has{of}; mend it"
-            )
+            raise CheckpointError(f"{file}: {path} is {shown(value, 60)}, more than any model has{of}; mend it")
 
 
 def _values(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, Any]]:

@@ -25,9 +25,7 @@ def resolve_directory(model: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:  # a name that is too long, a null byte
         raise CheckpointError(f"{printable(model)[:200]!r} cannot be a directory: {first_line(error)}") from None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise CheckpointError(
-            f"{model} does not exist; give a checkpoint's directory or a model id of the hub (owner/name)"
-        )
+        raise CheckpointError(f"{model} does not exist; give a checkpoint's directory or a model id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:

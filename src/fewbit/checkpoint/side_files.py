@@ -258,11 +258,9 @@ def _drop_dangling_code(file: Path) -> bool:
     except CheckpointError:
         return False
     code = described.pop("auto_map", None)
-    kept = (
-        {name: value for name, value in code.items() if not _dangles(value, file.parent)}
-        if isinstance(code, dict)
-        else code
-    )
+    if not isinstance(code, dict):
+        return False
+    kept = {name: value for name, value in code.items() if not _dangles(value, file.parent)}
     if kept == code:
         return False
     write_json(file, described | ({"auto_map": kept} if kept else {}))
@@ -273,7 +271,5 @@ def _dangles(value: Any, directory: Path) -> bool:
     """Whether an entry of auto_map (MODULE.CLASS, or a list of such) names a module that is not there. Those of
     another repository (REPOSITORY--MODULE.CLASS) are found by their name."""
     names = value if isinstance(value, list) else [value]
-    return any(
-        isinstance(name, str) and "--" not in name and not (directory / f"{name.split('.')[0]}.py").exists()
-        for name in names
-    )
+    modules = [name.partition(".")[0] for name in names if isinstance(name, str) and "--" not in name]
+    return any(not (directory / f"{module}.py").exists() for module in modules)

@@ -93,16 +93,14 @@ class SafetensorsSource:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for file in sorted(set(self._file_of.values())):
-            digest.update(file.name.encode())
-            digest.update(_sampled_digest(file))
+            digest.update(file.name.encode() + _sampled_digest(file))
         return digest.hexdigest()
 
 
 class ModuleSource:
     """The weights of a module in memory; reading copies, the module itself is never changed.
 
-    `without`: names of tensors that are the same as others (a tied head), as files have them once. `prefix` is put
-    before all names.
+    `without`: names of tensors that are the same as others (a tied head). `prefix` is put before all names.
     """
 
     directory: Path | None = None
@@ -182,8 +180,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _inside(directory: Path, name: Any, owner: str) -> Path:
     """The file of a name that `owner` gives. CheckpointError for one that is missing or outside of the directory.
-
-    A file may be a link (in the hub's cache all are), its folder none that leads out."""
+    It may be a link (in the hub's cache all are), its folder none that leads out."""
     if not isinstance(name, str) or "\0" in name or len(name) > _LONGEST_NAME:
         raise CheckpointError(f"{directory / owner} is damaged: {printable(name)[:60]!r} is no file name")
     file = directory / name
@@ -221,14 +218,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _no_weights(directory: Path) -> str:
-    pickles = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in directory.glob(suffix))
-    others = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
-    if others:
+    names = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
+    if others := [name for name in names if name.endswith(".safetensors")]:
         return (
             f"{directory} holds {printable(others[0])}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which "
             f"transformers reads; if it is a variant of the whole model, rename it to {SINGLE_FILE}"
         )
-    if pickles:
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]:
         return (
             f"{directory} holds pickled weights ({printable(pickles[0])}) and no safetensors; pickles can run code "
             "when read, so convert them with transformers' save_pretrained first"
