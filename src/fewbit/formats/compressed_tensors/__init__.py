@@ -6,15 +6,14 @@ config.py       the quantization_config of config.json; what is refused
 activations.py  static scales of activations and KV cache as tensors, and back
 sharing.py      fused linears have one scale
 targets.py      which modules a config group is for
-engines.py      what engines make of an export: rules with their sources (kinds.py: what they ask)
+engines.py      what engines make of an export: rules with their sources
 write.py, read.py, verify.py
 """
 
 from __future__ import annotations
 
 from fewbit.formats.compressed_tensors.config import NAME, check
-from fewbit.formats.compressed_tensors.engines import engines, notes
-from fewbit.formats.compressed_tensors.kinds import layouts
+from fewbit.formats.compressed_tensors.engines import engines, layouts, notes
 from fewbit.formats.compressed_tensors.read import open_export
 from fewbit.formats.compressed_tensors.verify import verify
 from fewbit.formats.compressed_tensors.write import write
