@@ -11,7 +11,7 @@ from fewbit import Config, ModelQuantizer, QuantizationConfig, QuantizationSpec,
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.config.algorithms import GPTQConfig, RTNConfig
 from fewbit.errors import ArchitectureError, CalibrationError, ConfigError
-from fewbit.formats.opening import open_any
+from fewbit.formats.table import open_any
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.fake_quant import FakeQuantConv2d, FakeQuantLinear
 from fewbit.nn.quant_linear import QuantLinear

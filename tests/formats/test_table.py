@@ -14,8 +14,8 @@ from fewbit.contents import nominal
 from fewbit.errors import CheckpointError, ConfigError, VerificationError
 from fewbit.formats import EXPORTERS, FORMATS, export, holding, verify
 from fewbit.formats.format import ExportFormat, Opened
-from fewbit.formats.opening import open_any
 from fewbit.formats.shards import check_shards, write_shards
+from fewbit.formats.table import open_any
 from fewbit.formats.verification import Verification, compare
 
 TOY = "toy"
@@ -57,7 +57,7 @@ FORMAT = ExportFormat(
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setitem(EXPORTERS, TOY, FORMAT)
-    monkeypatch.setattr("fewbit.formats.opening.FORMATS", (*FORMATS, FORMAT))
+    monkeypatch.setattr("fewbit.formats.table.FORMATS", (*FORMATS, FORMAT))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.formats import export
-from fewbit.formats.opening import open_any
+from fewbit.formats.table import open_any
 
 IDS = torch.randint(304, (2, 24), generator=torch.Generator().manual_seed(0))
 FLOAT32 = [

@@ -62,15 +62,10 @@ def write_part(
     steps: Mapping[str, Sequence[StoredStep]] | None = None,
     folded: Iterable[str] = (),
 ) -> str:
-    """Write quantized weights and plain tensors, by their names in the model, to one file atomically; returns the
-    file's digest, for the journal.
-
-    `activations` are named by module and slot: MODULE.input, MODULE.output, and of attention MODULE.key, MODULE.value,
-    MODULE.query. `steps` are those of each linear's input, in order. `folded`: tensors of `dense` into which channel
-    scales were folded; a resumed run computes with the model's own, and divides inputs instead.
-    """
-    tensors, specs = dict(dense), {}
-    flows = {}
+    """Write quantized weights and plain tensors, by their names in the model, to one file atomically; returns its
+    digest. `activations` are named by module and slot (MODULE.input, MODULE.key, …), `steps` by linear. `folded`:
+    tensors of `dense` into which channel scales were folded; a resumed run takes the model's and divides inputs."""
+    tensors, specs, flows, taken = dict(dense), {}, {}, {}
     for name, activation in (activations or {}).items():
         stored = activation.to_tensors()
         flows[name] = {"spec": asdict(activation.spec), "stored": sorted(stored)}
@@ -78,7 +73,6 @@ def write_part(
     for name, weight in quantized.items():
         specs[name] = {"spec": asdict(weight.spec), "shape": list(weight.shape)}
         tensors |= {f"{name}.{part}": tensor for part, tensor in weight.to_tensors().items()}
-    taken: dict[str, list[dict[str, Any]]] = {}
     for name, of_input in (steps or {}).items():
         taken[name] = [{"kind": s.kind, "data": dict(s.data), "stored": sorted(s.tensors)} for s in of_input]
         tensors |= {f"{name}.{part}": tensor.cpu().clone() for s in of_input for part, tensor in s.tensors.items()}
@@ -91,13 +85,11 @@ class NativePart:
     """One file of a native checkpoint; complete by itself, so a resumed run can read the blocks it already has."""
 
     def __init__(self, file: Path, digest: str | None = None) -> None:
-        """`digest` is what the journal says of the file; it is compared before a tensor is read. CheckpointError for a
-        file that is damaged."""
+        """`digest`, from the journal, is compared before a tensor is read. CheckpointError for a damaged file."""
         header = read_header(file)
         with safe_open(file, framework="pt", device="cpu") as opened:
             described = (opened.metadata() or {}).get("fewbit", "{}")
-        self.file = file
-        self._digest = digest
+        self.file, self._digest = file, digest
         try:
             self._describe(json.loads(described), header)
         except FewbitError as error:
@@ -106,23 +98,23 @@ class NativePart:
             raise CheckpointError(f"{file} is damaged: its description of the weights cannot be read") from None
 
     def _describe(self, described: dict[str, Any], header: dict[str, TensorInfo]) -> None:
-        specs, flows = described.get("weights", {}), described.get("activations", {})
         self.quantized: dict[str, tuple[QuantizationSpec, tuple[int, int]]] = {
             name: (QuantizationSpec(**entry["spec"]), (int(entry["shape"][0]), int(entry["shape"][1])))
-            for name, entry in specs.items()
+            for name, entry in described.get("weights", {}).items()
         }
-        self._flows: dict[str, tuple[QuantizationSpec, list[str]]] = {
-            name: (QuantizationSpec(**entry["spec"]), list(entry["stored"])) for name, entry in flows.items()
+        self.flows: dict[str, tuple[QuantizationSpec, list[str]]] = {
+            name: (QuantizationSpec(**entry["spec"]), list(entry["stored"]))
+            for name, entry in described.get("activations", {}).items()
         }
-        self._steps: dict[str, list[tuple[str, dict[str, Any], list[str]]]] = {
+        self.step_parts: dict[str, list[tuple[str, dict[str, Any], list[str]]]] = {
             name: [(str(step["kind"]), dict(step["data"]), list(step["stored"])) for step in steps]
             for name, steps in described.get("steps", {}).items()
         }
         self.folded: list[str] = list(described.get("folded", ()))
         stored = (
-            {f"{name}.{part}" for name, steps in self._steps.items() for _, _, parts in steps for part in parts}
-            | {part for name, (spec, _) in self.quantized.items() for part in _stored(name, spec)}
-            | {f"{name}.{part}" for name, (_, parts) in self._flows.items() for part in parts}
+            {f"{name}.{part}" for name, steps in self.step_parts.items() for _, _, parts in steps for part in parts}
+            | {f"{n}.{part}" for n, (spec, _) in self.quantized.items() for part in QuantTensor.stored_names(spec)}
+            | {f"{name}.{part}" for name, (_, parts) in self.flows.items() for part in parts}
         )
         if lost := sorted(stored - set(header)):
             raise CheckpointError(f"it holds no {lost[0]!r}")
@@ -136,7 +128,7 @@ class NativePart:
         """One tensor; a quantized one is dequantized (to float32 unless `dtype` says otherwise)."""
         if name in self.quantized:
             return self.read_quantized(name).dequantize(dtype or torch.float32)
-        tensor = self._get([name])[name].to(dtype)
+        tensor = self._parts("", [name])[name].to(dtype)
         check_finite(name, tensor)
         return tensor
 
@@ -148,35 +140,23 @@ class NativePart:
     def global_scale(self, name: str) -> float:
         """Global scale of one weight, read without its codes; 1.0 if it has none."""
         spec, _ = self.quantized[name]
-        return float(self._get([part])[part]) if (part := f"{name}.global_scale") in _stored(name, spec) else 1.0
-
-    @property
-    def specs(self) -> dict[str, QuantizationSpec]:
-        """Of the weights by their names, and of the activations by module and slot."""
-        return {name: spec for name, (spec, _) in (*self.quantized.items(), *self._flows.items())}
+        kept = ["global_scale"] if spec.stored_as.has_global_scale else []
+        return float(self._parts(name, kept).get("global_scale", 1.0))
 
     def activations(self) -> dict[str, QuantizedActivation]:
         """Quantized activations by module and slot."""
-        return {name: self.activation(name) for name in self._flows}
+        return {name: self.activation(name) for name in self.flows}
 
     def activation(self, name: str) -> QuantizedActivation:
         """The quantized activation MODULE.SLOT."""
-        spec, parts = self._flows[name]
+        spec, parts = self.flows[name]
         return QuantizedActivation.from_tensors(self._parts(name, parts), spec)
-
-    @property
-    def steps_at_run_time(self) -> dict[str, tuple[str, ...]]:
-        """Kinds of the steps of each linear's input, without quantization and what is folded into other weights."""
-        return {
-            name: tuple(kind for kind, data, _ in steps if kind != "quantize" and not data.get("folded"))
-            for name, steps in self._steps.items()
-        }
 
     def steps(self) -> dict[str, list[StoredStep]]:
         """Steps of each linear's input, in order."""
         return {
             name: [StoredStep(kind, self._parts(name, parts) if parts else {}, data) for kind, data, parts in steps]
-            for name, steps in self._steps.items()
+            for name, steps in self.step_parts.items()
         }
 
     def check(self) -> None:
@@ -186,14 +166,10 @@ class NativePart:
         self._digest = None
 
     def _parts(self, name: str, parts: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors that something is stored as, by their names below its own."""
-        stored = self._get([f"{name}.{part}" for part in parts])
-        return {full.removeprefix(f"{name}."): tensor for full, tensor in stored.items()}
-
-    def _get(self, stored_names: list[str]) -> dict[str, Tensor]:
+        """Tensors that `name` is stored as, by their names below its own; of "" by their whole names."""
         self.check()
         with safe_open(self.file, framework="pt", device="cpu") as opened:
-            return {stored: opened.get_tensor(stored).clone() for stored in stored_names}
+            return {part: opened.get_tensor(f"{name}.{part}" if name else part).clone() for part in parts}
 
 
 def _damaged(file: Path) -> CheckpointError:
@@ -201,11 +177,6 @@ def _damaged(file: Path) -> CheckpointError:
         f"{file} is damaged: it is not what the run wrote; remove it and run the same command with --resume, which "
         "makes it anew"
     )
-
-
-def _stored(name: str, spec: QuantizationSpec) -> list[str]:
-    """Names of the tensors that a quantized weight is stored as."""
-    return [f"{name}.{part}" for part in QuantTensor.stored_names(spec)]
 
 
 class NativeCheckpoint:
@@ -228,8 +199,12 @@ class NativeCheckpoint:
     @cached_property
     def contents(self) -> Contents:
         """What is in the run. CheckpointError if the manifest and the blocks' files do not fit together."""
-        specs = {name: spec for part in self.parts for name, spec in part.specs.items()}
-        steps = {name: kinds for part in self.parts for name, kinds in part.steps_at_run_time.items()}
+        specs = {n: spec for part in self.parts for n, (spec, _) in (*part.quantized.items(), *part.flows.items())}
+        steps = {  # while the model runs: but for quantization and what is folded into other weights
+            name: tuple(kind for kind, data, _ in steps if kind != "quantize" and not data.get("folded"))
+            for part in self.parts
+            for name, steps in part.step_parts.items()
+        }
         try:
             return Contents.restored(self.manifest.get("contents"), specs, steps)
         except ValueError:

@@ -34,7 +34,7 @@ from fewbit.config.run_options import EvaluationOptions, choose_device, parse_si
 from fewbit.errors import CalibrationError, CheckpointError
 from fewbit.evaluation import metrics
 from fewbit.evaluation.reference import Reference, last_hidden_states
-from fewbit.formats.opening import open_any
+from fewbit.formats.table import open_any
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.models.limits import check_length, check_tokens
 from fewbit.scratch import temporary_directory

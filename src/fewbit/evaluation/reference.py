@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fewbit import process
 from fewbit.calibration.hidden_states import HiddenStates
 from fewbit.calibration.passage import enter
-from fewbit.formats.opening import open_any
+from fewbit.formats.table import open_any
 from fewbit.models.blockwise import BlockwiseModel
 from fewbit.scratch import temporary_directory
 

@@ -1,15 +1,22 @@
-"""The formats that fewbit knows. A new one is a row."""
+"""The formats that fewbit knows, and the opening of whatever is in one of them. A new one is a row."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from fewbit.checkpoint.configuration import quantization_of, read_config
+from fewbit.checkpoint.hub import resolve_directory
 from fewbit.checkpoint.native import MANIFEST, NativeCheckpoint
 from fewbit.contents import Contents
-from fewbit.errors import ConfigError, nearest
+from fewbit.errors import CheckpointError, ConfigError, nearest
 from fewbit.formats import compressed_tensors
 from fewbit.formats.format import ExportFormat, Format, Opened
+from fewbit.models.blockwise import BlockwiseModel
+from fewbit.nn.attach import attach, refuse_quantized
 
 
 def _open_run(directory: Path) -> Opened | None:
@@ -43,3 +50,18 @@ def exporter(name: str) -> ExportFormat:
 def holding(contents: Contents) -> list[ExportFormat]:
     """The formats that a run of such contents can be exported to."""
     return [form for form in EXPORTERS.values() if form.holds(contents)]
+
+
+def open_any(model: str | os.PathLike[str] | PreTrainedModel) -> BlockwiseModel:
+    """A directory in one of the FORMATS, a hub id, or a model in memory. Activations are quantized as it says."""
+    if isinstance(model, nn.Module):
+        refuse_quantized(model)
+        return BlockwiseModel.from_module(model)
+    directory = resolve_directory(model)
+    opened = next((found for form in FORMATS if (found := form.open(directory)) is not None), None)
+    if opened is None:
+        method = (quantization_of(read_config(directory), directory) or {}).get("quant_method")
+        raise CheckpointError(f"{directory} is quantized with {method!r}, which fewbit cannot read")
+    blockwise = BlockwiseModel.from_directory(directory, opened.source)
+    attach(blockwise.skeleton, opened.activations, opened.steps)
+    return blockwise

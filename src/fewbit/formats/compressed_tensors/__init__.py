@@ -4,7 +4,6 @@ layouts.py      a weight's codes and scales as the format's tensors, and back
 scheme.py       specs in the format's words, and back; which layout a weight has
 config.py       the quantization_config of config.json; what is refused
 activations.py  static scales of activations and KV cache as tensors, and back
-sharing.py      fused linears have one scale
 targets.py      which modules a config group is for
 engines.py      what engines make of an export: rules with their sources
 write.py, read.py, verify.py

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fewbit.contents import Contents, LinearEntry
-from fewbit.errors import ConfigError
+from fewbit.errors import CheckpointError, ConfigError, FewbitError
 from fewbit.formats.compressed_tensors import targets
 from fewbit.formats.compressed_tensors.layouts import Layout
 from fewbit.formats.compressed_tensors.scheme import Args, activation_args, attention_args, layout_for, weight_args
@@ -60,7 +60,7 @@ def groups(contents: Contents) -> dict[str, list[str]]:
     """Names of the linears of each kind: {canonical JSON of its entry without targets: names}. Block by block."""
     found = defaultdict(list)
     for linear in sorted(contents.weights, key=lambda linear: (linear.block or 0, linear.name)):
-        with _naming(linear.weight_name):
+        with naming(f"{NAME}: {linear.weight_name!r} has "):
             found[json.dumps(group_entry(linear), sort_keys=True)].append(linear.name)
     return found
 
@@ -85,7 +85,7 @@ def kv_cache(contents: Contents) -> Args | None:
     for module in contents.attention.values():
         found = {}
         for slot in (slot for slot in ATTENTION_SLOTS if slot in module.specs):
-            with _naming(f"{module.name}.{slot}"):
+            with naming(f"{NAME}: '{module.name}.{slot}' has "):
                 found[slot] = attention_args(module.specs[slot])
         if found and (lost := [slot for slot in ("key", "value") if slot not in found]):
             raise ConfigError(
@@ -150,9 +150,9 @@ def query_classes(contents: Contents) -> list[str]:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Errors raised inside say whose they are."""
+def naming(whose: str, kind: type[FewbitError] = ConfigError) -> Iterator[None]:
+    """Errors raised inside begin with `whose` they are."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{NAME}: {name!r} has {error}") from None
+    except (CheckpointError, ConfigError, ValueError) as error:
+        raise kind(f"{whose}{error}") from None

@@ -32,6 +32,7 @@ from fewbit.tensor import QuantTensor, from_unsigned
 
 Tensors = dict[str, Tensor]
 """Tensors of one module by their names beside it."""
+GLOBAL_SCALE = "weight_global_scale"
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Layout:
     """Bits of a stored code; None where weight_shape tells how many codes there are."""
     store_codes: Callable[[QuantTensor], Tensors]
     load_codes: Callable[[Tensors, QuantizationSpec], tuple[Tensor, Tensor | None]]
-    store_scale: Callable[[QuantTensor], Tensors]
-    load_scale: Callable[[Tensors], tuple[Tensor, float]]
+    exponents: bool = False
+    """Whether scales are stored as the exponent's byte."""
 
     def needed(self, symmetric: bool) -> tuple[str, ...]:
         """Names of all tensors of a weight."""
@@ -54,12 +55,19 @@ class Layout:
 
     def encode(self, weight: QuantTensor) -> Tensors:
         """The tensors of one weight; the spec must fit the layout (see scheme.py)."""
-        return self.store_codes(weight) | self.store_scale(weight)
+        scale = weight.scale.reshape(1) if weight.spec.qscheme == "per_tensor" else weight.scale.contiguous()
+        tensors = self.store_codes(weight) | {"weight_scale": scale.view(torch.uint8) if self.exponents else scale}
+        if GLOBAL_SCALE not in self.parts:
+            return tensors
+        if bool(torch.signbit(scale.float()).any()):
+            raise ConfigError("NVFP4 has no negative scales (hardware reads them without a sign)")
+        return tensors | {GLOBAL_SCALE: divisor(weight.global_scale)}
 
     def decode(self, tensors: Tensors, spec: QuantizationSpec) -> QuantTensor:
         """Inverse of `encode`. CheckpointError if the tensors' shapes contradict the spec."""
         codes, zero = self.load_codes(tensors, spec)
-        stored, unit = self.load_scale(tensors)
+        stored = tensors["weight_scale"].view(torch.float8_e8m0fnu) if self.exponents else tensors["weight_scale"]
+        unit = 1.0 / float(tensors[GLOBAL_SCALE]) if GLOBAL_SCALE in self.parts else 1.0
         try:
             shape = spec.tiling.scale_shape((codes.shape[0], codes.shape[1]))
             scale = stored.reshape(shape)
@@ -70,14 +78,16 @@ class Layout:
 
 def signed_codes(codes: Tensor, spec: QuantizationSpec) -> Tensor:
     """Integer codes or zero points as compressed-tensors counts them, from −2^(b−1) on whatever the spec: int8."""
-    offset: int = 2 ** (spec.bits - 1) + int(spec.format.smallest)
-    return (codes.to(torch.int16) - offset).to(torch.int8)
+    return (codes.to(torch.int16) - _offset(spec)).to(torch.int8)
 
 
 def codes_from_signed(signed: Tensor, spec: QuantizationSpec) -> Tensor:
     """Inverse of `signed_codes`, in the format's code dtype."""
-    offset: int = 2 ** (spec.bits - 1) + int(spec.format.smallest)
-    return (signed.to(torch.int16) + offset).to(spec.format.code_dtype)
+    return (signed.to(torch.int16) + _offset(spec)).to(spec.format.code_dtype)
+
+
+def _offset(spec: QuantizationSpec) -> int:
+    return int(2 ** (spec.bits - 1)) + int(spec.format.smallest)
 
 
 def _words(weight: QuantTensor) -> Tensors:
@@ -85,8 +95,7 @@ def _words(weight: QuantTensor) -> Tensors:
         "weight_packed": pack(weight.unsigned_codes(), weight.spec.bits),
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
-    zero = weight.unsigned_zero_point()
-    if zero is not None:
+    if (zero := weight.unsigned_zero_point()) is not None:
         tensors["weight_zero_point"] = pack(zero.T.contiguous(), weight.spec.bits).T.contiguous()
     return tensors
 
@@ -137,33 +146,6 @@ def _from_sextets(tensors: Tensors, spec: QuantizationSpec) -> tuple[Tensor, Ten
     return four.flatten(-2), None
 
 
-def _floats(weight: QuantTensor) -> Tensors:
-    one_dimensional = weight.spec.qscheme == "per_tensor"
-    return {"weight_scale": weight.scale.reshape(1) if one_dimensional else weight.scale.contiguous()}
-
-
-def _from_floats(tensors: Tensors) -> tuple[Tensor, float]:
-    return tensors["weight_scale"], 1.0
-
-
-def _exponents(weight: QuantTensor) -> Tensors:
-    return {"weight_scale": weight.scale.contiguous().view(torch.uint8)}
-
-
-def _from_exponents(tensors: Tensors) -> tuple[Tensor, float]:
-    return tensors["weight_scale"].view(torch.float8_e8m0fnu), 1.0
-
-
-def _two_levels(weight: QuantTensor) -> Tensors:
-    if bool(torch.signbit(weight.scale.float()).any()):
-        raise ConfigError("NVFP4 has no negative scales (hardware reads them without a sign)")
-    return {"weight_scale": weight.scale.contiguous(), "weight_global_scale": divisor(weight.global_scale)}
-
-
-def _from_two_levels(tensors: Tensors) -> tuple[Tensor, float]:
-    return tensors["weight_scale"], 1.0 / float(tensors["weight_global_scale"])
-
-
 def divisor(unit: float) -> Tensor:
     """The global scale as the format counts it: its reciprocal, exact because it is a power of two."""
     return torch.tensor([1.0 / unit], dtype=torch.float32)
@@ -175,20 +157,17 @@ _WORDS = (None, _words, _from_words)
 _BYTES = (8, _bytes, _from_bytes)
 _NIBBLES = (4, _nibbles, _from_nibbles)
 _SEXTETS = (6, _sextets, _from_sextets)
-_FLOATS = (_floats, _from_floats)
-_EXPONENTS = (_exponents, _from_exponents)
-_TWO_LEVELS = (_two_levels, _from_two_levels)
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("pack-quantized", (*_PACKED, "weight_shape"), *_WORDS, *_FLOATS),
-        Layout("int-quantized", _SCALED, *_BYTES, *_FLOATS),
-        Layout("float-quantized", _SCALED, *_BYTES, *_FLOATS),
-        Layout("naive-quantized", _SCALED, *_BYTES, *_FLOATS),
-        Layout("nvfp4-pack-quantized", (*_PACKED, "weight_global_scale"), *_NIBBLES, *_TWO_LEVELS),
-        Layout("mxfp4-pack-quantized", _PACKED, *_NIBBLES, *_EXPONENTS),
-        Layout("mxfp6-pack-quantized", _PACKED, *_SEXTETS, *_EXPONENTS),
-        Layout("mxfp8-quantized", _SCALED, *_BYTES, *_EXPONENTS),
+        Layout("pack-quantized", (*_PACKED, "weight_shape"), *_WORDS),
+        Layout("int-quantized", _SCALED, *_BYTES),
+        Layout("float-quantized", _SCALED, *_BYTES),
+        Layout("naive-quantized", _SCALED, *_BYTES),
+        Layout("nvfp4-pack-quantized", (*_PACKED, GLOBAL_SCALE), *_NIBBLES),
+        Layout("mxfp4-pack-quantized", _PACKED, *_NIBBLES, exponents=True),
+        Layout("mxfp6-pack-quantized", _PACKED, *_SEXTETS, exponents=True),
+        Layout("mxfp8-quantized", _SCALED, *_BYTES, exponents=True),
     )
 }

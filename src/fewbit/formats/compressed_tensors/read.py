@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.checkpoint.source import FLOAT_DTYPES, SafetensorsSource, TensorInfo
 from fewbit.config.matching import matching
 from fewbit.config.spec import QuantizationSpec
-from fewbit.errors import CheckpointError, ConfigError, shown
+from fewbit.errors import CheckpointError, shown
 from fewbit.formats.compressed_tensors.activations import PARTS, PREFIXES, decode_activation
-from fewbit.formats.compressed_tensors.config import ATTENTION_SLOTS, MIXED, NAME
+from fewbit.formats.compressed_tensors.config import ATTENTION_SLOTS, MIXED, NAME, naming
 from fewbit.formats.compressed_tensors.layouts import LAYOUTS, Layout, Tensors
 from fewbit.formats.compressed_tensors.scheme import Args, activation_spec, layout_for, weight_spec
 from fewbit.formats.format import Opened
@@ -52,15 +51,11 @@ class CompressedTensorsSource:
         self._weights = {module: self._weight(module) for module in self._scaled if self._holds_codes(module)}
 
     def info(self) -> dict[str, TensorInfo]:
-        hidden = {
-            f"{module}.{part}"
-            for module, (layout, spec, _) in self._weights.items()
-            for part in layout.needed(spec.symmetric)
-        } | set(self._activation_tensors())
-        dense = {name: info for name, info in self._stored.items() if name not in hidden}
-        return dense | {
-            f"{module}.weight": TensorInfo(shape, torch.float32) for module, (_, _, shape) in self._weights.items()
-        }
+        found, hidden = {}, set(self._activation_tensors())
+        for module, (layout, spec, shape) in self._weights.items():
+            hidden |= {f"{module}.{part}" for part in layout.needed(spec.symmetric)}
+            found[f"{module}.weight"] = TensorInfo(shape, torch.float32)
+        return {name: info for name, info in self._stored.items() if name not in hidden} | found
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         tensors = {}
@@ -112,9 +107,9 @@ class CompressedTensorsSource:
         return found
 
     def _activation(self, module: str, slot: str, args: Args) -> QuantizedActivation:
-        with _naming(self.directory, f"{module}.{slot}"):
-            names = [f"{PREFIXES[slot]}_{part}" for part in PARTS]
-            stored = [name for name in names if f"{module}.{name}" in self._stored]
+        names = [f"{PREFIXES[slot]}_{part}" for part in PARTS]
+        stored = [name for name in names if f"{module}.{name}" in self._stored]
+        with naming(f"{self.directory}: '{module}.{slot}': ", CheckpointError):
             return decode_activation(self._tensors(module, stored), activation_spec(args), slot)
 
     def _activation_tensors(self) -> Iterator[str]:
@@ -129,8 +124,7 @@ class CompressedTensorsSource:
 
     def _holds_codes(self, module: str) -> bool:
         """False for a weight that was saved again after it was decompressed: it is floats, its scale is a leftover."""
-        weight = self._stored.get(f"{module}.weight")
-        return weight is None or weight.dtype not in FLOAT_DTYPES
+        return (weight := self._stored.get(f"{module}.weight")) is None or weight.dtype not in FLOAT_DTYPES
 
     def _group(self, module: str, attention: bool = False) -> Args:
         """The config group that a reader picks for a linear or an attention module: by name, by pattern, then
@@ -139,8 +133,7 @@ class CompressedTensorsSource:
         targets = {t: group for group in groups if bool(group.get("weights")) != attention for t in group["targets"]}
         if module in targets:
             return targets[module]
-        patterns = sorted(target for target in targets if target.startswith("re:"))
-        for pattern in patterns:
+        for pattern in sorted(target for target in targets if target.startswith("re:")):
             if matching(pattern, (module,), whole=False):
                 return targets[pattern]
         classes = {target: group for target, group in targets.items() if re.fullmatch("[A-Z][A-Za-z0-9_]*", target)}
@@ -151,7 +144,7 @@ class CompressedTensorsSource:
         group = self._group(module)
         if not group:
             raise CheckpointError(f"{self.directory}: no config group describes the stored weight of {module!r}")
-        with _naming(self.directory, module):
+        with naming(f"{self.directory}: {module!r}: ", CheckpointError):
             spec = weight_spec(group["weights"])
             layout = self._layout(group, spec)
             for part in layout.needed(spec.symmetric):
@@ -181,15 +174,6 @@ class CompressedTensorsSource:
             return int(rows), int(columns)
         rows, stored = self._stored[f"{module}.{layout.parts[0]}"].shape
         return rows, stored * 8 // layout.stored_bits
-
-
-@contextmanager
-def _naming(directory: Path, name: str) -> Iterator[None]:
-    """Errors raised inside say of which checkpoint and tensor."""
-    try:
-        yield
-    except (CheckpointError, ConfigError, ValueError) as error:
-        raise CheckpointError(f"{directory}: {name!r}: {error}") from None
 
 
 def _quantization_config(directory: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,8 +33,7 @@ from fewbit.formats.compressed_tensors.config import (
 )
 from fewbit.formats.compressed_tensors.layouts import Layout
 from fewbit.formats.compressed_tensors.scheme import Args
-from fewbit.formats.compressed_tensors.sharing import unshared
-from fewbit.formats.compressed_tensors.write import config_changes
+from fewbit.formats.compressed_tensors.write import config_changes, unshared
 from fewbit.formats.shards import check_shards, shard_names
 from fewbit.formats.verification import Verification, compare, read_origin
 from fewbit.tensor import QuantTensor
@@ -52,8 +50,7 @@ def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
     for linear in contents.weights:
         checked.weight(linear, checkpoint.read_quantized(linear.weight_name), checked.scheme(linear))
     checked.attention(contents)
-    activations = checkpoint.activations()
-    for name, activation in activations.items():
+    for name, activation in checkpoint.activations().items():
         for stored, expected in encode_activation(name, activation).items():
             checked.tensor(stored, expected)
     dense = [name for part in checkpoint.parts for name in part.dense]
@@ -61,8 +58,8 @@ def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
         checked.tensor(name, checkpoint.read([name])[name])
     checked.nothing_left(left_alone(contents))
     check_shards(directory, count)
-    decoder = f"compressed-tensors {checked.library.version}"
-    return Verification(directory, NAME, len(contents.weights), len(dense), decoder, len(activations))
+    decoder = f"compressed-tensors {checked.library.__version__}"
+    return Verification(directory, NAME, len(contents.weights), len(dense), decoder, len(contents.activations))
 
 
 class _Export:
@@ -74,7 +71,7 @@ class _Export:
         self.stored = SafetensorsSource(directory)
         raw = quantization_of(read_config(directory), directory)
         try:
-            self.config = self.library.QuantizationConfig.model_validate(raw)
+            self.config = self.library.quantization.QuantizationConfig.model_validate(raw)
         except Exception as error:
             raise VerificationError(f"{directory}: the library refuses the config: {first_line(error)}") from None
         self.schemes: dict[str, Any] = {}  # by target; as the library has it, a later group's wins
@@ -98,13 +95,13 @@ class _Export:
     def picked(self, module: str) -> Any:
         """By the library's own rule: the scheme of the linear `module`, None for one that is ignored."""
         linear = nn.Linear(1, 1, device="meta")
-        targets = self.library.match_targets(module, linear, self.schemes)
-        ignored = self.library.match_targets(module, linear, self.config.ignore)
+        match_targets = self.library.utils.match.match_targets
+        targets, ignored = (match_targets(module, linear, names) for names in (self.schemes, self.config.ignore))
         return self.schemes[targets[0]] if targets and not ignored else None
 
     def args(self, what: str, found: Any, expected: Args | None) -> None:
         """VerificationError unless the library understands an entry as it does the arguments expected."""
-        wanted = None if expected is None else self.library.QuantizationArgs(**expected).model_dump()
+        wanted = None if expected is None else self.library.quantization.QuantizationArgs(**expected).model_dump()
         if (None if found is None else found.model_dump()) != wanted:
             raise VerificationError(f"{what}: the config says {found!r}, the run {expected}")
 
@@ -113,10 +110,8 @@ class _Export:
         module, layout = linear.name, layout_of(linear)
         encoded = layout.encode(expected)
         tensors = {part: self.tensor(f"{module}.{part}", tensor, part) for part, tensor in encoded.items()}
-        unscaled = replace(
-            expected, scale=torch.ones_like(expected.scale, dtype=torch.float32).to(expected.scale.dtype)
-        )
-        unscaled = replace(unscaled, global_scale=1.0)
+        ones = torch.ones_like(expected.scale, dtype=torch.float32).to(expected.scale.dtype)
+        unscaled = replace(expected, scale=ones, global_scale=1.0)
         units = {part: tensor for part, tensor in layout.encode(unscaled).items() if "scale" in part}
         codes = self.decompressed(module, tensors | units, scheme, layout)
         compare(f"{module} codes", codes.float(), unscaled.dequantize(), bits=False)
@@ -125,7 +120,7 @@ class _Export:
 
     def decompressed(self, module: str, tensors: dict[str, Tensor], scheme: Any, layout: Layout) -> Tensor:
         try:
-            decompressor = self.library.BaseCompressor.get_value_from_registry(layout.name)
+            decompressor = self.library.compressors.BaseCompressor.get_value_from_registry(layout.name)
             weight: Tensor = decompressor.decompress(tensors, scheme)["weight"]
         except Exception as error:  # whatever the library raises, it cannot read this weight by that config
             raise VerificationError(f"{module}: compressed-tensors cannot decode it: {first_line(error)}") from None
@@ -166,18 +161,11 @@ class _Export:
 
 
 def _library() -> Any:
-    """What is used of compressed-tensors."""
+    """compressed-tensors, and what is used of it."""
     try:
-        import compressed_tensors
-        from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
-        from compressed_tensors.utils.match import match_targets
+        import compressed_tensors.compressors
+        import compressed_tensors.quantization
+        import compressed_tensors.utils.match
     except ImportError:
         raise FewbitError("verifying this export needs its decoder: pip install 'fewbit[verify]'") from None
-    return SimpleNamespace(
-        version=compressed_tensors.__version__,
-        BaseCompressor=BaseCompressor,
-        QuantizationArgs=QuantizationArgs,
-        QuantizationConfig=QuantizationConfig,
-        match_targets=match_targets,
-    )
+    return compressed_tensors
