@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.calibration.statistics import Statistics
-from fewbit.engine.reference import Reference
+from fewbit.engine.reference import ReferenceForward
 from fewbit.engine.staged import StagedForward
 from fewbit.engine.stages import stages_of
 from fewbit.models.architecture import Group
@@ -113,7 +113,7 @@ def walked(kind: str, strategy: str, drift: bool) -> tuple[dict[str, Statistics]
 
     reference, full, identity = None, list(inputs), TokenIdentity()
     if drift:
-        reference = Reference(original, groups, range(3), lambda index: original(inputs[index]), full.__setitem__)
+        reference = ReferenceForward(original, groups, range(3), lambda index: original(inputs[index]), full.__setitem__)
     with identity.following(block, original):
         staged = StagedForward(
             stages_of(block, groups, decide), masks, lambda index: block(inputs[index]), reference, (), identity

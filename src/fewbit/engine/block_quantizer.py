@@ -23,7 +23,7 @@ from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.engine.block_work import BlockWork
 from fewbit.engine.channel_scaler import ChannelScaler
 from fewbit.engine.phases import BLOCK_PHASES, QuantizedBlock
-from fewbit.engine.reference import Reference
+from fewbit.engine.reference import ReferenceForward
 from fewbit.engine.stage_quantizer import LinearResult, Member, quantize_stage, round_stage
 from fewbit.engine.staged import StagedForward, Strategy
 from fewbit.engine.stages import Stage, calibration_stops, stages_of
@@ -161,13 +161,13 @@ class BlockQuantizer:
 
         return tuple(replace(group, members=tuple(filter(wanted, group.members))) for group in groups)
 
-    def _reference(self, block: nn.Module, index: int, groups: Groups, passage: Passage) -> Reference | None:
+    def _reference(self, block: nn.Module, index: int, groups: Groups, passage: Passage) -> ReferenceForward | None:
         """The block in full precision, if that is wanted. The block still has its own weights now."""
         if passage.full is None:
             return None
         original = full_precision(block)
         forward = passage.forward(original, index, passage.full)
-        return Reference(original, groups, passage.reference, forward, passage.full.put)
+        return ReferenceForward(original, groups, passage.reference, forward, passage.full.put)
 
     def _scalings(self, groups: Groups, work: BlockWork) -> dict[int, list[tuple[ChannelScaler, Scaling]]]:
         """By number of a group: the searches before it, with what they scale."""

@@ -11,7 +11,7 @@ from fewbit.models.architecture import Groups
 from fewbit.nn.linear import linear_of
 
 
-class Reference:
+class ReferenceForward:
     """Forwards of some batches through the block in full precision, each held at the stage its batch has reached.
 
     Args:

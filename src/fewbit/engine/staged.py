@@ -22,7 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fewbit.engine.reference import Reference
+from fewbit.engine.reference import ReferenceForward
 from fewbit.engine.stages import ATTENTION, WEIGHTS, CalibrationStop, Stage, Stop
 from fewbit.errors import ArchitectureError
 from fewbit.models.token_identity import TokenIdentity
@@ -50,7 +50,7 @@ class StagedForward:
         stages: Sequence[Stage],
         masks: Sequence[Tensor | None],
         forward: Callable[[int], Tensor],
-        reference: Reference | None = None,
+        reference: ReferenceForward | None = None,
         calibrations: Sequence[CalibrationStop] = (),
         identity: TokenIdentity | None = None,
     ) -> None:
