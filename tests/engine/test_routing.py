@@ -113,7 +113,9 @@ def walked(kind: str, strategy: str, drift: bool) -> tuple[dict[str, Statistics]
 
     reference, full, identity = None, list(inputs), TokenIdentity()
     if drift:
-        reference = ReferenceForward(original, groups, range(3), lambda index: original(inputs[index]), full.__setitem__)
+        reference = ReferenceForward(
+            original, groups, range(3), lambda index: original(inputs[index]), full.__setitem__
+        )
     with identity.following(block, original):
         staged = StagedForward(
             stages_of(block, groups, decide), masks, lambda index: block(inputs[index]), reference, (), identity

@@ -369,7 +369,7 @@ def test_an_error_on_the_way_leaves_all_layers_as_they_were():
         ({"spec": 4}, ConfigError, "not int"),
         ({"spec": GPTQConfig()}, ConfigError, "GPTQConfig says nothing of bits; give a spec before it"),
         ({"spec": QuantizationSpec(dtype="int12", qscheme="per_channel")}, ConfigError, "int12 .* but not stored"),
-        ({"spec": SPEC, "config": AWQConfig()}, ConfigError, "GPTQConfig or RTNConfig, not AWQConfig"),
+        ({"spec": SPEC, "config": AWQConfig()}, ConfigError, "RTNConfig or GPTQConfig, not AWQConfig"),
         ({"spec": SequentialGPTQConfig(), "config": GPTQConfig()}, ConfigError, "leave config out"),
         ({"spec": SPEC, "exclude": ["*.gate"]}, ConfigError, r"exclude: '\*\.gate' matches no linear"),
         ({"spec": SPEC, "inputs": []}, CalibrationError, "there are no inputs"),

@@ -355,7 +355,7 @@ def test_the_layers_to_scale_can_be_named(random_model):
         (INT3, GPTQConfig(), "AWQConfig or SmoothQuantConfig, not GPTQConfig"),
         (INT3, AWQConfig(clip=True), "clip=True cuts the weights off"),
         (SequentialSmoothQuantConfig(), AWQConfig(), "leave config out"),
-        (4, None, "spec says how weights will be quantized"),
+        (4, None, "spec says how weights are quantized"),
         (QuantizationConfig(input_tensors=scheme_config("W8A8").input_tensors), None, "with weight"),
         (QuantizationSpec(dtype="int4", group_size=24), None, r"'0\.self_attn\.q_proj' cannot be quantized"),
     ],

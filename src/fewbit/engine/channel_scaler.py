@@ -9,7 +9,7 @@ the finished blocks as the interrupted one did: the vectors are kept beside the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -71,7 +71,7 @@ class ChannelScaler:
         if not group or any(f"{work.prefix}{name}" in self.turned for name in group):
             return None
         for scaling in self.scalings[work.index]:
-            if set(scaling.consumers) != set(group) or self.is_cut(group, work.prefix):
+            if set(scaling.consumers) != set(group) or self.is_cut(work.prefix + name for name in group):
                 continue
             producer = f"{work.prefix}{scaling.producer}"
             activations = self.activations  # what a linear inside attention gives to another are values
@@ -81,15 +81,12 @@ class ChannelScaler:
             return None if quantized or whole else scaling
         return None
 
-    def is_cut(self, group: Sequence[str], prefix: str) -> bool:
-        """Whether the spec of a linear cuts its rows so that its columns cannot be scaled."""
-        info = self.source.info()
-        for name in group:
-            config = self.configs.get(f"{prefix}{name}")
-            if config is not None and config.weight is not None:
-                rows, columns = info[weight_of(prefix + name)].shape
-                if is_cut(config.weight, (rows, columns)):
-                    return True
+    def is_cut(self, names: Iterable[str]) -> bool:
+        """Whether the spec of a linear, by its full name, cuts its rows so that its columns cannot be scaled."""
+        for name in names:
+            config, (rows, columns) = self.configs.get(name), self.source.info()[weight_of(name)].shape
+            if config is not None and config.weight is not None and is_cut(config.weight, (rows, columns)):
+                return True
         return False
 
     def apply(self, scaling: Scaling, members: list[Member], statistics: Statistics, work: BlockWork) -> ScaleSearch:
@@ -168,23 +165,18 @@ class ChannelScaler:
         can be stored. Nothing of the block changes."""
         others = [self._read(parameter, work) for parameter in self._stored_consumers(scaling, work.prefix)]
         wanted = folding.where_scalable(others, wanted, channels)
-        bias = self._bias(name, work)
-        changed: dict[str, Tensor] = {}
-        quantized: LinearResult | None = None
-        if (producer := work.results.get(name)) is not None:
+        bias, producer = self._bias(name, work), work.results.get(name)
+        if producer is None:
+            folded, bias, taken = folding.fold_into(self._read(weight_of(name), work), bias, wanted, scaling.offset)
+            changed = {weight_of(name): folded}
+        else:
             there = producer.weight.scale.device
             moved = None if bias is None else bias.to(there)
-            rescaled, bias, taken = folding.fold_into_quantized_rows(producer.weight, moved, wanted.to(there))
-            quantized = replace(producer, weight=rescaled)
-        else:
-            weight = self._read(weight_of(name), work)
-            if weight.ndim == 1:  # a norm
-                changed[weight_of(name)], bias, taken = folding.fold_into_norm(weight, bias, wanted, scaling.offset)
-            else:
-                changed[weight_of(name)], bias, taken = folding.fold_into_linear_rows(weight, bias, wanted)
+            rescaled, bias, taken = folding.fold_into(producer.weight, moved, wanted.to(there))
+            producer, changed = replace(producer, weight=rescaled), {}
         if bias is not None:
             changed[bias_of(name)] = bias.cpu()
-        return _Divided(taken.cpu(), changed, quantized)
+        return _Divided(taken.cpu(), changed, producer)
 
     def _read(self, name: str, work: BlockWork) -> Tensor:
         return work.dense[name] if name in work.dense else self.source.read([name])[name]

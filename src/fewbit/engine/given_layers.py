@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from fewbit.checkpoint.names import full_name
+from fewbit.config.algorithms import ALGORITHMS, AlgorithmConfig
 from fewbit.config.matching import matching
-from fewbit.config.spec import QuantizationSpec
+from fewbit.config.schemes import scheme_config
+from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.engine.layer_stack import LayerStack
 from fewbit.errors import ArchitectureError, ConfigError, nearest
 from fewbit.models.forward_manager import LayerForwardManager
@@ -18,6 +21,35 @@ from fewbit.models.untouched import Untouched, sentence, untouched
 from fewbit.nn import in_memory
 
 logger = logging.getLogger("fewbit")
+
+
+def understood(
+    spec: Any, config: Any, both: type[Any], methods: type[AlgorithmConfig]
+) -> tuple[QuantizationConfig, Any]:
+    """How linears are quantized, and the method, by a user's words; None for a method that is not said.
+
+    `both` is the class of objects that hold both, `methods` what a method may be. ConfigError for anything else.
+    """
+    if isinstance(spec, both):
+        if config is not None:
+            raise ConfigError(f"{both.__name__} holds the method's options; leave config out")
+        return spec.quantization, spec.algorithm
+    if config is not None and not isinstance(config, methods):
+        known = " or ".join(found.__name__ for found in ALGORITHMS.values() if issubclass(found, methods))
+        raise ConfigError(f"config is {known}, not {type(config).__name__}")
+    if isinstance(spec, AlgorithmConfig):
+        raise ConfigError(
+            f"{type(spec).__name__} says nothing of bits; give a spec before it, or a {both.__name__} for both"
+        )
+    chosen = scheme_config(spec) if isinstance(spec, str) else spec
+    if isinstance(spec, QuantizationSpec):
+        chosen = QuantizationConfig(weight=spec)
+    if not isinstance(chosen, QuantizationConfig) or chosen.weight is None:
+        raise ConfigError(
+            "spec says how weights are quantized: a QuantizationSpec, a QuantizationConfig with weight, a scheme's "
+            f"name or a {both.__name__}, not {type(spec).__name__}"
+        )
+    return chosen, config
 
 
 def stack_of(

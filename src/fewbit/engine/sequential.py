@@ -18,11 +18,10 @@ from fewbit import process
 from fewbit.calibration.passage import spread
 from fewbit.checkpoint.names import weight_of
 from fewbit.config.algorithms import CodeConfig, GPTQConfig
-from fewbit.config.schemes import scheme_config
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
 from fewbit.engine.block_quantizer import BlockQuantizer, Targets
-from fewbit.engine.given_layers import stack_of
+from fewbit.engine.given_layers import stack_of, understood
 from fewbit.engine.layer_stack import Inputs, pass_through_layers
 from fewbit.engine.stage_quantizer import LinearResult
 from fewbit.engine.staged import Strategy
@@ -47,12 +46,13 @@ class SequentialGPTQConfig:
     """Columns per lazy update: speed only."""
 
     def __post_init__(self) -> None:
-        _ = self.spec  # what contradicts itself is refused now
+        _ = self.quantization  # what contradicts itself is refused now
 
     @property
-    def spec(self) -> QuantizationSpec:
+    def quantization(self) -> QuantizationConfig:
         """How the weights are quantized: symmetric integers."""
-        return weight_spec(self.bits, self.method, self.group_size if self.method == "per-block" else None)
+        size = self.group_size if self.method == "per-block" else None
+        return QuantizationConfig(weight=weight_spec(self.bits, self.method, size))
 
     @property
     def algorithm(self) -> GPTQConfig:
@@ -92,10 +92,14 @@ def run_gptq_for_sequential_layers(
     Returns a LinearResult by name for every quantized linear: the QuantTensor, and what it cost.
     Raises ConfigError for what cannot be honoured, before anything is changed.
     """
-    weights, algorithm = _resolved(spec, config)
+    chosen, method = understood(spec, config, SequentialGPTQConfig, CodeConfig)
+    weights, algorithm = chosen.weight, method or GPTQConfig()
+    if weights is None or chosen != QuantizationConfig(weight=weights):
+        name = spec if isinstance(spec, str) else "the config"
+        raise ConfigError(f"{name} does not quantize weights alone, which is all that can be done in place")
     stack = stack_of(layers, weights, exclude, prefix, forward)
     passage = pass_through_layers(stack, inputs, partial(spread, algorithm.needs.reference))
-    configs = {name: QuantizationConfig(weight=weights) for names in stack.linears for name in names}
+    configs = {name: chosen for names in stack.linears for name in names}
     quantizer = BlockQuantizer(stack, Targets(configs), algorithm)
     results: dict[str, LinearResult] = {}
     for index in range(len(stack)):
@@ -105,34 +109,3 @@ def run_gptq_for_sequential_layers(
         trim_heap()
     stack.commit()
     return results
-
-
-def _resolved(
-    spec: QuantizationSpec | QuantizationConfig | SequentialGPTQConfig | str, config: CodeConfig | None
-) -> tuple[QuantizationSpec, CodeConfig]:
-    """The spec of weights and the method's options."""
-    if isinstance(spec, SequentialGPTQConfig):
-        if config is not None:
-            raise ConfigError("SequentialGPTQConfig holds the method's options; leave config out")
-        return spec.spec, spec.algorithm
-    if config is not None and not isinstance(config, CodeConfig):
-        raise ConfigError(f"config is a GPTQConfig or RTNConfig, not {type(config).__name__}")
-    algorithm = config or GPTQConfig()
-    if isinstance(spec, QuantizationSpec):
-        return QuantizationConfig(weight=spec).weight or spec, algorithm  # says what a weight's spec cannot be
-    name = spec if isinstance(spec, str) else "the config"
-    chosen = scheme_config(spec) if isinstance(spec, str) else spec
-    if isinstance(chosen, CodeConfig):
-        raise ConfigError(
-            f"{type(chosen).__name__} says nothing of bits; give a spec before it, or a SequentialGPTQConfig for both"
-        )
-    if not isinstance(chosen, QuantizationConfig):
-        raise ConfigError(
-            f"spec is a QuantizationSpec, a scheme's name or a SequentialGPTQConfig, not {type(spec).__name__}"
-        )
-    if chosen.weight is None or any((chosen.input_tensors, chosen.output_tensors, chosen.bias)):
-        raise ConfigError(
-            f"{name} does not quantize weights alone, which is all that can be done in place; give a QuantizationSpec "
-            "for the weights"
-        )
-    return chosen.weight, algorithm

@@ -27,7 +27,7 @@ from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
 from fewbit.engine.block_work import BlockWork
 from fewbit.engine.channel_scaler import ChannelScaler
-from fewbit.engine.given_layers import stack_of
+from fewbit.engine.given_layers import stack_of, understood
 from fewbit.engine.layer_stack import Inputs, LayerStack, pass_through_layers
 from fewbit.engine.stage_quantizer import Member
 from fewbit.engine.staged import StagedForward
@@ -127,13 +127,19 @@ def run_smooth_quant_for_sequential_layers(
     tried where a linear is divided, and a norm's own rounding is made up for in its consumers.
     Raises ConfigError for what cannot be honoured, and if nothing in the layers can be scaled.
     """
-    quantization, search = _resolved(spec, config)
+    quantization, search = understood(spec, config, SequentialSmoothQuantConfig, ScaleSearchConfig)
+    if search is None:
+        search = AWQConfig() if quantization.input_tensors is None else SmoothQuantConfig()
+    if search.clips:
+        raise ConfigError(
+            "clip=True cuts the weights off, so the layers would not compute the same; leave it out here"
+        )
     assert quantization.weight is not None
     stack = stack_of(layers, quantization.weight, exclude, prefix, forward)
     passage = pass_through_layers(stack, inputs, lambda batches: ())
     configs = {name: quantization for names in stack.linears for name in names}
     inputs_too = quantization.input_tensors
-    activations = {} if inputs_too is None else {f"{name}.input": inputs_too for name in configs}
+    activations = {f"{name}.input": inputs_too for name in configs if inputs_too is not None}
     known: dict[Hashable, tuple[Scaling, ...]] = {}
     results: dict[str, ScaleSearch] = {}
     for index, layer in enumerate(stack.layers):
@@ -142,24 +148,11 @@ def run_smooth_quant_for_sequential_layers(
             if kind not in known:
                 known[kind] = _scalings(stack, passage, index, search)
             statistics = _gathered(layer, index, passage, known[kind], search.needs.sample if activations else 0)
-        scaler = ChannelScaler(
-            search, stack.source, configs, activations, (), heads, compensated=gptq_follows, stored=True
-        )
-        work = BlockWork(index, stack.prefix(index))
-        for scaling, found in statistics.items():
-            members = [
-                Member(name, _weight(stack, name, work), quantization.weight, stack.stored_dtype(name))
-                for consumer in scaling.consumers
-                if (name := full_name(work.prefix, consumer)) in configs
-            ]
-            if members and not scaler.is_cut([path_in(work.prefix, member.name) for member in members], work.prefix):
-                results[work.prefix + scaling.producer] = scaler.apply(scaling, members, found, work)
-        stack.change(index, work.dense)
+        scaler = ChannelScaler(search, stack.source, configs, activations, (), heads, gptq_follows, stored=True)
+        results |= _fold(stack, index, scaler, statistics, quantization.weight)
         trim_heap()
     if not results:
-        raise ConfigError(
-            "no norm or linear was found in these layers whose output channels could be scaled for those who read them"
-        )
+        raise ConfigError("no norm or linear was found in these layers whose output channels could be scaled")
     stack.commit()
     return results
 
@@ -236,37 +229,29 @@ def _gathered(
     return statistics
 
 
+def _fold(
+    stack: LayerStack,
+    index: int,
+    scaler: ChannelScaler,
+    statistics: Mapping[Scaling, Statistics],
+    spec: QuantizationSpec,
+) -> dict[str, ScaleSearch]:
+    """Search and fold all scales of a layer; what was found by the name of the producer."""
+    work, results = BlockWork(index, stack.prefix(index)), {}
+    for scaling, gathered in statistics.items():
+        names = [full_name(work.prefix, consumer) for consumer in scaling.consumers]
+        names = [name for name in names if name in scaler.configs]
+        members = [Member(name, _weight(stack, name, work), spec, stack.stored_dtype(name)) for name in names]
+        if members and not scaler.is_cut(names):
+            results[work.prefix + scaling.producer] = scaler.apply(scaling, members, gathered, work)
+    stack.change(index, work.dense)
+    return results
+
+
 def _weight(stack: LayerStack, name: str, work: BlockWork) -> Tensor:
     """A linear's weight [out, in] as the block has it by now, float32 where the layer is."""
     weight = linear_of(stack.layers[work.index], path_in(work.prefix, name)).weight
     return work.dense.get(weight_of(name), weight.detach()).to(weight.device, torch.float32)
-
-
-def _resolved(
-    spec: QuantizationConfig | QuantizationSpec | SequentialSmoothQuantConfig | str, config: ScaleSearchConfig | None
-) -> tuple[QuantizationConfig, ScaleSearchConfig]:
-    """How linears will be quantized, and the search."""
-    if isinstance(spec, SequentialSmoothQuantConfig):
-        if config is not None:
-            raise ConfigError("SequentialSmoothQuantConfig holds the method's options; leave config out")
-        return spec.quantization, spec.algorithm
-    if isinstance(spec, QuantizationSpec):
-        spec = QuantizationConfig(weight=spec)
-    chosen = scheme_config(spec) if isinstance(spec, str) else spec
-    if not isinstance(chosen, QuantizationConfig) or chosen.weight is None:
-        raise ConfigError(
-            "spec says how weights will be quantized: a QuantizationConfig with weight, a QuantizationSpec, a "
-            f"scheme's name or a SequentialSmoothQuantConfig, not {spec!r}"
-        )
-    if config is None:
-        return chosen, AWQConfig() if chosen.input_tensors is None else SmoothQuantConfig()
-    if not isinstance(config, ScaleSearchConfig):
-        raise ConfigError(f"config is an AWQConfig or SmoothQuantConfig, not {type(config).__name__}")
-    if config.clips:
-        raise ConfigError(
-            "clip=True cuts the weights off, so the layers would not compute the same; leave it out here"
-        )
-    return chosen, config
 
 
 def _preset_of(linear_type: Any) -> str:

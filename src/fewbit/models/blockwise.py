@@ -334,11 +334,6 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
-        expected = owner._parameters[leaf]
-        if expected is not None and expected.shape != tensor.shape:
-            raise CheckpointError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
-            )
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from torch import Tensor
 from fewbit.checkpoint.names import bias_of, weight_of
 from fewbit.models.architecture import Scaling
 from fewbit.tensor import QuantTensor
+
+P = TypeVar("P", Tensor, QuantTensor)
 
 
 def fold_into_norm(
@@ -79,6 +82,17 @@ def fold_into_quantized_rows(
         possible = _whole_tiles(weight, possible)
     taken = torch.where(possible, scale, torch.ones_like(scale))
     return rescale_rows(weight, taken.reciprocal()), None if bias is None else _divided(bias, taken), taken
+
+
+def fold_into(
+    producer: P, bias: Tensor | None, scale: Tensor, offset: bool = False
+) -> tuple[P, Tensor | None, Tensor]:
+    """Whoever makes the channels, divided by `scale` [rows]: a norm, a linear, or a quantized linear."""
+    if isinstance(producer, QuantTensor):
+        return fold_into_quantized_rows(producer, bias, scale)
+    if producer.ndim == 1:
+        return fold_into_norm(producer, bias, scale, offset)
+    return fold_into_linear_rows(producer, bias, scale)
 
 
 def rescale_rows(weight: QuantTensor, factor: Tensor) -> QuantTensor:
@@ -167,10 +181,7 @@ def fold_into_producer(
     consumers = [tensors[consumer] for consumer in _consumers(scaling)]
     channels = channel_map(consumers[0].shape[-1], scale.numel(), head_dim).to(scale.device)
     scale = where_scalable(consumers, scale, channels)
-    if weight.ndim == 1:
-        folded, folded_bias, taken = fold_into_norm(weight, bias, scale, scaling.offset)
-    else:
-        folded, folded_bias, taken = fold_into_linear_rows(weight, bias, scale)
+    folded, folded_bias, taken = fold_into(weight, bias, scale, scaling.offset)
     changed = {weight_of(name): folded}
     if folded_bias is not None:
         changed[bias_of(name)] = folded_bias

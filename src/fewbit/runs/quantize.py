@@ -22,6 +22,7 @@ from fewbit.checkpoint.hub import resolve_directory
 from fewbit.checkpoint.native import OUTSIDE, write_part
 from fewbit.checkpoint.side_files import copy_side_files, in_words, mend_generation_config, saved_side_files
 from fewbit.checkpoint.tokenizer import load_tokenizer
+from fewbit.config.algorithms import AlgorithmConfig
 from fewbit.config.recipe import Config
 from fewbit.config.run_options import RunOptions, choose_device, parse_size
 from fewbit.engine.block_quantizer import BlockQuantizer, Targets
@@ -72,9 +73,7 @@ def quantize_model(
     targets = _targets(directory, options)
     directory.refuse(options.resume)
     device, memory = choose_device(options.device), parse_size(options.activation_memory)
-    blockwise = open_model(model)
-    for phase in config.at("model"):
-        blockwise = MODEL_PHASES[phase.name](blockwise, phase)
+    blockwise = open_model(model, config.at("model"))
     plan = make_plan(blockwise, config)
     for target in targets:
         target.check(plan.contents)
@@ -129,13 +128,17 @@ def export_missing(run: Path, targets: Iterable[ExportFormat], view: ProgressVie
             export(run, target.name, place)
 
 
-def open_model(model: str | Path | PreTrainedModel) -> BlockwiseModel:
-    """A checkpoint directory, a hub id or a module, opened block by block."""
-    if not isinstance(model, str | Path):
+def open_model(model: str | Path | PreTrainedModel, phases: Iterable[AlgorithmConfig] = ()) -> BlockwiseModel:
+    """A checkpoint directory, a hub id or a module, ready to be walked, with what `phases` make of it."""
+    if isinstance(model, str | Path):
+        opened = BlockwiseModel.from_directory(resolve_directory(model))
+    else:
         if isinstance(model, torch.nn.Module):
             refuse_quantized(model)
-        return BlockwiseModel.from_module(model)
-    return BlockwiseModel.from_directory(resolve_directory(model))
+        opened = BlockwiseModel.from_module(model)
+    for phase in phases:
+        opened = MODEL_PHASES[phase.name](opened, phase)
+    return opened
 
 
 def _quantizer(model: BlockwiseModel, plan: Plan, config: Config, device: torch.device) -> BlockQuantizer:
