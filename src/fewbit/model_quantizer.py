@@ -122,7 +122,7 @@ class ModelQuantizer:
             raise CalibrationError("static activation scales need calibration data; give a dataloader")
         with process.neutral():
             left = ptq.left_alone(model, modules)
-            changes = ptq.replacing(model, configs)
+            _, changes = ptq.replacing(model, configs)
         with changes.undone_on_error():  # the user may try again with other data
             if needs_data and dataloader is not None:
                 _calibrate(model, dataloader)
@@ -144,14 +144,13 @@ def install(model: PreTrainedModel, run: NativeCheckpoint) -> None:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     made: dict[str, Stepped] = {}
     for name, linear in linears.items():
-        flows = [activations.get(f"{name}.{slot}") for slot in LINEAR_SLOTS]
-        specs = [None if known is None else known.spec for known in flows]
-        weight = weight_of(name)
-        if weight in run.quantized:
+        flows = (activations.get(f"{name}.{slot}") for slot in LINEAR_SLOTS)
+        inputs, outputs = (None if known is None else known.spec for known in flows)
+        if weight_of(name) in run.quantized:
             bias = values.get(bias_of(name), linear.bias)
-            made[name] = QuantLinear.from_quant_tensor(run.read_quantized(weight), bias)
-        elif any(specs):
-            made[name] = FakeQuantLinear.from_module(linear, input_tensors=specs[0], output_tensors=specs[1])
+            made[name] = QuantLinear(run.read_quantized(weight_of(name)), bias)
+        elif inputs or outputs:
+            made[name] = FakeQuantLinear.from_module(linear, input_tensors=inputs, output_tensors=outputs)
         elif any(step.kind != QUANTIZE for step in steps.get(name, ())):
             made[name] = Linear.from_linear(linear)
     attach(model, activations, steps, linears=made, changes=changes)
@@ -169,7 +168,10 @@ def _calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
     with mode.for_now(), ptq.calibrate(model):
         for item in dataloader:
             with process.neutral(default_device=False):
-                _call(model, item)
+                if isinstance(item, Mapping):
+                    model(**item)
+                else:
+                    model(*item) if isinstance(item, list | tuple) else model(item)
 
 
 def _refuse_shared(model: nn.Module) -> None:
@@ -189,12 +191,3 @@ def _ids_and_mask(item: Any) -> dict[str, Tensor]:
     """A batch as the walk takes it; whatever else a dataloader gives (labels) is left out."""
     batch = token_batch(item)
     return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-
-
-def _call(model: nn.Module, item: Any) -> None:
-    if isinstance(item, Mapping):
-        model(**item)
-    elif isinstance(item, list | tuple):
-        model(*item)
-    else:
-        model(item)

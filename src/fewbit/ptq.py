@@ -38,7 +38,8 @@ from fewbit.nn.linear import Linear
 from fewbit.nn.quant_linear import QuantLinear
 from fewbit.nn.words import named_input, named_weight
 
-ModuleFilter = Callable[[nn.Module, str], bool]
+Precision = str | torch.dtype | QuantizationSpec | None
+ModuleFilter = str | Sequence[str] | Callable[[nn.Module, str], bool]
 _FAKE: dict[type[nn.Module], type[Any]] = {
     nn.Linear: FakeQuantLinear,
     Linear: FakeQuantLinear,
@@ -87,10 +88,10 @@ class PTQReport:
 @process.neutral()
 def quantize_(
     model: nn.Module,
-    weights: str | torch.dtype | QuantizationSpec | None = "int8",
-    activations: str | torch.dtype | QuantizationSpec | None = None,
-    exclude: str | Sequence[str] | ModuleFilter | None = (),
-    modules: str | Sequence[str] | ModuleFilter | None = "*",
+    weights: Precision = "int8",
+    activations: Precision = None,
+    exclude: ModuleFilter | None = (),
+    modules: ModuleFilter | None = "*",
 ) -> PTQReport:
     """Fake-quantize the linears and convolutions of `model`, in place.
 
@@ -106,9 +107,6 @@ def quantize_(
     nothing, a spec does not fit a module, a module has something that would be lost (a forward of its own …), or
     nothing would be quantized; the model is unchanged then. Hooks go along.
     """
-    weights, activations = (
-        str(given) if isinstance(given, torch.dtype) else given for given in (weights, activations)
-    )
     if weights is None and activations is None:
         raise ConfigError("nothing to quantize: name weights, activations or both")
     model = in_memory.unwrapped(model)
@@ -116,17 +114,13 @@ def quantize_(
     left_out = _matching(() if exclude is None else exclude, found, "exclude")
     chosen = _matching("*" if modules is None else modules, found, "modules")
     excluded = tuple(name for name in found if name in left_out or name not in chosen)
-    made: dict[str, FakeQuant] = {}
-    rows = []
-    for name, module in found.items():
-        if name not in excluded:
-            check_plain(module, name)
-            made[name] = _fake(name, module, _config(module, weights, activations))
-            rows.append(_row(name, module, made[name]))
-    if not made:
+    included = [name for name in found if name not in excluded]
+    if not included:
         raise ConfigError(f"exclude leaves nothing to quantize of {len(found)} linears and convolutions")
-    report = PTQReport(tuple(rows), excluded, _skipped(model, found))
-    _installing(model, {found[name]: fake for name, fake in made.items()}).commit()
+    made, changes = replacing(model, {name: _config(found[name], weights, activations) for name in included})
+    rows = tuple(_row(name, found[name], fake) for name, fake in made.items())
+    report = PTQReport(rows, excluded, _skipped(model, found))
+    changes.commit()
     return report
 
 
@@ -141,15 +135,22 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def replacing(model: nn.Module, configs: Mapping[str, QuantizationConfig]) -> Exchange:
-    """What fake-quantizes the modules of `model` that `configs` names, each by its own config, once it is committed.
-
-    ConfigError, which names the module, if a config does not fit.
-    """
-    found = quantizable(model)
-    for name in configs:
+def replacing(model: nn.Module, configs: Mapping[str, QuantizationConfig]) -> tuple[dict[str, FakeQuant], Exchange]:
+    """What fake-quantizes the modules of `model` that `configs` names, each by its own config: the new ones by name,
+    and what puts them in once it is committed. ConfigError, which names the module, if a config does not fit."""
+    found, changes = quantizable(model), Exchange()
+    made: dict[str, FakeQuant] = {}
+    for name, config in configs.items():
         check_plain(found[name], name)
-    return _installing(model, {found[name]: _fake(name, found[name], config) for name, config in configs.items()})
+        try:
+            made[name] = _FAKE[type(found[name])].from_module(found[name], config)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    changes.replace(model, {found[name]: fake for name, fake in made.items()})
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):  # torch's fused kernel would go past the quantized linears
+            changes.item(vars(module), "activation_relu_or_gelu", 0)
+    return made, changes
 
 
 @dataclass
@@ -185,30 +186,30 @@ def calibrate(model: nn.Module, momentum: float | None = None) -> Iterator[Calib
     }
     if not quantizers:
         raise CalibrationError("there is nothing to calibrate: no activation of the model has a static scale")
-    observing = Exchange()
+    observing, loading, calibration = Exchange(), Exchange(), Calibration()
     with process.neutral():
         observers = {name: _observer(quantizer, momentum) for name, quantizer in quantizers.items()}
-    for name, quantizer in quantizers.items():
-        observing.item(vars(quantizer), "observer", observers[name])
-    calibration = Calibration()
+    for name, observer in observers.items():
+        observing.item(vars(quantizers[name]), "observer", observer)
     with observing.for_now():
         yield calibration
     missed = tuple(name for name, observer in observers.items() if observer.low is None)
     if len(missed) == len(observers):
         raise CalibrationError("no data went through the model inside calibrate(model); call the model in the `with`")
     with process.neutral():
-        states = {name: observer.result(name) for name, observer in observers.items() if name not in missed}
-        for name, state in states.items():
-            calibration.scales[name] = state.global_scale if state.scale is None else float(state.scale.float().max())
-    loading = Exchange()
-    for name, state in states.items():
-        quantizers[name].loading(state, loading.item)
+        for name, observer in observers.items():
+            if name not in missed:
+                state = observer.result(name)
+                scale = state.global_scale if state.scale is None else float(state.scale.float().max())
+                calibration.scales[name] = scale
+                quantizers[name].load(state, loading.item)
     loading.commit()
     calibration.missed = missed
     if missed:
+        some = ", ".join(missed[:5]) + (" …" if len(missed) > 5 else "")
         warnings.warn(
-            f"calibration data did not reach {len(missed)} activations ({', '.join(missed[:5])}"
-            f"{' …' if len(missed) > 5 else ''}); calling their modules is an error until it does",
+            f"calibration data did not reach {len(missed)} activations ({some}); calling their modules is an error "
+            "until it does",
             stacklevel=3,
         )
 
@@ -220,23 +221,21 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     inside = in_memory.unwrapped(model)
     made: dict[nn.Module, nn.Module] = {}
+    if isinstance(inside, FakeQuant):
+        raise ConfigError(f"the model is itself a {type(inside).__name__}: use QuantLinear.from_module(linear, …)")
     for name, module in inside.named_modules():
-        if isinstance(module, FakeQuant) and name == "":
-            raise ConfigError(f"the model is itself a {type(module).__name__}: use QuantLinear.from_module(linear, …)")
         if isinstance(module, FakeQuant):
             check_plain(module, name, known=module.slots)
             made[module] = _packed(module) if isinstance(module, FakeQuantLinear) else _baked(module)
     if not made:
         raise ConfigError(f"{type(model).__name__} has nothing to freeze; call quantize_(model) first")
     changes = Exchange()
-    changes.replace(inside, {old: new for old, new in made.items() if old is not new})
+    changes.replace(inside, made)
     changes.commit()
     return model
 
 
-def _matching(
-    patterns: str | Sequence[str] | ModuleFilter, modules: Mapping[str, nn.Module], argument: str
-) -> set[str]:
+def _matching(patterns: ModuleFilter, modules: Mapping[str, nn.Module], argument: str) -> set[str]:
     """Names that a pattern, function or class covers; ConfigError for a pattern that covers none."""
     if isinstance(patterns, type):
         return {name for name, module in modules.items() if isinstance(module, patterns)}
@@ -251,49 +250,24 @@ def _matching(
     return names
 
 
-def _config(
-    module: nn.Module, weights: str | QuantizationSpec | None, activations: str | QuantizationSpec | None
-) -> QuantizationConfig:
+def _config(module: Any, weights: Precision, activations: Precision) -> QuantizationConfig:
     """The config of one module, given specs or names."""
-    assert isinstance(module.weight, nn.Parameter)
-    return QuantizationConfig(
-        weight=named_weight(weights, module.weight.flatten(1).shape[1]) if isinstance(weights, str) else weights,
-        input_tensors=named_input(activations) if isinstance(activations, str) else activations,
-    )
-
-
-def _fake(name: str, module: nn.Module, config: QuantizationConfig) -> FakeQuant:
-    """The fake-quantized counterpart of a module; errors name it."""
-    try:
-        made: FakeQuant = _FAKE[type(module)].from_module(module, config)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    return made
-
-
-def _installing(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> Exchange:
-    """What exchanges modules and keeps torch from computing past them."""
-    changes = Exchange()
-    changes.replace(model, made)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # torch's fused kernel would go past the quantized linears
-            changes.item(vars(module), "activation_relu_or_gelu", 0)
-    return changes
+    if isinstance(weights, str | torch.dtype):
+        weights = named_weight(str(weights), module.weight.flatten(1).shape[1])
+    if isinstance(activations, str | torch.dtype):
+        activations = named_input(str(activations))
+    return QuantizationConfig(weight=weights, input_tensors=activations)
 
 
 def _row(name: str, module: nn.Module, fake: FakeQuant) -> PTQRow:
-    weight, spec = fake.weight.detach(), fake.config.weight
-    rows, columns = weight.flatten(1).shape
+    weight, spec, inputs = fake.weight.detach(), fake.config.weight, fake.config.input_tensors
+    weights, activations = (found.summary if found else "" for found in (spec, inputs))
     bits, error = 8.0 * weight.itemsize, 0.0
     if spec is not None:
-        bits = spec.stored_bits((rows, columns), weight.dtype) / weight.numel()
+        bits = spec.stored_bits((len(weight), weight[0].numel()), weight.dtype) / weight.numel()
         delta = (fake.fake_weight().double() - weight.double()).square().sum()
         error = float(delta / weight.double().square().sum().clamp(min=1e-300))
-    inputs = fake.config.input_tensors
-    return PTQRow(
-        name, type(module).__name__, spec.summary if spec else "", inputs.summary if inputs else "", bits, error
-    )
+    return PTQRow(name, type(module).__name__, weights, activations, bits, error)
 
 
 def _skipped(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, str]:

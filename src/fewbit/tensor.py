@@ -55,8 +55,7 @@ class QuantTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per element: packed codes, scales and zero points."""
-        rows, columns = self.shape
-        return self.spec.stored_bits((rows, columns), self.scale.dtype) / self.codes.numel()
+        return self.spec.stored_bits((self.shape[0], self.shape[1]), self.scale.dtype) / self.codes.numel()
 
     @property
     def scale_format(self) -> ScaleFormat:
@@ -76,11 +75,9 @@ class QuantTensor:
 
     def squared_error(self, weight: Tensor) -> Tensor:
         """Σ (dequantized − weight)² of each row of `weight` [out, in]: float64 [out]."""
-        errors = []
-        for rows, tiles in self.spec.tiling.pieces(self.shape[0], self.shape[1], PIECE):
-            norm = torch.linalg.vector_norm(self._values(rows, tiles).sub_(weight[rows]), dim=-1)
-            errors.append(norm.double().square_())
-        return torch.cat(errors)
+        pieces = self.spec.tiling.pieces(self.shape[0], self.shape[1], PIECE)
+        deltas = (self._values(rows, tiles).sub_(weight[rows]) for rows, tiles in pieces)
+        return torch.cat([torch.linalg.vector_norm(delta, dim=-1).double().square_() for delta in deltas])
 
     def _values(self, rows: slice, tiles: slice) -> Tensor:
         """Some rows dequantized, float32; `tiles` are the rows of their scales."""
@@ -103,10 +100,8 @@ class QuantTensor:
         return replace(self, codes=self.codes[rows].contiguous(), scale=self.scale[own].clone(), zero_point=zero)
 
     def with_rows(self, rows: Tensor, other: QuantTensor) -> QuantTensor:
-        """A copy with some rows (bool [out]) of `other`, which has the same spec and global scale.
-
-        Rows that share scales come together.
-        """
+        """A copy with some rows (bool [out]) of `other`, which has the same spec and global scale. Rows that share
+        scales come together."""
         tile_rows, _ = self.spec.tiling.tile(*self.shape)
 
         def mixed(ours: Tensor, theirs: Tensor, chosen: Tensor) -> Tensor:
@@ -117,12 +112,8 @@ class QuantTensor:
         zero, tiles = self.zero_point, rows[::tile_rows]
         if zero is not None and other.zero_point is not None:
             zero = mixed(zero, other.zero_point, tiles)
-        return replace(
-            self,
-            codes=mixed(self.codes, other.codes, rows),
-            scale=mixed(self.scale, other.scale, tiles),
-            zero_point=zero,
-        )
+        codes, scale = mixed(self.codes, other.codes, rows), mixed(self.scale, other.scale, tiles)
+        return replace(self, codes=codes, scale=scale, zero_point=zero)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What is stored: codes and zero_point packed in int32 words along the last axis, scales as they are."""
@@ -138,12 +129,11 @@ class QuantTensor:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], spec: QuantizationSpec, shape: tuple[int, int]) -> QuantTensor:
         """Inverse of `to_tensors` for a matrix of `shape`."""
-        codes, scale = tensors["codes"], tensors["scale"]
+        codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero_point")
         if not spec.format.is_cast:
             codes = from_unsigned(unpack(codes, spec.bits, shape[1]), spec)
-        zero = None
-        if "zero_point" in tensors:
-            zero = from_unsigned(unpack(tensors["zero_point"], spec.bits, scale.shape[1]), spec)
+        if zero is not None:
+            zero = from_unsigned(unpack(zero, spec.bits, scale.shape[1]), spec)
         return cls(codes, scale, zero, spec, float(tensors.get("global_scale", 1.0)))
 
     @staticmethod
@@ -168,11 +158,9 @@ class QuantizedActivation:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What is stored of it."""
-        tensors = {}
-        if self.scale is not None:
-            tensors["scale"] = self.scale.clone()  # linears may share it, files may not
-        if self.zero_point is not None:
-            tensors["zero_point"] = self.zero_point.clone()
+        found = {"scale": self.scale, "zero_point": self.zero_point}
+        # linears may share them, files may not
+        tensors = {name: part.clone() for name, part in found.items() if part is not None}
         if self.spec.stored_as.has_global_scale:
             tensors["global_scale"] = torch.tensor([self.global_scale], dtype=torch.float32)
         return tensors
@@ -241,16 +229,14 @@ def find_grid(
 def round_to_nearest(
     weight: Tensor, spec: QuantizationSpec, format: ScaleFormat, costs: Tensor | None = None
 ) -> QuantTensor:
-    """A weight [out, in] of any float dtype on the grid that `find_grid` finds for it. Works piece by piece: there is
-    no float32 copy of the whole."""
+    """A weight [out, in] of any float dtype on the grid that `find_grid` finds; no float32 copy of the whole."""
     return quantize(weight, spec, format, *find_grid(weight, spec, format, costs))
 
 
 def after_first_stage(weight: Tensor, spec: QuantizationSpec, dtype: torch.dtype) -> Tensor:
-    """A weight [out, in] after the first of two stages, rounded to nearest: float32; or, of a spec with one stage, as
-    it is. `dtype` is that of the checkpoint's weight."""
-    first = spec.first_stage
-    if first is None:
+    """A weight [out, in] after the first of two stages, rounded to nearest: float32; as it is, if there is one stage.
+    `dtype` is that of the checkpoint's weight."""
+    if (first := spec.first_stage) is None:
         return weight
     return round_to_nearest(weight, first, first.scale_format(dtype, first.global_scale(weight))).dequantize()
 
@@ -269,13 +255,11 @@ def quantize(
 
 
 def _to_unsigned(codes: Tensor, spec: QuantizationSpec) -> Tensor:
-    if not spec.format.is_integer or not spec.format.is_signed:
-        return codes
-    return codes.view(torch.uint8) - int(spec.format.smallest)  # modulo 256
+    shifted = spec.format.is_integer and spec.format.is_signed
+    return codes.view(torch.uint8) - int(spec.format.smallest) if shifted else codes  # modulo 256
 
 
 def from_unsigned(codes: Tensor, spec: QuantizationSpec) -> Tensor:
     """Unsigned codes (starting at 0) → the format's own codes."""
-    if not spec.format.is_integer or not spec.format.is_signed:
-        return codes
-    return (codes + (256 + int(spec.format.smallest))).view(torch.int8)  # modulo 256
+    shifted = spec.format.is_integer and spec.format.is_signed
+    return (codes + (256 + int(spec.format.smallest))).view(torch.int8) if shifted else codes  # modulo 256

@@ -89,7 +89,7 @@ def test_more_bits_mean_less_error():
 
 def test_it_takes_any_quant_tensor():
     weight = quantize_matrix(linear().weight, SPECS["nvfp4"])
-    quant = QuantLinear.from_quant_tensor(weight)
+    quant = QuantLinear(weight)
     assert torch.equal(quant.quantized.codes, weight.codes)
     assert quant.quantized.global_scale == weight.global_scale
     assert torch.equal(quant(torch.eye(96)).T, weight.dequantize())

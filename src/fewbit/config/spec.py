@@ -336,11 +336,9 @@ class AttentionConfig:
     """Attention probabilities [batch, heads, tokens, tokens]."""
 
     def __post_init__(self) -> None:
-        if all(spec is None for spec in self.specs.values()):
+        if not self.specs:
             raise ConfigError("attention: name a spec for key, value, query or probabilities, or leave attention out")
         for name, spec in self.specs.items():
-            if spec is None:
-                continue
             _check_activation(f"attention {name}", spec)
             if not spec.is_dynamic and not spec.format.is_cast and spec.qscheme not in ("per_tensor", "per_channel"):
                 raise ConfigError(
@@ -349,5 +347,7 @@ class AttentionConfig:
                 )
 
     @property
-    def specs(self) -> dict[str, QuantizationSpec | None]:
-        return {"key": self.key, "value": self.value, "query": self.query, "probabilities": self.probabilities}
+    def specs(self) -> dict[str, QuantizationSpec]:
+        """By slot, those that are not None."""
+        found = {"key": self.key, "value": self.value, "query": self.query, "probabilities": self.probabilities}
+        return {slot: spec for slot, spec in found.items() if spec is not None}

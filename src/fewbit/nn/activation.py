@@ -28,8 +28,7 @@ class ActivationQuantizer(Step):
         spec: how. A static spec needs `state` (or calibration, see `observer`) before it can quantize.
         state: what calibration found, if it is known.
         dtype: what scales are stored in where the spec leaves it to the checkpoint.
-        persistent: what calibration found is part of `state_dict` and loads from one. (Blocks of a BlockwiseModel have
-            exactly their checkpoint's tensors, so there it is not.)
+        persistent: what calibration found is part of `state_dict`. (A block's has exactly its checkpoint's tensors.)
     """
 
     kind = QUANTIZE
@@ -58,18 +57,16 @@ class ActivationQuantizer(Step):
         if state is not None:
             self.load(state)
 
-    def load(self, state: QuantizedActivation) -> None:
-        """Take what calibration found."""
-        self.loading(state, operator.setitem)
-
-    def loading(self, state: QuantizedActivation, item: Callable[[dict[str, Any], str, Any], Any]) -> None:
-        """What `load` sets, one `item(mapping, key, value)` each, so that many quantizers can take theirs at once."""
+    def load(
+        self, state: QuantizedActivation, item: Callable[[dict[str, Any], str, Any], Any] = operator.setitem
+    ) -> None:
+        """Take what calibration found: one `item(mapping, key, value)` each, so that many can take theirs at once."""
         item(self._buffers, "scale", state.scale)
         item(self._buffers, "zero_point", state.zero_point)
         item(vars(self), "global_scale", state.global_scale if self.spec.stored_as.has_global_scale else None)
 
     def stored(self) -> StoredStep:
-        """Its place among the steps of an input; spec and scale are stored as those of an activation."""
+        """Its place among the steps; spec and scale are stored as those of an activation."""
         return StoredStep(self.kind)
 
     def state(self) -> QuantizedActivation:
@@ -83,8 +80,7 @@ class ActivationQuantizer(Step):
 
     def format(self, x: Tensor | None = None) -> ScaleFormat:
         """How scales are stored; without calibration the global scale comes from x."""
-        global_scale = self.global_scale
-        if global_scale is None:
+        if (global_scale := self.global_scale) is None:
             global_scale = 1.0 if x is None else self.spec.global_scale(x)
         # no checkpoint holds a dynamic scale, so it is not rounded to what scales are stored in there
         return self.spec.scale_format(torch.float32 if self.spec.is_dynamic else self.dtype, global_scale)
@@ -123,12 +119,9 @@ class ActivationQuantizer(Step):
     ) -> None:
         """A fresh quantizer knows neither that there is a scale nor its shape: it takes what is there."""
         _, unexpected, _ = lists
-        if self.persistent:
-            for name in ("scale", "zero_point"):
-                if (found := state_dict.get(prefix + name)) is not None:
-                    setattr(self, name, found.clone())
-            if (found := state_dict.get(prefix + "global_scale")) is not None:
-                self.global_scale = float(found)
+        for name in ("scale", "zero_point", "global_scale") if self.persistent else ():
+            if (found := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, float(found) if name == "global_scale" else found.clone())
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         if self.persistent and prefix + "global_scale" in unexpected:
             unexpected.remove(prefix + "global_scale")

@@ -1,12 +1,11 @@
-"""Puts activation quantizers and input steps on a model, from a recipe or from what a checkpoint says, and tells what
-became of them.
-
-Linears have the slots input and output, attention modules those of nn/attention.py: MODULE.input, MODULE.key …
+"""Puts activation quantizers and input steps on a model, from a recipe or from what a checkpoint says. Linears have
+the slots input and output, attention modules those of nn/attention.py: MODULE.input, MODULE.key …
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,24 +79,20 @@ def _linear(linears: Mapping[str, Stepped], name: str) -> Stepped:
 def attention_config(activations: Mapping[str, QuantizationSpec | QuantizedActivation]) -> AttentionConfig | None:
     """What is quantized inside attention, which is the same in every layer; None if nothing is."""
     slots = {name.rpartition(".")[2]: known for name, known in activations.items()}
-    specs = {slot: known if isinstance(known, QuantizationSpec) else known.spec for slot, known in slots.items()}
-    inside = {slot: spec for slot, spec in specs.items() if slot in ATTENTION_SLOTS}
-    return AttentionConfig(**inside) if inside else None
+    inside = {slot: slots[slot] for slot in ATTENTION_SLOTS if slot in slots}
+    specs = {slot: known if isinstance(known, QuantizationSpec) else known.spec for slot, known in inside.items()}
+    return AttentionConfig(**specs) if specs else None
 
 
 def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuantizer]:
     """The activation quantizers of a model, or of those of its modules whose names begin with `prefix`, by slot."""
     found: dict[str, ActivationQuantizer] = {}
     for name, module in model.named_modules():
-        if not name.startswith(prefix):
-            continue
-        if isinstance(module, Stepped):
-            slots = {slot: getattr(module, f"{slot}_quantizer") for slot in LINEAR_SLOTS}
-        elif isinstance(inside := getattr(module, attention.ATTRIBUTE, None), attention.AttentionQuantizers):
-            slots = dict(inside.items())
-        else:
-            continue
-        found |= {f"{name}.{slot}": quantizer for slot, quantizer in slots.items() if quantizer is not None}
+        if name.startswith(prefix):
+            slots: dict[str, Any] = dict(getattr(module, attention.ATTRIBUTE, {}))
+            if isinstance(module, Stepped):
+                slots = {slot: getattr(module, f"{slot}_quantizer") for slot in LINEAR_SLOTS}
+            found |= {f"{name}.{slot}": quantizer for slot, quantizer in slots.items() if quantizer is not None}
     return found
 
 

@@ -62,18 +62,11 @@ class HeadsQuantizer(ActivationQuantizer):
     `pad`: channels may be no multiple of the group size; zeros fill the last group while its scale is found.
     """
 
-    def __init__(
-        self,
-        spec: QuantizationSpec,
-        state: QuantizedActivation | None = None,
-        dtype: torch.dtype = torch.float32,
-        pad: bool = False,
-        persistent: bool = False,
-    ) -> None:
+    def __init__(self, spec: QuantizationSpec, *args: Any, pad: bool = False, **options: Any) -> None:
         _check(spec)
         if spec.qscheme == "per_channel":
             spec = replace(spec, ch_axis=1)  # heads are the matrix's columns
-        super().__init__(spec, state, dtype, persistent)
+        super().__init__(spec, *args, **options)
         self.pad = pad
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,31 +99,15 @@ class HeadsQuantizer(ActivationQuantizer):
 
 
 class AttentionQuantizers(nn.ModuleDict):
-    """What one attention module quantizes, by slot; slots that are not there are left as they are."""
-
-    def __init__(
-        self,
-        config: AttentionConfig,
-        states: Mapping[str, QuantizedActivation] | None = None,
-        dtype: torch.dtype = torch.float32,
-        persistent: bool = False,
-    ) -> None:
-        found = {slot: spec for slot, spec in config.specs.items() if spec is not None}
-        known = (states or {}).get
-        super().__init__(
-            {
-                slot: HeadsQuantizer(spec, known(slot), dtype, slot == "probabilities", persistent)
-                for slot, spec in found.items()
-            }
-        )
+    """What one attention module quantizes: HeadsQuantizers by slot."""
 
     def quantized(self, slot: str, x: Tensor) -> Tensor:
-        """x as its slot quantizes it."""
+        """x as its slot quantizes it; as it is, if the slot is not there."""
         return self[slot](x) if slot in self else x
 
 
 def register() -> None:
-    """Make fewbit's implementations, and the masks they take, known to transformers. Once or often: no difference."""
+    """Make fewbit's implementations, and the masks they take, known to transformers; again is no difference."""
     saving.guard()
     masks = AttentionMaskInterface()
     for previous, name in IMPLEMENTATION_OVER.items():
@@ -146,25 +123,27 @@ def attach(
     persistent: bool = False,
     changes: Exchange | None = None,
 ) -> dict[str, AttentionQuantizers]:
-    """Quantize inside every attention module of a transformers model or of one of its blocks: all of them, or none if
-    something is raised.
+    """Quantize inside every attention module of a transformers model or of one of its blocks, in place of quantizers
+    that are there: all of them, or none if something is raised.
 
     Args:
-        model: with weights or without.
-        states: what calibration found, by MODULE.key, MODULE.value, MODULE.query, MODULE.probabilities; other names
-            are left to others. Static specs without a state have to be calibrated (`observer`) before they quantize.
-        dtype: what scales are stored in where the spec leaves it to the checkpoint.
-        persistent: what calibration found is part of the model's `state_dict`.
+        states: what calibration found, by MODULE.key, MODULE.value, MODULE.query, MODULE.probabilities (other names
+            are left to others). Static specs without a state have to be calibrated before they quantize.
+        dtype, persistent: see ActivationQuantizer.
         changes: take what is to be done, which is done at once without it.
 
-    Returns the quantizers by the names of the modules they are on. Quantizers that were there are replaced.
-    ArchitectureError if the model's attention cannot be reached.
+    Returns the quantizers by the names of their modules. ArchitectureError if the attention cannot be reached.
     """
     implementations, modules = check(model, config), attention_modules(model)
-    attached = {name: AttentionQuantizers(config, states_of(name, states), dtype, persistent) for name in modules}
     register()
-    made = Exchange()
+    made, attached = Exchange(), {}
     for name, module in modules.items():
+        known = states_of(name, states)
+        quantizers = {
+            slot: HeadsQuantizer(spec, known.get(slot), dtype, persistent, pad=slot == "probabilities")
+            for slot, spec in config.specs.items()
+        }
+        attached[name] = AttentionQuantizers(quantizers)
         weight = next(module.parameters(), None)
         if weight is not None and not weight.is_meta:  # a skeleton's scales go where its block is loaded
             attached[name].to(weight.device)
@@ -173,19 +152,16 @@ def attach(
             hooks = module._forward_pre_hooks
             made.item(hooks, RemovableHandle(hooks).id, _refuse_bypass)
             made.item(vars(module), _GUARDED, True)
-        made.beforehand(_config(module), "_attn_implementation", implementations[name])
+        made.beforehand(module.config, "_attn_implementation", implementations[name])
     made.commit() if changes is None else changes.include(made)
     return attached
 
 
 def check(model: nn.Module, config: AttentionConfig) -> dict[str, str]:
-    """ArchitectureError or ConfigError if `attach` could not quantize as `config` says; nothing is changed.
-
-    Returns the implementation that each attention module would run, by its name.
-    """
+    """The implementation that each attention module would run, by its name. ArchitectureError or ConfigError if
+    `attach` could not quantize as `config` says."""
     for spec in config.specs.values():
-        if spec is not None:
-            _check(spec)
+        _check(spec)
     modules = attention_modules(model)
     if not modules:
         raise ArchitectureError(
@@ -196,26 +172,20 @@ def check(model: nn.Module, config: AttentionConfig) -> dict[str, str]:
 
 
 def detach(model: nn.Module) -> None:
-    """Take the quantizers of a model or block off.
-
-    A whole model gets its implementation back, too. A block shares its config with other blocks, whose quantizers
-    would silently stop working; without quantizers of its own it computes what it did before either way.
-    """
+    """Take the quantizers of a model or block off. A whole model gets its implementation back, too; a block shares its
+    config with others, whose quantizers would stop working, and computes what it did before either way."""
     for module in model.modules():
         if hasattr(module, ATTRIBUTE):
             delattr(module, ATTRIBUTE)
     if isinstance(model, PreTrainedModel):
         for module in attention_modules(model).values():
-            name = _config(module)._attn_implementation
-            _config(module)._attn_implementation = _PREVIOUS.get(name, name)
+            name = module.config._attn_implementation
+            module.config._attn_implementation = _PREVIOUS.get(name, name)
 
 
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules of the decoder that can be reached, by name.
-
-    Their file looks implementations up by name, and they have a layer's index (a place in the KV cache) and what
-    logits are scaled by.
-    """
+def attention_modules(model: nn.Module) -> dict[str, Any]:
+    """Attention modules of the decoder that can be reached, by name: their file looks implementations up by name, and
+    they have a layer's index (a place in the KV cache) and what logits are scaled by."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -227,7 +197,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def states_of(module: str, states: Mapping[str, QuantizedActivation] | None) -> dict[str, QuantizedActivation]:
-    """Of states by MODULE.key, MODULE.value …, one module's by slot."""
+    """One module's states by slot, of those by MODULE.SLOT."""
     return {slot: states[f"{module}.{slot}"] for slot in ATTENTION_SLOTS if states and f"{module}.{slot}" in states}
 
 
@@ -283,9 +253,9 @@ def _additive_mask(
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
-def _refuse_bypass(module: nn.Module, _args: Any) -> None:
+def _refuse_bypass(module: Any, _args: Any) -> None:
     """ConfigError if somebody gave the model another attention implementation, which knows of no quantizers."""
-    name = _config(module)._attn_implementation
+    name = module.config._attn_implementation
     if hasattr(module, ATTRIBUTE) and name not in _PREVIOUS:
         raise ConfigError(
             f"attention implementation {name!r} would leave out the quantizers of {type(module).__name__}; "
@@ -293,25 +263,20 @@ def _refuse_bypass(module: nn.Module, _args: Any) -> None:
         )
 
 
-def _config(module: nn.Module) -> Any:
-    return module.config
-
-
 def _names(module: nn.Module) -> dict[str, Any]:
-    """What is defined in the file in which a module's forward is written."""
+    """What the file defines in which a module's forward is written."""
     return inspect.unwrap(type(module).forward).__globals__  # type: ignore[no-any-return]
 
 
 def _previous(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What the module's own file understands by an implementation's name."""
     names = _names(module)
-    found: Callable[..., tuple[Tensor, Tensor | None]] = names[_REGISTRY].get(name, names.get(_EAGER))
-    return found
+    return names[_REGISTRY].get(name, names.get(_EAGER))  # type: ignore[no-any-return]
 
 
-def _implementation_for(name: str, module: nn.Module, config: AttentionConfig) -> str:
+def _implementation_for(name: str, module: Any, config: AttentionConfig) -> str:
     """The name under which a module is to run, after a look at whether it can and at what does not fit its heads."""
-    current = _config(module)._attn_implementation or "eager"
+    current = module.config._attn_implementation or "eager"
     previous = _PREVIOUS.get(current, current)
     if previous not in IMPLEMENTATION_OVER:
         raise ConfigError(
@@ -328,10 +293,9 @@ def _implementation_for(name: str, module: nn.Module, config: AttentionConfig) -
             f"{name} ({type(module).__name__}) has no eager attention, whose probabilities could be quantized; leave "
             "probabilities out of the recipe"
         )
-    head_dim = getattr(module, "head_dim", None)
-    for slot in ("key", "value", "query"):
-        spec: QuantizationSpec | None = getattr(config, slot)
-        if spec is not None and spec.group_size and isinstance(head_dim, int) and head_dim % spec.tiling.span:
+    head_dim: Any = getattr(module, "head_dim", None)
+    for slot, spec in config.specs.items() if isinstance(head_dim, int) else ():
+        if slot != "probabilities" and spec.group_size and head_dim % spec.tiling.span:
             raise ConfigError(
                 f"attention {slot}: group_size {spec.tiling.span} does not divide {name}'s {head_dim} channels"
             )

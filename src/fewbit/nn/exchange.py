@@ -23,17 +23,9 @@ from torch import Tensor, nn
 
 from fewbit.nn.in_memory import DISPATCH
 
-_CARRIED = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-"""A module's hooks on what it computes. They go along, as the same dictionaries, so that their handles still work."""
+_CARRIED = ("_forward_hooks", "_forward_pre_hooks", "_backward_", "_is_full_backward_hook")
+"""How the attributes begin that hold a module's hooks on what it computes. They go along, as the same dictionaries, so
+that their handles still work."""
 INSTANCES = ("forward", "_old_forward", DISPATCH)
 """What accelerate's hook puts on an instance."""
 
@@ -51,10 +43,9 @@ class Exchange:
     def item(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
         """mapping[key] becomes value. Attributes are items of `vars(module)`, children of `module._modules`."""
         self._steps.append(partial(operator.setitem, mapping, key, value))
-        if key in mapping:
-            self._back.append(partial(operator.setitem, mapping, key, mapping[key]))
-        else:
-            self._back.append(partial(mapping.pop, key, None))
+        there = key in mapping
+        back = partial(operator.setitem, mapping, key, mapping[key]) if there else partial(mapping.pop, key, None)
+        self._back.append(back)
 
     def include(self, other: Exchange) -> None:
         """The changes of another one, too."""
@@ -126,11 +117,8 @@ def _call_all(calls: list[partial[Any]]) -> None:
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """What the user has put on a module goes along to the one that takes its place: hooks, training mode, and
-    accelerate's moving of inputs between devices."""
-    for name in _CARRIED:
-        if name in vars(old):
-            vars(new)[name] = vars(old)[name]
+    """A module that takes another's place gets its hooks, training mode, and accelerate's moving between devices."""
+    vars(new).update({name: value for name, value in vars(old).items() if name.startswith(_CARRIED)})
     if (dispatch := getattr(old, DISPATCH, None)) is not None:
         from accelerate.hooks import add_hook_to_module
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Self, TypeVar, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ from fewbit import process
 from fewbit.config.schemes import scheme_config, with_group_size
 from fewbit.config.spec import QuantizationConfig, QuantizationSpec
 from fewbit.errors import ConfigError
-from fewbit.nn import saving
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
@@ -33,8 +32,6 @@ from fewbit.nn.steps import Stepped
 from fewbit.nn.words import METHODS, WORDS, Granularity, linear_config, with_methods
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
-
-T = TypeVar("T")
 
 
 class FakeQuant(Stepped):
@@ -55,13 +52,10 @@ class FakeQuant(Stepped):
     """The weight's identity and its quantized values."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """A fresh module, with the arguments of its torch class, quantized as its preset and words say.
-
-        Words are those of nn/words.py; a FakeQuantLinear has 8 bits and per-token unless told otherwise.
-        """
+        """A fresh module, with the arguments of its torch class, quantized as its preset and words (nn/words.py) say;
+        a FakeQuantLinear has 8 bits and per-token unless told otherwise."""
         words: Any = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
         super().__init__(*args, **kwargs)
-        saving.guard()
         self.set_config(_resolve(self.preset or (None if words else self.default), words))
 
     @classmethod
@@ -93,13 +87,13 @@ class FakeQuant(Stepped):
         ConfigError if nothing is to be quantized, the spec does not fit the weight, or the module has something that
         would be lost (nn/in_memory.py).
         """
-        if isinstance(config, int):
-            config, w_bits = None, _once("w_bits", config, w_bits)
-        elif isinstance(config, str) and config in METHODS:
-            config, methods["w_method"] = None, _once("w_method", config, methods.get("w_method"))
-        if isinstance(a_bits, str) and a_bits in METHODS:
-            a_bits, methods["a_method"] = None, _once("a_method", a_bits, methods.get("a_method"))
-        words: Any = {"w_bits": w_bits, "a_bits": a_bits, **methods}
+        words: dict[str, Any] = {"w_bits": w_bits, "a_bits": a_bits, **methods}
+        if isinstance(config, int) or config in METHODS:  # given by position
+            _once(words, "w_bits" if isinstance(config, int) else "w_method", config)
+            config = None
+        if a_bits in METHODS:
+            words["a_bits"] = None
+            _once(words, "a_method", a_bits)
         specs = {"weight": weight, "input_tensors": input_tensors, "output_tensors": output_tensors, "bias": bias}
         resolved = _resolve(config or cls.preset, {name: value for name, value in words.items() if value is not None})
         resolved = replace(resolved, **{name: spec for name, spec in specs.items() if spec is not None})
@@ -155,16 +149,12 @@ class FakeQuant(Stepped):
 
     def quantized_weight(self) -> QuantTensor | None:
         """The weight as a matrix [out, rest], quantized now; None if the config leaves it."""
-        if self.config.weight is None:
-            return None
-        return quantize_matrix(self.weight.flatten(1), self.config.weight)
+        spec = self.config.weight
+        return None if spec is None else quantize_matrix(self.weight.flatten(1), spec)
 
     def fake_weight(self) -> Tensor:
-        """What the module multiplies by: the weight's quantized values, same shape and dtype.
-
-        Found once, and again when the weight has changed. A change through `weight.data` is not seen; call
-        `set_config` after one.
-        """
+        """What the module multiplies by: the weight's quantized values, same shape and dtype. Found once, and again
+        when the weight has changed. (A change through `weight.data` is not seen; call `set_config` after one.)"""
         weight = self.weight.detach()
         if self.config.weight is None:
             return weight
@@ -175,9 +165,10 @@ class FakeQuant(Stepped):
 
     def fake_bias(self) -> Tensor | None:
         """The bias, quantized as one row [1, out] if the config says so."""
-        if self.bias is None or self.config.bias is None:
-            return None if self.bias is None else self.bias.detach()
-        return round_matrix(self.bias.detach().unsqueeze(0), self.config.bias, "the bias").squeeze(0)
+        bias: Tensor | None = None if self.bias is None else self.bias.detach()
+        if bias is None or self.config.bias is None:
+            return bias
+        return round_matrix(bias.unsqueeze(0), self.config.bias, "the bias").squeeze(0)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self._known = None  # `.to(…)` moves the weight; its quantized values are found again where it is then
@@ -186,13 +177,9 @@ class FakeQuant(Stepped):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_known": None}  # found again by whoever loads it
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        saving.guard()
-
     def extra_repr(self) -> str:
-        weight = self.config.weight.summary if self.config.weight is not None else "as it is"
-        return f"{super().extra_repr()}, weight {weight}"
+        spec = self.config.weight
+        return f"{super().extra_repr()}, weight {'as it is' if spec is None else spec.summary}"
 
 
 class FakeQuantLinear(FakeQuant, nn.Linear):
@@ -214,7 +201,7 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
 
 
 class FakeQuantConv(FakeQuant):
-    """What the convolutions have in common."""
+    """A fake-quantized convolution."""
 
     sizes = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
@@ -231,28 +218,23 @@ class FakeQuantConv(FakeQuant):
         return out
 
     def multiply(self, seen: Tensor) -> Tensor:
-        bias = self.fake_bias()
-        bias = bias if bias is None else bias.to(seen.dtype)
+        bias = None if (found := self.fake_bias()) is None else found.to(seen.dtype)
         return self._conv_forward(seen, self.fake_weight().to(seen.dtype), bias)  # type: ignore[no-any-return, operator]
 
 
 class FakeQuantConv1d(FakeQuantConv, nn.Conv1d):
-    """A fake-quantized nn.Conv1d."""
-
     kind = nn.Conv1d
 
 
 class FakeQuantConv2d(FakeQuantConv, nn.Conv2d):
-    """A fake-quantized nn.Conv2d."""
-
     kind = nn.Conv2d
 
 
-def _once(name: str, value: T, by_name: T | None) -> T:
-    """An argument that was given by position; ConfigError if it is given by name, too."""
-    if by_name is not None:
-        raise ConfigError(f"{name} is given twice: {value} and {by_name}")
-    return value
+def _once(words: dict[str, Any], name: str, value: object) -> None:
+    """A word that was given by position; ConfigError if it is given by name, too."""
+    if words.get(name) is not None:
+        raise ConfigError(f"{name} is given twice: {value} and {words[name]}")
+    words[name] = value
 
 
 def _resolve(config: QuantizationConfig | str | None, words: Any) -> QuantizationConfig:

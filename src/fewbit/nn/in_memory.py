@@ -7,9 +7,9 @@ place would not (`check_plain`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if hasattr(model, "merge_and_unload"):
         raise ConfigError(f"{kind} has adapters that were not merged; give what model.merge_and_unload() returns")
     for name, module in model.named_modules():
-        adapter = next((part for part in ("base_layer", "lora_A") if part in module._modules), None)
-        if adapter is not None:
+        if {"base_layer", "lora_A"} & module._modules.keys():
             raise ConfigError(
                 f"{name} ({type(module).__name__}) is an adapter that was not merged; merge the adapters into the "
                 "weights first (PEFT: model = model.merge_and_unload())"
@@ -56,7 +55,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def refuse_elsewhere(model: nn.Module, name: str = "") -> None:
     """CheckpointError for the first tensor that is on the meta device or in a library's own format."""
-    for own, tensor in _tensors(model):
+    for own, tensor in chain(model.named_parameters(), model.named_buffers()):
         full = ".".join(part for part in (name, own) if part)
         if nn.parameter.is_lazy(tensor):
             raise CheckpointError(f"{full!r} has no values yet; run data through the model once")
@@ -83,24 +82,21 @@ def check_as_built(model: nn.Module, built: nn.Module) -> None:
             raise ArchitectureError(f"{what} is a {type(known[name]).__name__} in {type(model).__name__}; {_ADVICE}")
         if _has_own_forward(module):
             raise ArchitectureError(f"{what} has a forward of its own; {_ADVICE}")
-        for kind, hook in _hooks(module):
-            raise ArchitectureError(f"{what} has a {kind} hook ({_name(hook)}); {_ADVICE}")
+        for hook in _hooks(module):
+            raise ArchitectureError(f"{what} has a {hook}; {_ADVICE}")
         if name in known and (changed := _other_number(module, known[name])):
             raise ArchitectureError(f"{what}: {changed} is another one than its configuration says; {_ADVICE}")
     stored = built.state_dict().keys()
-    for name in model.state_dict():
-        if name not in stored:
-            raise ArchitectureError(
-                f"{name!r} was added to {type(model).__name__}, whose class has none there; {_ADVICE}"
-            )
+    if added := [name for name in model.state_dict() if name not in stored]:
+        raise ArchitectureError(
+            f"{added[0]!r} was added to {type(model).__name__}, whose class has none there; {_ADVICE}"
+        )
 
 
 def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) -> None:
-    """FewbitError, which names the module, if it does or holds something that its counterpart would drop.
-
-    That is a forward of its own, a parametrization, a weight that is computed anew in every forward, and whatever it
-    holds besides weight, bias and what `known` names.
-    """
+    """FewbitError, which names the module, if it does or holds something that its counterpart would drop: a forward of
+    its own, a parametrization, a weight that is computed anew in every forward, and whatever it holds besides weight,
+    bias and what `known` names."""
     what = check_weight(module, name)
     if _has_own_forward(module):
         raise ConfigError(
@@ -121,15 +117,12 @@ def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) 
 
 
 def check_weight(module: nn.Module, name: str = "") -> str:
-    """FewbitError if the weight is not the parameter that it seems to be, so that other values would not last.
-
-    Returns the words that name the module.
-    """
+    """The words that name a module. FewbitError if its weight is not the parameter that it seems to be, so that other
+    values would not last."""
     refuse_elsewhere(module, name)
     what = f"{name or 'the module'} ({type(module).__name__})"
     _refuse_parametrized(module, what)
-    weight = module._parameters.get("weight")
-    if weight is None:
+    if module._parameters.get("weight") is None:
         raise ConfigError(
             f"the weight of {what} is computed anew in every forward (pruned, normalized?); make that permanent "
             "first (remove_weight_norm, prune.remove), or exclude the module"
@@ -151,12 +144,9 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def _other_number(module: nn.Module, built: nn.Module) -> str | None:
     """The name of a number or computed buffer of a module that the one built from the configuration has otherwise.
-
-    Dropout is none of inference. Rotary frequencies that follow the length of what came last may differ.
-    """
-    theirs = vars(built)
+    Dropout is none of inference. Rotary frequencies that follow the length of what came last may differ."""
     for name, value in vars(module).items():
-        other = theirs.get(name)
+        other = vars(built).get(name)
         if type(value) is float and type(other) is float and value != other and name != "p" and "dropout" not in name:
             return name
     if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
@@ -170,27 +160,12 @@ def _other_number(module: nn.Module, built: nn.Module) -> str | None:
     return None
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _hooks(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Hooks that may change what the module computes."""
+def _hooks(module: nn.Module) -> Iterator[str]:
+    """Hooks that may change what the module computes, in words."""
     for kind, hooks in (("forward", module._forward_hooks), ("forward pre-", module._forward_pre_hooks)):
         for hook in hooks.values():
-            if _home(hook).partition(".")[0] not in _OBSERVING:
-                yield kind, hook
-
-
-def _home(hook: Any) -> str:
-    """The module of Python in which a hook was written."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", None) or type(hook).__module__)
-
-
-def _name(hook: Any) -> str:
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__qualname__", type(hook).__name__))
+            while isinstance(hook, partial):
+                hook = hook.func
+            home = getattr(hook, "__module__", None) or type(hook).__module__  # where it was written
+            if home.partition(".")[0] not in _OBSERVING:
+                yield f"{kind} hook ({getattr(hook, '__qualname__', type(hook).__name__)})"

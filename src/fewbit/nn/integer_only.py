@@ -89,16 +89,9 @@ class IntegerLinear(nn.Module):
         if (floats := module.fake_bias()) is not None:
             units = torch.ldexp(floats.double(), -exponent).round()
             bias = units.clamp(-LARGEST_SUM, LARGEST_SUM - 1).to(torch.int32)
-        return cls(
-            weight.codes,
-            bias,
-            (output_exponent - exponent).to(torch.int32),
-            scale.sign().to(torch.int32),
-            2.0**input_exponent,
-            2.0**output_exponent,
-            inputs.spec.bits,
-            outputs.spec.bits,
-        )
+        shift, sign = (output_exponent - exponent).to(torch.int32), scale.sign().to(torch.int32)
+        scales = 2.0**input_exponent, 2.0**output_exponent
+        return cls(weight.codes, bias, shift, sign, *scales, inputs.spec.bits, outputs.spec.bits)
 
     def forward(self, codes: Tensor) -> Tensor:
         """int8 [..., in] → int8 [..., out]. CPU: torch multiplies matrices of int32 only there."""
@@ -124,8 +117,7 @@ def requantize(total: Tensor, shift: Tensor, bits: int = 8) -> Tensor:
     rest = total - (floor << right)
     half = torch.where(right > 0, 1 << (right - 1).clamp(min=0), 1)  # without a shift there is no rest
     up = (rest > half) | ((rest == half) & (floor & 1 == 1))
-    rounded = floor + up.to(floor.dtype)
-    rounded = torch.where(shift > 31, 0, rounded)  # less than half a step, whatever the total
+    rounded = torch.where(shift > 31, 0, floor + up)  # beyond 31 less than half a step, whatever the total
     left = (-shift).clamp(0, bits)  # beyond that everything but 0 saturates
     return _saturate(_saturate(rounded, bits).to(torch.int32) << left, bits)
 

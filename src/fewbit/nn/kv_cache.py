@@ -52,11 +52,10 @@ class QuantizedCache(Cache):  # type: ignore[misc]
                 raise ConfigError(
                     f"a cache holds no {slot}; quantize it inside attention (fewbit.nn.attention.attach)"
                 )
-        layers = []
+        known, layers = dict(enumerate(states or ())), []
         for index, plain in enumerate(DynamicCache(config=config).layers):
-            known = states[index] if states is not None and index < len(states) else {}
             stores = [
-                _TokenStore(_quantizer(f"{slot} of layer {index}", spec, known.get(slot), dtype))
+                _TokenStore(_quantizer(f"{slot} of layer {index}", spec, known.get(index, {}).get(slot), dtype))
                 for slot, spec in (("key", attention.key), ("value", attention.value))
             ]
             layers.append(_quantized_layer(plain, *stores))
@@ -71,15 +70,16 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         dtype: torch.dtype = torch.float32,
     ) -> QuantizedCache:
         """A cache for `model`, with states by the full names of its attention modules (MODULE.key, MODULE.value)."""
-        by_layer: dict[Any, dict[str, QuantizedActivation]] = {
-            module.layer_idx: states_of(name, states) for name, module in attention_modules(model).items()
-        }
+        modules = attention_modules(model).items()
+        by_layer = {module.layer_idx: states_of(name, states) for name, module in modules}
         of_layers = [by_layer.get(index, {}) for index in range(max(by_layer, default=-1) + 1)]
         return cls(model.config, attention, of_layers, dtype)
 
     def nbytes(self) -> int:
         """Bytes that keys and values take: codes, scales and zero points."""
-        return sum(store.nbytes() for layer in self.layers if isinstance(layer, _Quantized) for store in layer.stores)
+        return sum(
+            store.nbytes() for layer in self.layers if isinstance(layer, QuantizedLayer) for store in layer.stores
+        )
 
 
 @torch.no_grad()
@@ -104,13 +104,13 @@ def decode(quantizer: HeadsQuantizer, parts: Parts, channels: int, dtype: torch.
 def _decode_once(quantizer: HeadsQuantizer, parts: Parts, channels: int, stage: str = "") -> Tensor:
     """Values (float32, or what they were cast to) of one stage of codes."""
     spec = quantizer.spec
+    packed, scale, offset = (parts.get(stage + name) for name in ("codes", "scale", "zero_point"))
+    assert packed is not None
     if spec.format.is_cast:
-        return parts[f"{stage}codes"]
-    codes = from_unsigned(unpack(parts[f"{stage}codes"], spec.bits, channels), spec)
-    stored, zero = quantizer.scale, quantizer.zero_point
-    if spec.is_dynamic:
-        stored = quantizer.to_matrix(parts[f"{stage}scale"])
-        zero = quantizer.to_matrix(parts[f"{stage}zero_point"]) if f"{stage}zero_point" in parts else None
+        return packed
+    codes = from_unsigned(unpack(packed, spec.bits, channels), spec)
+    stored = quantizer.scale if scale is None else quantizer.to_matrix(scale)
+    zero = quantizer.zero_point if offset is None else quantizer.to_matrix(offset)
     assert stored is not None
     values = quantizer.state().decode(quantizer.to_matrix(codes), quantizer.format(), stored, zero)
     return quantizer.from_matrix(values, codes.shape)
@@ -152,9 +152,8 @@ class _TokenStore:
         if self.quantizer is not None:
             self.quantizer.to(x.device)
         new = {"codes": x} if self.quantizer is None else encode(self.quantizer, x)
-        self.parts = (
-            {name: torch.cat([self.parts[name], part], -2) for name, part in new.items()} if self.parts else new
-        )
+        before = self.parts
+        self.parts = {name: torch.cat([before[name], new[name]], -2) for name in before} if before else new
 
     def read(self) -> Tensor:
         """All tokens [batch, heads, tokens, channels] in the dtype they came in."""
@@ -167,14 +166,12 @@ class _TokenStore:
         self.parts = {name: change(part).clone() for name, part in self.parts.items()}
 
     def nbytes(self) -> int:
-        tensors = list(self.parts.values())
-        if self.quantizer is not None:
-            tensors += [buffer for buffer in (self.quantizer.scale, self.quantizer.zero_point) if buffer is not None]
-        return sum(tensor.nbytes for tensor in tensors)
+        scales = () if self.quantizer is None else self.quantizer.buffers()
+        return sum(tensor.nbytes for tensor in (*self.parts.values(), *scales))
 
 
-class _Quantized(DynamicLayer):  # type: ignore[misc]
-    """The storage of a cache layer; `keys` and `values` of the base class stay empty."""
+class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keeps all tokens in its stores; `keys` and `values` of the base class stay empty."""
 
     def __init__(self, key: _TokenStore, value: _TokenStore, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -222,11 +219,7 @@ class _Quantized(DynamicLayer):  # type: ignore[misc]
             store.change(change)
 
 
-class QuantizedLayer(_Quantized):
-    """Keeps all tokens."""
-
-
-class QuantizedSlidingWindowLayer(_Quantized, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """Keeps the tokens that the next one may attend to. Mask sizes are those of transformers' own layer."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -36,11 +36,12 @@ class Linear(Stepped, nn.Linear):
 
 
 def adopt(module: nn.Module) -> None:
-    """Exchange every nn.Linear below `module` for a Linear, and families' own kinds of linears that compute the same.
-    Parameters and hooks stay."""
+    """Exchange every nn.Linear below `module` that holds nothing but weight and bias for a Linear, and families' own
+    kinds of linears that compute the same. Parameters and hooks stay."""
     changes = Exchange()
     linears = [child for child in module.modules() if isinstance(child, nn.Linear) and not isinstance(child, Linear)]
-    made: dict[nn.Module, nn.Module] = {child: Linear.from_linear(child) for child in linears if _is_plain(child)}
+    plain = [child for child in linears if child.state_dict().keys() <= {"weight", "bias"} and multiplies(child)]
+    made: dict[nn.Module, nn.Module] = {child: Linear.from_linear(child) for child in plain}
     for child, new in made.items():
         carry_over(child, new)
     changes.replace(module, made)
@@ -56,11 +57,6 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise ArchitectureError(f"{name!r} of {type(block).__name__} is a {type(module).__name__}, not a linear")
     return module
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    """Whether a linear holds nothing but weight and bias, and computes their product."""
-    return linear.state_dict().keys() <= {"weight", "bias"} and multiplies(linear)
 
 
 def multiplies(linear: nn.Linear) -> bool:

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from fewbit import process
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError
-from fewbit.nn import saving
 from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
-from fewbit.nn.keeps_dtypes import KeepsDtypes
 from fewbit.nn.linear import multiplies
 from fewbit.nn.quantizer import quantize_matrix
-from fewbit.nn.steps import Stepped
+from fewbit.nn.steps import KeepsDtypes, Stepped
 from fewbit.nn.words import GROUPED, method_name, weight_spec
 from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
@@ -30,6 +28,8 @@ CHUNK_ELEMENTS = 2**21  # weights that are dequantized at a time: 8 MB of float3
 
 class QuantLinear(Stepped, KeepsDtypes):
     """y = x · Ŵᵀ + b with Ŵ = (codes − zero_point) · scale, in x's dtype.
+
+    Made of a weight that any algorithm has quantized, e.g. `NativeCheckpoint.read_quantized(name)`, or `from_module`.
 
     Buffers: `codes` int32 [out, words] (a cast's are its own dtype [out, in]), `scale` as stored [tiles along out,
     tiles along in], `zero_point` int32 [tiles along out, words] for affine specs, `global_scale` [1] for e4m3 scales,
@@ -42,7 +42,6 @@ class QuantLinear(Stepped, KeepsDtypes):
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        saving.guard()
         self.out_features, self.in_features = weight.shape
         self.spec = weight.spec
         for name, tensor in weight.to_tensors().items():
@@ -83,11 +82,6 @@ class QuantLinear(Stepped, KeepsDtypes):
         carry_over(linear, made)
         return made
 
-    @classmethod
-    def from_quant_tensor(cls, weight: QuantTensor, bias: Tensor | None = None) -> Self:
-        """Of a weight that any algorithm has quantized, e.g. `NativeCheckpoint.read_quantized(name)`."""
-        return cls(weight, bias)
-
     @property
     def quantized(self) -> QuantTensor:
         """The weight, unpacked."""
@@ -96,8 +90,7 @@ class QuantLinear(Stepped, KeepsDtypes):
     @property
     def nbytes(self) -> int:
         """Bytes of weight and bias as they are held."""
-        held = [buffer for buffer in self._buffers.values() if buffer is not None]
-        return sum(tensor.nbytes for tensor in held) + (0 if self.bias is None else self.bias.nbytes)
+        return sum(tensor.nbytes for tensor in (*self._buffers.values(), self.bias) if tensor is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight [out, in]."""
@@ -105,10 +98,8 @@ class QuantLinear(Stepped, KeepsDtypes):
 
     def multiply(self, seen: Tensor) -> Tensor:
         matrix = seen.reshape(-1, self.in_features)
-        products = [
-            matmul.linear(matrix, self._rows(start, stop).dequantize(seen.dtype)) for start, stop in self._chunks()
-        ]
-        out = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        chunks = (self._rows(start, stop).dequantize(seen.dtype) for start, stop in self._chunks())
+        out = torch.cat([matmul.linear(matrix, chunk) for chunk in chunks], dim=1)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.view(*seen.shape[:-1], self.out_features)
@@ -118,30 +109,24 @@ class QuantLinear(Stepped, KeepsDtypes):
         goes with every piece.)"""
         tile = self.spec.tiling.rows or 1
         step = max(1, CHUNK_ELEMENTS // (self.in_features * tile)) * tile
-        starts = range(0, self.out_features, step)
-        return [(start, min(start + step, self.out_features)) for start in starts]
+        return [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
 
     def _rows(self, start: int, stop: int) -> QuantTensor:
         """Some rows of the weight."""
         tile = self.spec.tiling.rows
         scales = slice(start // tile, -(-stop // tile)) if tile else slice(None)
-        tensors = {"codes": self.codes[start:stop], "scale": self.scale[scales]}
-        for name in QuantTensor.stored_names(self.spec)[2:]:
-            tensor = getattr(self, name)
-            tensors[name] = tensor[scales] if name == "zero_point" else tensor
+        own = {"codes": slice(start, stop), "global_scale": slice(None)}
+        names = QuantTensor.stored_names(self.spec)
+        tensors = {name: getattr(self, name)[own.get(name, scales)] for name in names}
         return QuantTensor.from_tensors(tensors, self.spec, (stop - start, self.in_features))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         found = state_dict.get(f"{prefix}format")
-        words = None if found is None else bytes(found.tolist()).decode(errors="replace")
-        if words is not None and words != self.spec.summary:
+        words = self.spec.summary if found is None else bytes(found.tolist()).decode(errors="replace")
+        if words != self.spec.summary:
             raise ConfigError(f"{prefix[:-1]!r} of the state dict is {words}, the model's is {self.spec.summary}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        saving.guard()
-
     def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec.summary}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self.spec.summary}"

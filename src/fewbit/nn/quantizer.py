@@ -14,17 +14,15 @@ from fewbit import process
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.nn.steps import KeepsDtypes
 from fewbit.nn.words import input_spec
 from fewbit.numerics.scale_format import Float, ScaleFormat
 from fewbit.tensor import QuantizedActivation, QuantTensor, after_first_stage, find_grid, round_to_nearest
 
 
 class Quantizer(KeepsDtypes):
-    """Quantizes tensors of any float dtype and shape [..., M, K].
-
-    `find_scale` keeps the scale it finds, and `quantize` uses it from then on; before that, and after `forget`, every
-    tensor has a scale of its own.
+    """Quantizes tensors of any float dtype and shape [..., M, K]: each by a scale of its own, or, between `find_scale`
+    and `forget`, by the scale that was found.
 
     Args:
         bits: 2 to 64, of integers. (Up to 8 can be stored: QuantLinear; more are rounded to.)
@@ -59,10 +57,8 @@ class Quantizer(KeepsDtypes):
     @process.neutral()
     def find_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Find scales and zero points for x [..., M, K], keep them as `scale` and `zero_point`, and return them.
-
         ConfigError for a cast, which has none, and for an x that the groups do not divide, that is empty, no float, or
-        holds NaN or infinity.
-        """
+        holds NaN or infinity."""
         if self.spec.format.is_cast:
             raise ConfigError(f"dtype {self.spec.dtype} is a cast without scales; call quantize")
         if not x.is_floating_point():
@@ -84,15 +80,11 @@ class Quantizer(KeepsDtypes):
 
     @process.neutral()
     def quantize(self, x: Tensor) -> Tensor:
-        """x rounded to its grid: quantized and dequantized, same shape and dtype.
-
-        ConfigError if `find_scale` kept scales for other rows (per-token, per-block) or columns (per-channel).
-        """
-        if self.scale is None or x.numel() == 0 or not x.is_floating_point():
-            _matrix(x)
-            quantized: Tensor = self._quantizer(x)
-            return quantized
+        """x rounded to its grid: quantized and dequantized, same shape and dtype. ConfigError if `find_scale` kept
+        scales for other rows (per-token, per-block) or columns (per-channel)."""
         matrix = _matrix(x)
+        if self.scale is None or x.numel() == 0 or not x.is_floating_point():
+            return self._quantizer(x)  # type: ignore[no-any-return]
         tiles = self._quantizer.state().split(matrix)
         if tuple(self.scale.shape) != self._scale_shape(x, tiles.shape[-2]):
             raise ConfigError(
@@ -101,15 +93,13 @@ class Quantizer(KeepsDtypes):
             )
         parts = (self.scale, self.zero_point)
         scale, zero = (None if part is None else part.to(x.device).reshape(tiles.shape[:-1]) for part in parts)
-        rounded = QuantizedActivation(self.spec, scale, zero).fake_quantize(
-            x, Float()
-        )  # values, not as they are stored
+        known = QuantizedActivation(self.spec, scale, zero)
+        rounded = known.fake_quantize(x, Float())  # scales are values, not as they are stored
         return rounded + self._quantizer.once(x - rounded) if self.spec.residual else rounded
 
     forward = quantize
 
-    def _scale_shape(self, x: Tensor, columns: int) -> tuple[int, ...]:
-        """Shape of the scales of x, which has `columns` tiles along a row."""
+    def _scale_shape(self, x: Tensor, columns: int) -> tuple[int, ...]:  # for so many tiles along a row
         return (*x.shape[:-1], columns) if self.spec.tiling.rows == 1 else (1, columns)
 
     def extra_repr(self) -> str:
@@ -126,10 +116,8 @@ def _matrix(x: Tensor) -> Tensor:
 @process.neutral()
 def quantize_matrix(weight: Tensor, spec: QuantizationSpec, name: str = "the weight") -> QuantTensor:
     """Round a float matrix [out, in] to the nearest codes of the grid that `spec` finds for it alone, without data.
-
-    Scales are stored in the weight's dtype unless the spec says otherwise. ConfigError, which names the matrix, if the
-    spec's groups do not cover it, or it holds NaN or infinity.
-    """
+    Scales are stored in its dtype unless the spec says otherwise. ConfigError, which names the matrix, if the spec's
+    groups do not cover it, or it holds NaN or infinity."""
     spec.check_stored(name)
     return round_to_nearest(*_checked(weight, spec, name))
 

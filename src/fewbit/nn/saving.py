@@ -1,8 +1,7 @@
 """Keeps transformers' save_pretrained (and push_to_hub) from writing what nobody could load.
 
-A model that is quantized in memory has codes where its class has weights. save_pretrained would write them without a
-word, and from_pretrained would fill the linears with random numbers. So it is refused, whichever model the quantized
-modules are in, also one that was copied, unpickled or quantized below the module that is saved.
+A model that is quantized in memory has codes where its class has weights, and from_pretrained would fill the linears
+with random numbers. So saving is refused, also of a model that was copied, unpickled or quantized below the top.
 """
 
 from __future__ import annotations

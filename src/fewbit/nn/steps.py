@@ -9,14 +9,14 @@ Another kind of step is one more class here, with `@register` above it; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
 from fewbit.checkpoint.native import StoredStep
 from fewbit.errors import CheckpointError, ConfigError
-from fewbit.nn.keeps_dtypes import KeepsDtypes
+from fewbit.nn import saving
 
 if TYPE_CHECKING:
     from fewbit.nn.activation import ActivationQuantizer
@@ -25,6 +25,20 @@ S = TypeVar("S", bound="Step")
 QUANTIZE = "quantize"
 KINDS: dict[str, type[Step]] = {}
 """Steps by their kinds, all but `quantize`: a run stores it as an activation."""
+
+
+class KeepsDtypes(nn.Module):
+    """A module whose own buffers keep the dtype that they are stored in: `model.half()` must not round scales once
+    more. They move between devices; parameters and children follow `.to(dtype)` as usual."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
 
 class Step(KeepsDtypes):
@@ -98,11 +112,16 @@ class Stepped(nn.Module):
         super().__init__(*args, **kwargs)
         self.register_module("input_quantizer", None)
         self.register_module("output_quantizer", None)
+        saving.guard()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        saving.guard()
 
     @property
     def input_steps(self) -> tuple[Step, ...]:
         """The steps, in order."""
-        found: Iterable[Any] = (self._modules.get(name) for name in self._order)
+        found: Any = (self._modules.get(name) for name in self._order)
         return tuple(step for step in found if step is not None)
 
     @input_steps.setter
@@ -111,7 +130,7 @@ class Stepped(nn.Module):
         kinds = [step.kind for step in steps]
         if len(set(kinds)) < len(kinds):
             raise ConfigError(f"an input takes one step of a kind, not {', '.join(kinds)}")
-        by_name = {_child(step.kind): step for step in steps}
+        by_name = {f"{step.kind}_input" if step.kind != QUANTIZE else "input_quantizer": step for step in steps}
         for name in self._order:
             self._modules.pop(name, None)
         self.register_module("input_quantizer", None)
@@ -165,17 +184,13 @@ class Stepped(nn.Module):
         raise NotImplementedError
 
     def output(self, seen: Tensor) -> Tensor:
-        """What comes out for an input as the weight meets it: quantized, if outputs are."""
+        """`multiply`, quantized if outputs are."""
         out = self.multiply(seen)
         return out if self.output_quantizer is None else self.output_quantizer(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
         return self.output(self.seen(x))
-
-
-def _child(kind: str) -> str:
-    return "input_quantizer" if kind == QUANTIZE else f"{kind}_input"
 
 
 def _restored(stored: StoredStep) -> Step:

@@ -31,12 +31,8 @@ from fewbit.numerics.formats import CODE_BITS, WIDEST
 
 GROUPED = ("per-block", "per-group")
 METHODS = ("per-tensor", "per-token", "per-channel", *GROUPED)
-UNTOUCHED_BITS = 16
-GROUP_SIZES = (
-    128,
-    64,
-    32,
-)  # of weights of less than 8 bits, by name: the first that divides the inputs, else a channel
+GROUP_SIZES = (128, 64, 32)
+"""Of weights of less than 8 bits, by name: the first that divides the inputs, else a channel."""
 DTYPES = {
     **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)},
     **dict.fromkeys(("fp8", "float8", "float8_e4m3fn", "e4m3"), "e4m3"),
@@ -56,34 +52,20 @@ class Granularity(TypedDict, total=False):
     a_group_size: int | None
 
 
-class Words(Granularity, total=False):
-    """What is said of a linear."""
-
-    w_bits: int | None
-    a_bits: int | None
-
-
 WORDS = ("w_bits", "a_bits", *Granularity.__annotations__)
 
 
 def make_spec(
-    bits: int,
-    method: str,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    dtype: str | None = None,
-    **options: Any,
+    bits: int, method: str, group_size: int | None = None, symmetric: bool = True, **options: Any
 ) -> QuantizationSpec:
-    """The spec of a matrix whose rows are tokens; `options` are other fields of QuantizationSpec.
-
-    ConfigError for words that are unknown or contradict each other.
-    """
+    """The spec of a matrix whose rows are tokens; `options` are other fields of QuantizationSpec (without a dtype: an
+    integer of `bits`). ConfigError for words that are unknown or contradict each other."""
     name = method_name(method)
-    if dtype is None:
+    if options.get("dtype") is None:
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= WIDEST:
             raise ConfigError(f"bits must be 2 to {WIDEST}, not {bits!r}; for floats say dtype, e.g. dtype='e4m3'")
-        dtype = f"int{bits}" if symmetric else f"uint{bits}"
-    fields: dict[str, Any] = {"dtype": dtype, "symmetric": symmetric, "qscheme": name.replace("-", "_")}
+        options["dtype"] = f"int{bits}" if symmetric else f"uint{bits}"
+    fields: dict[str, Any] = {"symmetric": symmetric, "qscheme": name.replace("-", "_")}
     if name in GROUPED:
         if group_size is None:
             raise ConfigError(f"method {method} needs group_size")
@@ -102,9 +84,8 @@ def weight_spec(bits: int, method: str, group_size: int | None = None, **options
     """
     name = method_name(method)
     wide = options.get("dtype") is None and isinstance(bits, int) and bits > CODE_BITS
-    defaults: dict[str, Any] = {
-        "observer": "minmax" if wide else "search"
-    }  # wide: nothing to gain from a smaller range
+    # wide: there is nothing to gain from a smaller range
+    defaults: dict[str, Any] = {"observer": "minmax" if wide else "search"}
     if group_size == -1 and name in GROUPED:
         name, group_size = "per-channel", None
     if name in ("per-channel", "per-token"):
@@ -114,8 +95,7 @@ def weight_spec(bits: int, method: str, group_size: int | None = None, **options
 
 def input_spec(bits: int, method: str, group_size: int | None = None, **options: Any) -> QuantizationSpec:
     """The spec of what flows: least and largest value of each tensor as it comes, unless `options` say otherwise."""
-    defaults: dict[str, Any] = {"observer": "minmax", "is_dynamic": True}
-    return make_spec(bits, method, group_size, **defaults | options)
+    return make_spec(bits, method, group_size, **dict[str, Any](observer="minmax", is_dynamic=True) | options)
 
 
 def method_name(method: str) -> str:
@@ -126,13 +106,13 @@ def method_name(method: str) -> str:
     return name
 
 
-def linear_config(**words: Unpack[Words]) -> QuantizationConfig:
-    """A config from words alone. What is not said is 8 bits and per-token; ConfigError for words that contradict."""
+def linear_config(**words: Any) -> QuantizationConfig:
+    """A config from WORDS alone. What is not said is 8 bits and per-token; ConfigError for words that contradict."""
     said = _said(words)
 
     def spec(side: str, make: Callable[..., QuantizationSpec]) -> QuantizationSpec | None:
         bits = said.get(f"{side}_bits", 8)
-        if isinstance(bits, int) and bits >= UNTOUCHED_BITS:
+        if isinstance(bits, int) and bits >= 16:
             return None
         return make(bits, said.get(f"{side}_method", "per-token"), said.get(f"{side}_group_size"))
 
@@ -148,9 +128,8 @@ def with_methods(config: QuantizationConfig, **words: Unpack[Granularity]) -> Qu
 
 
 def _said(words: Mapping[str, Any]) -> dict[str, Any]:
-    for name in words:
-        if name not in WORDS:
-            raise TypeError(f"unknown word {name!r}{nearest(name, WORDS)}")
+    if unknown := [name for name in words if name not in WORDS]:
+        raise TypeError(f"unknown word {unknown[0]!r}{nearest(unknown[0], WORDS)}")
     return {name: value for name, value in words.items() if value is not None}
 
 
@@ -172,23 +151,18 @@ def _with_method(
 def named_weight(name: str, columns: int) -> QuantizationSpec:
     """The spec of a weight [out, columns] by the name of its dtype: 8 bits have a scale per output channel, fewer one
     for GROUP_SIZES neighbours. ConfigError for an unknown name."""
-    spec = QuantizationSpec(dtype=_dtype(name, "weights"), qscheme="per_channel", symmetric=_is_symmetric(name))
+    spec = QuantizationSpec(**_named(name, "weights"), qscheme="per_channel")
     size = next((size for size in GROUP_SIZES if columns % size == 0), None)
     return spec if spec.bits == 8 or size is None else replace(spec, qscheme="per_group", group_size=size)
 
 
 def named_input(name: str) -> QuantizationSpec:
     """The spec of what flows by the name of its dtype: one static scale. ConfigError for an unknown name."""
-    dtype = _dtype(name, "activations")
-    return QuantizationSpec(dtype=dtype, qscheme="per_tensor", symmetric=_is_symmetric(name), observer="minmax")
+    return QuantizationSpec(**_named(name, "activations"), qscheme="per_tensor", observer="minmax")
 
 
-def _dtype(name: str, argument: str) -> str:
+def _named(name: str, argument: str) -> dict[str, Any]:
     plain = name.lower().removeprefix("torch.").removeprefix("q")
     if plain not in DTYPES:
         raise ConfigError(f"{argument}: unknown dtype {name!r}{nearest(plain, DTYPES)}")
-    return DTYPES[plain]
-
-
-def _is_symmetric(name: str) -> bool:
-    return "uint" not in name.lower()
+    return {"dtype": DTYPES[plain], "symmetric": not plain.startswith("uint")}
