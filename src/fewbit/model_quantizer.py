@@ -1,8 +1,7 @@
 """`ModelQuantizer(config).quantize_model(model, dataloader)`: a model in memory, quantized in place.
 
-The name is AMD Quark's. A transformers model goes through the same walk as a checkpoint (any algorithm, block by
-block) and gets its linears replaced by packed ones that run. Any other module gets round-to-nearest linears and
-convolutions, with static activations calibrated on the data.
+The name is AMD Quark's. A transformers model goes through the same walk as a checkpoint and gets packed linears. Any
+other module gets round-to-nearest linears and convolutions, with static activations calibrated on the data.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@
     fewbit.freeze(model)                    # pack the weights
     torch.save(model.state_dict(), …)       # loads into a model after the same quantize_ and freeze
 
-Weights are rounded to nearest, each on the grid with the least squared error; for what GPTQ and scale searches can do
-beyond that, and for models larger than memory, see `fewbit.quantize`. Everything happens in place and without tracing:
-modules are exchanged for those of nn/fake_quant.py, and linears, at freezing, for nn/quant_linear.py.
+Weights are rounded to nearest, each on the grid with the least squared error; for GPTQ, scale searches and models
+larger than memory see `fewbit.quantize`. Modules are exchanged in place for those of nn/.
 """
 
 from __future__ import annotations
@@ -167,9 +166,8 @@ class Calibration:
 def calibrate(model: nn.Module, momentum: float | None = None) -> Iterator[Calibration]:
     """Find static scales from the data that goes through the model inside the `with`; they are fixed at its end.
 
-    Until then activations pass as they are. Each scale is found as its spec's observer says (minmax by default).
-    Works on every ActivationQuantizer below `model`, however it came there. An exception inside leaves the quantizers
-    as they were.
+    Until then activations pass as they are. Each scale is found as its spec's observer says (minmax by default), for
+    every ActivationQuantizer below `model`. An exception inside leaves the quantizers as they were.
 
     Args:
         momentum: average the batches' ranges instead, each new batch with weight 1 − momentum.

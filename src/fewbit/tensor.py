@@ -1,6 +1,5 @@
 """QuantTensor: THE representation of a quantized weight. Every algorithm ends in one, every exporter starts from one.
-
-QuantizedActivation is its counterpart for what flows: a spec, and the scale if calibration fixed one.
+QuantizedActivation is its counterpart for what flows.
 """
 
 from __future__ import annotations

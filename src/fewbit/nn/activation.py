@@ -1,8 +1,7 @@
 """Fake quantization of activations: what an engine with quantized activations would compute, in float32.
 
-x [..., tokens, channels] is cut into tiles by the same rule as weights (grouping.py). A dynamic spec takes each tile's
-scale from the tensor at hand; a static one from calibration, during which the quantizer lets x pass and hands it to
-its `observer`. No gradient flows through: there is no training here.
+x [..., tokens, channels] is cut into tiles by the rule of weights. A dynamic spec takes each tile's scale from the
+tensor at hand; a static one from calibration, during which x passes and goes to the `observer`. No gradient flows.
 """
 
 from __future__ import annotations
@@ -47,10 +46,8 @@ class ActivationQuantizer(Step):
         self.spec = spec
         self.dtype = dtype
         self.persistent = persistent
-        self.observer: Callable[[Tensor], Any] | None = None
-        """While set, x is handed to it and returned as it is."""
-        self.passive = False
-        """Let x pass as it is; an observer still sees it."""
+        self.observer: Callable[[Tensor], Any] | None = None  # while set, x is handed to it and passes as it is
+        self.passive = False  # x passes as it is; an observer still sees it
         self.global_scale: float | None = None
         self.register_buffer("scale", None, persistent=persistent)
         self.register_buffer("zero_point", None, persistent=persistent)

@@ -37,8 +37,7 @@ def attach(
     Args:
         activations: by module and slot, specs that are to be calibrated, or what calibration found.
         steps: of each linear's input, as a run has stored them; those that are folded are left out.
-        groups: full names of linears that share their input. Those with the same spec share its quantizer and its
-            scale, as engines that fuse them need it.
+        groups: full names of linears that share their input; those with the same spec share quantizer and scale.
         dtype: what static scales are stored in where the spec leaves it to the checkpoint.
         linears: by name, those that take others' places when `changes` are committed; what they quantize with is part
             of the state dict. Without them the model's own, and all happens now.
@@ -105,8 +104,7 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def detach(block: nn.Module) -> None:
-    """Nothing below `block` quantizes activations any more. Steps that lose nothing stay: the weights' columns undo
-    them."""
+    """Nothing below `block` quantizes activations any more. Steps that lose nothing stay."""
     attention.detach(block)
     for module in block.modules():
         if isinstance(module, Stepped):

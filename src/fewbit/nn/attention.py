@@ -1,11 +1,8 @@
 """Quantizes key, value, query and probabilities inside attention, after rotary embeddings.
 
 transformers' attention modules look their computation up by the name in their config (`_attn_implementation`).
-`attach` puts quantizers on the modules and one of fewbit's names into the config; nothing of a model's own code is
-replaced. Under such a name a module without quantizers computes exactly what it did before, masks included.
-
-    "fewbit"         over "sdpa"
-    "fewbit-eager"   over the family's own eager attention (families that have no other)
+`attach` puts quantizers on the modules and one of fewbit's names into the config: "fewbit" over "sdpa", "fewbit-eager"
+over the family's own eager attention. Under it a module without quantizers computes exactly what it did before.
 """
 
 from __future__ import annotations
@@ -50,9 +47,8 @@ _PREVIOUS = {name: previous for previous, name in IMPLEMENTATION_OVER.items()}
 
 
 class HeadsQuantizer(ActivationQuantizer):
-    """An ActivationQuantizer for tensors with heads [batch, heads, tokens, channels].
-
-    Granularities become tilings of a matrix, which is also what an `observer` gets:
+    """An ActivationQuantizer for tensors with heads [batch, heads, tokens, channels]. Granularities become tilings of
+    a matrix, which is also what an `observer` gets:
 
         per_tensor    [batch · heads · tokens, channels], one scale [1, 1]
         per_channel   [batch · tokens · channels, heads], a scale per head [1, heads]

@@ -5,8 +5,8 @@
     changes.commit()                   # the model is as it was before this line and as it will be after it
     with changes.undone_on_error(): …
 
-Ctrl-C may come between any two steps of Python. So a commit is one call into C: neither a signal nor another thread
-comes in between, and no module computes in a model that is half one thing and half another.
+A commit is one call into C: neither Ctrl-C nor another thread comes between its steps, so no module computes in a
+model that is half one thing and half another.
 """
 
 from __future__ import annotations

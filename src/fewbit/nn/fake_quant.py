@@ -5,10 +5,9 @@
     FakeQuantLinear.from_module(linear, w_bits=4, a_bits=8, w_method="per-token") or words (nn/words.py)
     W8A8FakeLinear.from_module(linear), W4A16FakeLinear.from_module(linear, group_size=64)
 
-The module keeps the float weight, which it shares with the linear it came from, as its parameter, so state dicts load
-as before, and the quantized values beside it. Static activations need calibration: `fewbit.calibrate` (ptq.py), or any
-callable as `input_quantizer.observer`. Convolutions' weights [out, in / groups, k …] are quantized as [out, rest],
-and a convolution's input has its channels moved to the last axis first: per_token is a scale per pixel.
+The float weight, shared with the linear it came from, stays the parameter, so state dicts load as before. Static
+activations need calibration: `fewbit.calibrate`, or any callable as `input_quantizer.observer`. Convolutions' weights
+[out, in / groups, k …] are quantized as [out, rest], their inputs with channels last: per_token is a scale per pixel.
 """
 
 from __future__ import annotations
@@ -254,13 +253,7 @@ def _preset(name: str, scheme: str) -> type[FakeQuantLinear]:
 
 W8A8FakeLinear = _preset("W8A8FakeLinear", "W8A8")
 W8A8StaticFakeLinear = _preset("W8A8StaticFakeLinear", "W8A8_STATIC")
-W8A16FakeLinear = _preset("W8A16FakeLinear", "W8A16")
 W4A16FakeLinear = _preset("W4A16FakeLinear", "W4A16")
 W4A8FakeLinear = _preset("W4A8FakeLinear", "W4A8")
 W4A4FakeLinear = _preset("W4A4FakeLinear", "W4A4")
-W4AFP8FakeLinear = _preset("W4AFP8FakeLinear", "W4AFP8")
 FP8FakeLinear = _preset("FP8FakeLinear", "FP8_DYNAMIC")
-FP8StaticFakeLinear = _preset("FP8StaticFakeLinear", "FP8")
-NVFP4FakeLinear = _preset("NVFP4FakeLinear", "NVFP4")
-MXFP4FakeLinear = _preset("MXFP4FakeLinear", "MXFP4")
-MXFP8FakeLinear = _preset("MXFP8FakeLinear", "MXFP8")

@@ -1,9 +1,4 @@
-"""What a user's model in memory has that quantization would silently lose: found, and refused by name.
-
-Wrappers and weights that are elsewhere (`unwrapped`); what was changed after building, where fewbit builds the blocks
-anew from class and configuration (`check_as_built`); what a single module does or holds that the quantized one in its
-place would not (`check_plain`).
-"""
+"""What a user's model in memory has that quantization would silently lose: found, and refused by name."""
 
 from __future__ import annotations
 
@@ -30,11 +25,8 @@ _ADVICE = (
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, out of torch.compile's wrapper.
-
-    ConfigError, which says what to give instead, for other wrappers, adapters that were not merged, and parameters
-    that are no plain tensors; CheckpointError for weights that lie elsewhere (the meta device).
-    """
+    """The model itself, out of torch.compile's wrapper. ConfigError, which says what to give instead, for other
+    wrappers and adapters that were not merged; CheckpointError for weights that are no plain tensors in memory."""
     model = getattr(model, "_orig_mod", model)
     kind = type(model).__name__
     if kind in _WRAPPERS:

@@ -1,21 +1,17 @@
 """A linear in integers alone: int8 in, int8 · int8 products added up in int32, a shift, int8 out.
 
 If every scale is a power of two (scale_type "pof2": s = 2^−e), y = s_x · s_w · Σ x̂ŵ + b goes back to the grid of the
-output without a multiplication (Jacob et al. 2018, arXiv:1712.05877, needs a fixed-point one, because its scales are
-arbitrary):
+output without a multiplication (Jacob et al. 2018, arXiv:1712.05877, has arbitrary scales and needs one):
 
     Σ x̂ŵ + b̂          int32, in units of s_x · s_w = 2^−(e_x + e_w); the bias is rounded to these units
     ≫ e_x + e_w − e_y   to units of s_y; a negative shift goes left. Ties to even, then saturate
 
-An output channel may have its own weight scale, and so its own shift. A negative weight scale negates the sum. Several
-such linears follow each other on codes: the output's scale of one is the input's scale of the next. What is a
-comparison on codes can stay between them (ReLU is a maximum with 0, max-pooling, reshapes); an addition of two
-activations must first shift one to the scale of the other.
+An output channel may have its own weight scale, and so its own shift; a negative one negates the sum. Several such
+linears follow each other on codes: the output's scale of one is the input's scale of the next. What compares codes can
+stay between them (ReLU, max-pooling, reshapes); an addition must first shift one activation to the other's scale.
 
-What cannot be done so, and stays in float: everything that is not linear or piecewise linear. SiLU, GELU, sigmoid,
-tanh and softmax need exponentials, RMSNorm and LayerNorm a square root and a division by data. Rotary embeddings
-multiply by sines and cosines: fixed-point constants would do, shifts do not. An LLM's block is therefore islands of
-integers between float operations; networks of linears, convolutions and ReLU can be integers from end to end.
+What is not piecewise linear stays in float: SiLU, GELU and softmax (exponentials), norms (a square root, a division by
+data), rotary embeddings (sines). An LLM's block is islands of integers; a network of linears and ReLU can be one.
 """
 
 from __future__ import annotations
@@ -108,10 +104,8 @@ class IntegerLinear(nn.Module):
 
 
 def requantize(total: Tensor, shift: Tensor, bits: int = 8) -> Tensor:
-    """total · 2^−shift to the nearest integer, ties to even, saturated to `bits` (≤ 8) signed bits: int8.
-
-    `total` int32 [..., out], `shift` int32 [out]. Integer operations only.
-    """
+    """total · 2^−shift to the nearest integer, ties to even, saturated to `bits` (≤ 8) signed bits: int8. `total`
+    int32 [..., out], `shift` int32 [out]. Integer operations only."""
     right = shift.clamp(0, 31)
     floor = total >> right
     rest = total - (floor << right)

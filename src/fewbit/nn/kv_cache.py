@@ -1,9 +1,8 @@
 """A KV cache that holds codes and scales: transformers' Cache for `model(…, past_key_values=)` and `generate`.
 
-Every token's keys and values are encoded once, when they arrive, and decoded whenever attention reads them, so memory
-is that of the codes, and a token's grid never depends on later tokens. The result is what attention computes over a
-whole sequence with the same quantizers on the model (nn/attention.py); the two are alternatives. Equal means up to
-the rounding of products of one token and of many: a key that lies on the edge between two codes may get either.
+Every token's keys and values are encoded once, when they arrive, and decoded whenever attention reads them. The result
+is what attention computes over a whole sequence with the same quantizers on the model (nn/attention.py), up to the
+rounding of products of one token and of many; the two are alternatives.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
     Args:
         config: of the model.
-        attention: specs of key and value; one that is None is stored as it is. Query and probabilities are no business
-            of a cache and refused.
+        attention: specs of key and value; one that is None is stored as it is. Query and probabilities are refused.
         states: per layer, what calibration found for static specs ({"key": …, "value": …}).
         dtype: what static scales are stored in where the spec leaves it to the checkpoint.
 

@@ -1,7 +1,5 @@
-"""A linear that holds its weight as packed codes and runs.
-
-Codes and zero points lie packed in int32 words (numerics/packing.py), scales as they are stored. The forward
-dequantizes some rows at a time and multiplies by them, so of the float weight only a few megabytes exist at once.
+"""A linear that holds its weight as packed codes and runs: the forward dequantizes some rows at a time, so of the
+float weight only a few megabytes exist at once.
 """
 
 from __future__ import annotations

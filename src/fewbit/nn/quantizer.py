@@ -1,7 +1,4 @@
-"""`Quantizer(bits, method, group_size)`: quantize a tensor and see what it becomes; and the same for one matrix.
-
-What shares a scale is said in the words of `nn/words.py`, of which `method` is one.
-"""
+"""`Quantizer(bits, method, group_size)`: quantize a tensor and see what it becomes; and the same for one matrix."""
 
 from __future__ import annotations
 

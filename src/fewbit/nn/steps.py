@@ -42,10 +42,8 @@ class KeepsDtypes(nn.Module):
 
 
 class Step(KeepsDtypes):
-    """One change of an input: x [..., in] → [..., in], in x's dtype.
-
-    What it knows are buffers, and attributes that `stored` adds; its constructor takes both by their names.
-    """
+    """One change of an input: x [..., in] → [..., in], in x's dtype. What it knows are buffers, and attributes that
+    `stored` adds; its constructor takes both by their names."""
 
     kind: ClassVar[str]
     exact: ClassVar[bool] = True
@@ -72,8 +70,7 @@ def register(kind: type[S]) -> type[S]:
 
 @register
 class Divide(Step):
-    """x / scale, which the weight's columns are multiplied by. scale: [in]. `folded`: the layer before is stored
-    divided."""
+    """x / scale [in], by which the weight's columns are multiplied. `folded`: the layer before is stored divided."""
 
     kind = "divide"
     scale: Tensor
@@ -95,11 +92,8 @@ class Divide(Step):
 
 
 class Stepped(nn.Module):
-    """A linear whose input takes steps, and whose output may be quantized. Subclasses say how it multiplies.
-
-    Steps are the linear's children (divide_input, …), so they move and are copied and saved with it. The quantizer is
-    `input_quantizer`; its place is the last one unless it was given another.
-    """
+    """A linear whose input takes steps, and whose output may be quantized. Subclasses say how it multiplies. Steps are
+    its children (divide_input, …); the quantizer, `input_quantizer`, is the last one unless it was given a place."""
 
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None

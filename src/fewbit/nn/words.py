@@ -8,13 +8,10 @@ FullQuantTransformer's: bits, method, group size. What shares a scale, by the na
     per-block, per-group    `group_size` neighbours  scales (..., M, K / group_size)
 
 A linear's weight is [out, in], and one scale for each output channel is one for each row: `weight_spec` takes either
-word for that, the field's, per-channel, and that of a Quantizer on the bare matrix, per-token.
-
-A linear takes words for its weight and its input:
+word for that, per-channel or per-token. A linear takes words for its weight and its (dynamic) input; 16 bits and more
+mean that a tensor stays as it is:
 
     w_bits=4, a_bits=8, w_method="per-block", w_group_size=64, a_method="per-token"
-
-Inputs are quantized as they come (dynamic). 16 bits and more mean that a tensor stays as it is.
 
 optimum-quanto's: a dtype's name ("int4", qint4, torch.float8_e4m3fn) for weights, one for activations.
 """
@@ -78,10 +75,8 @@ def make_spec(
 
 
 def weight_spec(bits: int, method: str, group_size: int | None = None, **options: Any) -> QuantizationSpec:
-    """The spec of a linear's weight [out, in]: per-channel and per-token are a scale for each output channel.
-
-    group_size −1 of per-block is the same. `options` as of `make_spec`.
-    """
+    """The spec of a linear's weight [out, in]: per-channel, per-token and a group_size of −1 are a scale for each
+    output channel. `options` as of `make_spec`."""
     name = method_name(method)
     wide = options.get("dtype") is None and isinstance(bits, int) and bits > CODE_BITS
     # wide: there is nothing to gain from a smaller range
