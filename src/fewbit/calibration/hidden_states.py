@@ -50,11 +50,10 @@ class HiddenStates:
                 kept = self._memory[index] = torch.empty(hidden.shape, dtype=dtype, device=kept.device)
             kept.copy_(hidden.detach())
             return
-        assert self._directory is not None
-        values = hidden.detach().to("cpu", torch.float32).contiguous().numpy()
-        with disk_errors_as_sentences(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._file(index).write_bytes(values.data)  # tofile's error would not say why
+        values, file = hidden.detach().to("cpu", torch.float32).contiguous().numpy(), self._file(index)
+        with disk_errors_as_sentences(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(values.data)  # tofile's error would not say why
 
     def reserve(self, size: int) -> bool:
         """Take `size` bytes of the budget, if there are so many left; also for what else has to be in memory."""

@@ -188,10 +188,7 @@ def build_calib_dataset_inputs(
         raise ConfigError(f"key={key!r} is for recordings; this {type(dataset).__name__} has chosen already")
     total = len(dataset)  # type: ignore[arg-type]  # Dataset does not promise it
     items = [dataset[index] for index in _sample(total, num_samples, seed)]
-    if device is None:
-        return items
-    place = device_of(device)
-    return [to_device(item, place) for item in items]
+    return items if device is None else [to_device(item, device_of(device)) for item in items]
 
 
 def _sample(total: int, wanted: int | None, seed: int) -> list[int]:

@@ -12,6 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,10 @@ def _plain(path: Path) -> Iterator[Any]:
 
 def _is_row(line: str) -> bool:
     """Whether a line is a JSON object with a field that rows of texts have."""
-    try:
+    with suppress(ValueError, RecursionError):
         found = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and bool({"text", "messages", "conversations", "prompt"} & set(found))
+        return isinstance(found, dict) and bool({"text", "messages", "conversations", "prompt"} & set(found))
+    return False
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
@@ -109,10 +109,8 @@ def _json_lines(path: Path) -> Iterator[Any]:
 def _json(path: Path) -> Iterator[Any]:
     """A list of rows, one row, columns as lists, or (as many name it so) JSON lines."""
     text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return
     try:
-        found = json.loads(text)
+        found = json.loads(text if text.strip() else "[]")
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", None) != "Extra data":
             raise _no_json(f"text {path}", error) from None

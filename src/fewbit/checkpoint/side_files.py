@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,10 @@ def saved_side_files(
 
 def _side_files(source: Path, target: Path, left: list[str], weights: Container[Path]) -> list[Path]:
     """Every file of `source` to be copied; what is not is added to `left`, in words."""
-    root, blobs = source.resolve(), _hub_blobs(source)
-    found: list[Path] = []
+    real, found = source.resolve(), list[Path]()
+    roots = (
+        [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    )  # as in the hub's cache
     for folder, folders, files in os.walk(source):
         here = Path(folder)
         passed = _PASSED_OVER | RESERVED if here == source and _is_fewbits(source) else _PASSED_OVER
@@ -123,7 +125,7 @@ def _side_files(source: Path, target: Path, left: list[str], weights: Container[
             if name in passed or is_scratch(name) or path == target or path in weights:
                 continue
             reason = "a run has one of that name" if here == source and name in RESERVED else None
-            reason = reason or (_why_not_enter(path, weights) if is_folder else _why_not_copy(path, root, blobs))
+            reason = reason or (_why_not_enter(path, weights) if is_folder else _why_not_copy(path, roots))
             if reason:
                 left.append(f"{printable(path.relative_to(source))}{'/' if is_folder else ''} ({reason})")
             else:
@@ -145,8 +147,8 @@ def _why_not_enter(folder: Path, weights: Container[Path]) -> str | None:
     return None
 
 
-def _why_not_copy(path: Path, root: Path, blobs: Path | None) -> str | None:
-    """Why a file stays behind; None for one that comes along."""
+def _why_not_copy(path: Path, roots: Iterable[Path]) -> str | None:
+    """Why a file stays behind; None for one that comes along. `roots`: where links may lead."""
     if is_weight(path.name):
         return "weights"
     if path.name.startswith("."):
@@ -156,7 +158,7 @@ def _why_not_copy(path: Path, root: Path, blobs: Path | None) -> str | None:
             aim = path.resolve()
         except (OSError, RuntimeError):  # links in a circle
             return "a link to nothing"
-        if not (aim.is_relative_to(root) or (blobs is not None and aim.is_relative_to(blobs))):
+        if not any(aim.is_relative_to(root) for root in roots):
             return "a link that leads out of the directory"
     try:
         found = path.stat()
@@ -171,12 +173,6 @@ def _why_not_copy(path: Path, root: Path, blobs: Path | None) -> str | None:
 
 def _is_fewbits(folder: Path) -> bool:
     return (folder / "fewbit.json").exists() or (folder / "fewbit-export.json").exists()
-
-
-def _hub_blobs(directory: Path) -> Path | None:
-    """Where the links of a directory in the hub's cache lead to."""
-    real = directory.resolve()
-    return real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -86,8 +86,7 @@ class SafetensorsSource:
                 for name in members:
                     # the copy leaves the mapped file: its pages go with the handle, and the new memory is aligned
                     tensors[name] = opened.get_tensor(name).to(dtype=dtype, copy=True)
-        for name, tensor in tensors.items():
-            check_finite(name, tensor)
+                    check_finite(name, tensors[name])
         return tensors
 
     def fingerprint(self) -> str:
@@ -167,7 +166,20 @@ def _first_file(directory: Path) -> Path:
     for name in (SINGLE_FILE, INDEX_FILE):
         if (directory / name).is_file():
             return directory / name
-    raise CheckpointError(_no_weights(directory))
+    names = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
+    if others := [name for name in names if name.endswith(".safetensors")]:
+        raise CheckpointError(
+            f"{directory} holds {printable(others[0])}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which "
+            f"transformers reads; if it is a variant of the whole model, rename it to {SINGLE_FILE}"
+        )
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]:
+        raise CheckpointError(
+            f"{directory} holds pickled weights ({printable(pickles[0])}) and no safetensors; pickles can run code "
+            "when read, so convert them with transformers' save_pretrained first"
+        )
+    raise CheckpointError(
+        f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a Hugging Face checkpoint?"
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -215,21 +227,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 "safetensors.torch.save_file first"
             ) from None
         raise CheckpointError(f"{file} is truncated or damaged ({str(error)[:200]}); download it again") from None
-
-
-def _no_weights(directory: Path) -> str:
-    names = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
-    if others := [name for name in names if name.endswith(".safetensors")]:
-        return (
-            f"{directory} holds {printable(others[0])}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which "
-            f"transformers reads; if it is a variant of the whole model, rename it to {SINGLE_FILE}"
-        )
-    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]:
-        return (
-            f"{directory} holds pickled weights ({printable(pickles[0])}) and no safetensors; pickles can run code "
-            "when read, so convert them with transformers' save_pretrained first"
-        )
-    return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; is it a Hugging Face checkpoint?"
 
 
 def _sampled_digest(file: Path, samples: int = 256, length: int = 4096) -> bytes:
