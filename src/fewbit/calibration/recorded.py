@@ -134,9 +134,9 @@ class DefaultDataset(Dataset[Item]):
         item: Item = {"input_tensor": inputs, "kwargs": {}}
         for name, found in recording.items():
             if name.startswith(POSITION_IDS):
-                item["kwargs"]["position_ids"] = _for_batch(_joined(found, -1), inputs.shape[0])
+                item["kwargs"]["position_ids"] = _joined(found, -1, inputs.shape[0])
             elif name.startswith(POSITION_EMBEDDINGS):
-                item["kwargs"]["position_embeddings"] = _embeddings(found, inputs.shape[0])
+                item["kwargs"]["position_embeddings"] = _joined(found, -2, inputs.shape[0])
             elif name == INPUT_IDS:
                 item["input_ids"] = _joined(found, 1)
             elif name == ATTENTION_MASK:
@@ -230,23 +230,20 @@ def _sources(files: Files | None) -> list[Path | Recording]:
 
 def _sequences(steps: Sequence[Any], positions: Sequence[Any] | None = None) -> list[slice]:
     """The steps of each sequence."""
-    pairs = positions or [None] * len(steps)
-    starts = [
-        number
-        for number in range(len(steps))
-        if number == 0 or not _goes_on(steps[number - 1], steps[number], pairs[number - 1], pairs[number])
-    ]
+    starts = [number for number in range(len(steps)) if not _goes_on(steps, positions, number)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(steps)], strict=True)]
 
 
-def _goes_on(before: Tensor, step: Tensor, before_at: Tensor | None, step_at: Tensor | None) -> bool:
+def _goes_on(steps: Sequence[Any], positions: Sequence[Any] | None, number: int) -> bool:
     """Whether a step belongs to the sequence of the one before: with position ids where every row's positions go on,
     without them where there is one token per row."""
-    if step.ndim != 3 or step.shape[0] != before.shape[0]:
+    before, step = steps[number - 1], steps[number]
+    if number == 0 or step.ndim != 3 or step.shape[0] != before.shape[0]:
         return False
-    if before_at is None or step_at is None:
-        return step.shape[1] == 1
-    return before_at.shape[:-1] == step_at.shape[:-1] and bool((step_at[..., 0] == before_at[..., -1] + 1).all())
+    if positions is None:
+        return bool(step.shape[1] == 1)
+    before, step = positions[number - 1], positions[number]
+    return before.shape[:-1] == step.shape[:-1] and bool((step[..., 0] == before[..., -1] + 1).all())
 
 
 def _checked(data: Any, name: object, keys: Iterable[str] | None, steps: slice) -> dict[str, list[Step]]:
@@ -263,18 +260,9 @@ def _checked(data: Any, name: object, keys: Iterable[str] | None, steps: slice) 
     return found
 
 
-def _embeddings(steps: Sequence[Step], batch: int) -> Tensor | tuple[Tensor, ...]:
-    """Position embeddings of a sequence: cosine and sine [batch, tokens, head_dim], or whatever the model has."""
-    if isinstance(steps[0], Tensor):
-        return _for_batch(_joined(steps, -2), batch)
-    return tuple(_for_batch(_joined(part, -2), batch) for part in zip(*steps, strict=True))
-
-
-def _joined(steps: Sequence[Any], dim: int) -> Tensor:
-    """Steps one after another along the tokens."""
-    return steps[0] if len(steps) == 1 else torch.cat(list(steps), dim)
-
-
-def _for_batch(x: Tensor, batch: int) -> Tensor:
-    """A tensor shared by all rows, expanded: [1, …] → [batch, …]."""
-    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
+def _joined(steps: Sequence[Any], dim: int, batch: int = 1) -> Any:
+    """Steps one after another along the tokens (tuples part by part), and where rows share them, one for each row."""
+    if isinstance(steps[0], tuple):
+        return tuple(_joined(part, dim, batch) for part in zip(*steps, strict=True))
+    joined = steps[0] if len(steps) == 1 else torch.cat(list(steps), dim)
+    return joined.expand(batch, *joined.shape[1:]) if joined.shape[0] == 1 else joined

@@ -54,7 +54,9 @@ class Journal:
         return {
             entry["block"]: FinishedBlock(entry["digest"], entry["linears"])
             for entry in self._entries()
-            if isinstance(entry.get("block"), int) and _are_rows(entry.get("linears"))
+            if isinstance(entry.get("block"), int)
+            and isinstance(rows := entry.get("linears"), list)
+            and all(isinstance(row, dict) for row in rows)
         }
 
     def files(self) -> dict[str, str]:
@@ -90,7 +92,3 @@ class Journal:
 def fields_digest(fields: dict[str, Any]) -> str:
     """SHA-256 of a table of plain data, independent of the order of its fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _are_rows(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)

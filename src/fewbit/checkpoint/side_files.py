@@ -91,8 +91,7 @@ def saved_side_files(
     notes = []
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    with temporary_directory("config") as scratch:
-        directory = Path(scratch)
+    with temporary_directory("config") as directory:
         try:
             if model.is_remote_code():
                 custom_object_save(model, directory, config=config)
@@ -113,9 +112,7 @@ def saved_side_files(
 def _side_files(source: Path, target: Path, left: list[str], weights: Container[Path]) -> list[Path]:
     """Every file of `source` to be copied; what is not is added to `left`, in words."""
     real, found = source.resolve(), list[Path]()
-    roots = (
-        [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
-    )  # as in the hub's cache
+    roots = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
     for folder, folders, files in os.walk(source):
         here = Path(folder)
         passed = _PASSED_OVER | RESERVED if here == source and _is_fewbits(source) else _PASSED_OVER
@@ -148,22 +145,17 @@ def _why_not_enter(folder: Path, weights: Container[Path]) -> str | None:
 
 
 def _why_not_copy(path: Path, roots: Iterable[Path]) -> str | None:
-    """Why a file stays behind; None for one that comes along. `roots`: where links may lead."""
+    """Why a file stays behind; None for one that comes along. `roots`: where links may lead, as in the hub's cache."""
     if is_weight(path.name):
         return "weights"
     if path.name.startswith("."):
         return "hidden"
-    if path.is_symlink():
-        try:
-            aim = path.resolve()
-        except (OSError, RuntimeError):  # links in a circle
-            return "a link to nothing"
-        if not any(aim.is_relative_to(root) for root in roots):
-            return "a link that leads out of the directory"
     try:
-        found = path.stat()
-    except OSError:
+        aim, found = path.resolve(), path.stat()
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
         return "a link to nothing"
+    if path.is_symlink() and not any(aim.is_relative_to(root) for root in roots):
+        return "a link that leads out of the directory"
     if not stat.S_ISREG(found.st_mode):
         return "no regular file"
     if found.st_size > LARGEST_SIDE_FILE:
@@ -201,8 +193,7 @@ def mend_generation_config(directory: Path) -> list[str]:
         generation = GenerationConfig.from_dict(read_json_object(file))
     except Exception:  # there is none, or it says what no reader knows: it stays the copy that it is
         return []
-    with temporary_directory("generation") as scratch:
-        saved = Path(scratch)
+    with temporary_directory("generation") as saved:
         notes = _saved_generation(generation, saved)
         if notes:
             _copy(saved / GENERATION_CONFIG_NAME, file)
@@ -214,20 +205,16 @@ def _saved_generation(generation: GenerationConfig, directory: Path) -> list[str
     settings that still contradict the rest are dropped."""
     if _saves(generation, directory):
         return []
-    mended, lost, sampled = GenerationConfig(), [], []
+    mended, lost, sampled = GenerationConfig(), list[str](), list[str]()
     names = [name for name in generation.to_diff_dict() if name != "transformers_version"]
     for name in sorted(names, key=lambda name: (name not in _SWITCHES, name)):
-        before = dict(vars(mended))
-        setattr(mended, name, getattr(generation, name))
-        if _saves(mended, directory):
-            continue
-        mended.do_sample = True
-        if _saves(mended, directory):
-            sampled.append(name)
-        else:
-            lost.append(name)
-            vars(mended).clear()
-            vars(mended).update(before)
+        tried = copy.deepcopy(mended)
+        setattr(tried, name, getattr(generation, name))
+        if not (saves := _saves(tried, directory)):
+            tried.do_sample = True
+            saves = _saves(tried, directory)
+            (sampled if saves else lost).append(name)
+        mended = tried if saves else mended
     mended.save_pretrained(directory)
     said = {
         "do_sample is on, because {} cannot be saved without": sampled,
@@ -253,9 +240,8 @@ def _drop_dangling_code(file: Path) -> bool:
         described = read_json_object(file) if file.is_file() else {}
     except CheckpointError:
         return False
-    code = described.pop("auto_map", None)
-    if not isinstance(code, dict):
-        return False
+    found = described.pop("auto_map", None)
+    code = found if isinstance(found, dict) else {}
     kept = {name: value for name, value in code.items() if not _dangles(value, file.parent)}
     if kept == code:
         return False

@@ -195,8 +195,7 @@ def _inside(directory: Path, name: Any, owner: str) -> Path:
     It may be a link (in the hub's cache all are), its folder none that leads out."""
     if not isinstance(name, str) or "\0" in name or len(name) > _LONGEST_NAME:
         raise CheckpointError(f"{directory / owner} is damaged: {printable(name)[:60]!r} is no file name")
-    file = directory / name
-    pure = PurePath(name)
+    file, pure = directory / name, PurePath(name)
     leads_out = not pure.parts or ".." in pure.parts or pure.is_absolute()
     if leads_out or file.parent.resolve() != directory.resolve() / pure.parent:
         raise CheckpointError(f"{owner} names the file {printable(name)}, which is not in {directory}; put it there")
