@@ -1,5 +1,4 @@
-"""Batches on their way through a stack of blocks: how far each has come, as the model computes now and in full
-precision."""
+"""Batches on their way through a stack of blocks, as the model computes now and in full precision."""
 
 from __future__ import annotations
 
@@ -119,9 +118,7 @@ def enter(
 
 def spread(share: float, total: int) -> list[int]:
     """Numbers of a share of `total` batches, evenly spaced, at least one; none if the share is 0."""
-    if share == 0:
-        return []
-    count = max(1, round(share * total))
+    count = max(1, round(share * total)) if share else 0
     return sorted({number * total // count for number in range(count)})
 
 

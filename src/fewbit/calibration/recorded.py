@@ -80,9 +80,7 @@ def read_recording(
                         for number in range(len(parts))[steps]
                     ]
             return found
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({error})") from None
 
 

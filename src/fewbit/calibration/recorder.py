@@ -67,10 +67,8 @@ class DataRecorder:
             self._before(INPUT + suffix, module, _first_input)
 
     def register_pos_embed_hooks(self, modules: Modules = None) -> None:
-        """Record the position embeddings and position ids that blocks are called with (default: the first block).
-
-        A rotary embedding works as well: its output is recorded. Keys: model_pos_embed, model_position_ids.
-        """
+        """Record the position embeddings and position ids that blocks are called with (default: the first block), or
+        the output of a rotary embedding. Keys: model_pos_embed, model_position_ids."""
         for suffix, module in self._chosen(modules, 0):
             if "position_embeddings" in _parameters(module):
                 self._before(POSITION_EMBEDDINGS + suffix, module, _argument("position_embeddings", _parts))
@@ -87,14 +85,11 @@ class DataRecorder:
             if not linears:
                 raise ArchitectureError(f"there is no linear in {type(module).__name__}, so no input can be recorded")
             for linear in linears:
-                name = self._names[linear]
-                self._before(f"{LINEAR_INPUT}.{name}" if name else LINEAR_INPUT, linear, _first_input)
+                self._before(f"{LINEAR_INPUT}.{self._names[linear]}".rstrip("."), linear, _first_input)
 
     def register_input_ids_hooks(self, modules: Modules = None) -> None:
         """Record token ids, and the attention mask that tells padding (default: of the model's own call).
-
-        Keys: model_input_ids, model_attention_mask (an empty tensor for a step without one).
-        """
+        Keys: model_input_ids, model_attention_mask (an empty tensor for a step without one)."""
         for suffix, module in self._chosen(modules):
             if not _may_take(module, "input_ids"):
                 raise ArchitectureError(

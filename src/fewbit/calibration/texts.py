@@ -162,8 +162,7 @@ def _parquet(path: Path) -> Iterator[Any]:
                 size += batch.nbytes
                 if size > LARGEST_TEXT:
                     raise CalibrationError(
-                        f"text {path} holds more than {LARGEST_TEXT // 2**20} MiB of text; a few MB are "
-                        "enough: give a part of it"
+                        f"text {path} holds more than {LARGEST_TEXT >> 20} MiB; a few MB are enough: give a part of it"
                     )
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:  # ArrowInvalid is a ValueError

@@ -66,10 +66,8 @@ class Journal:
     def _entries(self) -> list[dict[str, Any]]:
         """Lines that are whole, each with a digest."""
         path = self.directory / JOURNAL
-        if not path.exists():
-            return []
         found = []
-        for line in read_bytes(path, _LIMIT).split(b"\n"):
+        for line in read_bytes(path, _LIMIT).split(b"\n") if path.exists() else ():
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):

@@ -73,10 +73,8 @@ def copy_side_files(
 
 def in_words(left: list[str]) -> list[str]:
     """A warning about what `copy_side_files` left behind, if anything."""
-    if not left:
-        return []
     more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
-    return [f"left behind: {', '.join(left[:MOST_NAMED])}{more}"]
+    return [f"left behind: {', '.join(left[:MOST_NAMED])}{more}"] if left else []
 
 
 @contextmanager

@@ -141,9 +141,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _scan(directory: Path) -> tuple[frozenset[Path], dict[str, Path], dict[str, TensorInfo]]:
-    """The files of the weights, every tensor's file, and its info, from the headers alone; each file's length is
-    checked against its header. Of an index the whole of every shard that it names counts, and the last shard by name
-    for a tensor that is in several, as in transformers."""
+    """The files of the weights, every tensor's file, and its info, from the headers alone. As in transformers, the
+    whole of every shard that an index names counts, and the last shard by name for a tensor that is in several."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; give a checkpoint's directory or a model id of the hub")
     first = _first_file(directory)
