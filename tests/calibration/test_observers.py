@@ -259,7 +259,7 @@ class TestLeastError:
         observer = make_observer(replace(STATIC, **fields))
         observer(x)
         assert isinstance(observer, HistogramObserver)
-        assert observer.gathered.mantissa_bits == 8
+        assert observer.histogram.mantissa_bits == 8
         finely = sum(error_of(part, found(part, **fields)) for part in x.split(100, dim=1))
         assert error_of(x, observer.result()) < 1.01 * finely
         assert error_of(x, observer.result()) < 0.97 * error_of(x, found(x, **fields | {"observer": "minmax"}))

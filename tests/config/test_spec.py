@@ -6,7 +6,6 @@ import torch
 from fewbit.config.algorithms import AWQConfig, GPTQConfig, RTNConfig, ScalingLayer, SmoothQuantConfig
 from fewbit.config.recipe import CalibrationConfig, Config
 from fewbit.config.spec import (
-    ELEMENT_FORMATS,
     AttentionConfig,
     QuantizationConfig,
     QuantizationSpec,
@@ -355,7 +354,7 @@ class TestDerivedProperties:
         assert (rule.rounding, rule.mode) == ("floor", "ceil")
         assert (rule.scale.name, rule.scale.dtype) == ("pof2", torch.float16)
 
-    @pytest.mark.parametrize("dtype", ELEMENT_FORMATS)
+    @pytest.mark.parametrize("dtype", FORMATS)
     def test_every_element_format_makes_a_spec(self, dtype):
         cast = dtype in ("bfloat16", "float16")
         qscheme = "per_tensor" if cast else "per_channel"

@@ -175,7 +175,7 @@ def test_a_static_scale_is_what_its_observer_makes_of_all_batches_without_paddin
     for name, known in activations.items():
         observer = make_observer(known.spec, torch.float32)
         for x in given[name.removesuffix(".input")]:
-            observer.update(x)
+            observer(x)
         expected = observer.result()
         assert known.global_scale == expected.global_scale
         if known.spec.is_dynamic:

@@ -134,7 +134,7 @@ def test_only_what_data_can_tell_is_a_stop(spec, count):
 def test_a_quantizer_that_knows_its_scale_is_no_stop():
     block = make(every=QuantizationConfig(input_tensors=STATIC))
     observer = make_observer(STATIC)
-    observer.update(torch.ones(1, CHANNELS))
+    observer(torch.ones(1, CHANNELS))
     block.o.input_quantizer.load(observer.result())
     assert [stop.order for stop in calibration_stops(block, GROUPS)] == [(0, INPUT)]
 
@@ -176,7 +176,7 @@ def test_a_scale_is_that_of_all_batches_without_padding(strategy, observer):
     Walked(block, batches, strategy, masks=masks)
     expected = make_observer(spec)
     for x, mask in zip(batches, masks, strict=True):
-        expected.update(x if mask is None else x[mask])
+        expected(x if mask is None else x[mask])
     assert torch.equal(block.q.input_quantizer.scale, expected.result().scale)
     assert block.q.input_quantizer is block.k.input_quantizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,34 +19,25 @@ from fewbit.numerics.scale_format import ScaleFormat
 CodeFinder = Callable[[Tensor, Statistics, QuantizationSpec, ScaleFormat, Any], Outcome | None]
 """(weight [out, in] float32, statistics of its input, spec, scale format, options) → codes, or None if it failed."""
 
+# By the name of their options
 CODE_FINDERS: dict[str, CodeFinder] = {
     "rtn": lambda weight, statistics, spec, scale, options: rtn(weight, statistics.moment, spec, scale),
     "gptq": lambda weight, statistics, spec, scale, options: gptq(
         weight, statistics.moment, spec, scale, options, statistics.drift
     ),
 }
-"""Methods that find codes, by the name of their options."""
 
 
 def quantize_weight(
-    weight: Tensor,
-    statistics: Statistics | None,
-    spec: QuantizationSpec,
-    scale: ScaleFormat,
-    algorithm: CodeConfig,
+    weight: Tensor, statistics: Statistics | None, spec: QuantizationSpec, scale: ScaleFormat, algorithm: CodeConfig
 ) -> Outcome:
-    """Quantize `weight` [out, in] float32 given the statistics of its input (None if no token was seen).
-
-    Casts are rounded. Where a method needs tokens and saw none, or fails, weights are rounded to nearest, and the
-    outcome says so.
-    """
+    """Quantize `weight` [out, in] float32 given the statistics of its input (None if no token was seen). Where a
+    method needs tokens and saw none, or fails, weights are rounded to nearest, and the outcome says so."""
     moment = statistics.moment if statistics is not None else None
     if spec.format.is_cast or (statistics is None and not algorithm.needs.moment):
         return rtn(weight, moment, spec, scale)
-    if statistics is None:
-        return Outcome(rtn(weight, None, spec, scale).weight, fallback="round to nearest: no token reached it")
-    outcome = CODE_FINDERS[algorithm.name](weight, statistics, spec, scale, algorithm)
-    if outcome is None:
+    found, reason = None, "round to nearest: no token reached it"
+    if statistics is not None:
+        found = CODE_FINDERS[algorithm.name](weight, statistics, spec, scale, algorithm)
         reason = "round to nearest: H could not be factored, not even damped and in float64"
-        return Outcome(rtn(weight, moment, spec, scale).weight, fallback=reason)
-    return outcome
+    return found or replace(rtn(weight, moment, spec, scale), fallback=reason)

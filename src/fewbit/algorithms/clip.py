@@ -20,12 +20,9 @@ ELEMENTS = 2**21  # weights that are worked on at a time
 
 
 def clip(weight: Tensor, moment: Tensor, spec: QuantizationSpec, scale: ScaleFormat) -> Tensor:
-    """The weight [out, in] float32, clipped; `moment` is H [in, in] float32 of its input.
-
-    Symmetric grids shrink both ends alike, affine grids also each end on its own. Weights whose rows share a scale, or
-    whose blocks are cut at the edge, come back as they are. This is for observers that take the range as they find it
-    (minmax); "search" and GPTQ choose ranges themselves.
-    """
+    """The weight [out, in] float32, clipped; `moment` is H [in, in] float32 of its input. Weights whose rows share a
+    scale, or whose blocks are cut at the edge, come back as they are. This is for observers that take the range as
+    they find it (minmax); "search" and GPTQ choose ranges themselves."""
     tile_rows, columns = spec.tiling.tile(*weight.shape)
     if tile_rows > 1 or spec.format.is_cast or weight.shape[1] % columns:
         return weight
@@ -36,7 +33,6 @@ def clip(weight: Tensor, moment: Tensor, spec: QuantizationSpec, scale: ScaleFor
 
 def _clipped(weight: Tensor, blocks: Tensor, spec: QuantizationSpec, scale: ScaleFormat) -> Tensor:
     """`clip` of some rows; `blocks` [groups, columns, columns] of H."""
-    rule = spec.grid_rule(scale)
     tiles = weight.unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)  # [groups, rows, columns]
     low, high = scales.extremes(tiles)
     low, high = low.T.clamp(max=0), high.T.clamp(min=0)  # [rows, groups], as scales are stored
@@ -49,7 +45,7 @@ def _clipped(weight: Tensor, blocks: Tensor, spec: QuantizationSpec, scale: Scal
         delta = scales.fake_quantize(tiles, scale_value.T, zero, spec.format, spec.round_method).sub_(tiles)
         return torch.bmm(delta, blocks).mul_(delta).sum(-1).T
 
-    best = RangeSearch(rule, low, high, cost)
+    best = RangeSearch(spec.grid_rule(scale), low, high, cost)
     best.sweep(SHARES)
     ends = ((share * end).T.unsqueeze(-1) for share, end in ((best.share_low, low), (best.share_high, high)))
     clipped: Tensor = tiles.clamp(*ends)

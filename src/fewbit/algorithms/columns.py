@@ -1,8 +1,7 @@
 """GPTQ's loop: columns get their codes one after another, and the error of each is moved into those still to come.
 Then scales are fitted to the codes, and codes found again. All of it needs the damped inverse of H.
 
-It works on columns as rows (Wᵀ, contiguous) and on many output channels at once; leaves of a few columns are updated
-one by one, everything beyond them by matrix products.
+It works on columns as rows (Wᵀ, contiguous) and on many output channels at once.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class Factor:
 
     @property
     def cost(self) -> Tensor:
-        """`precision` in the order of the weight's columns. (diag(H) is what an error costs that no column makes
-        up for.)"""
+        """`precision` in the order of the weight's columns."""
         return torch.empty_like(self.precision).index_copy_(0, self.order, self.precision)
 
 
@@ -68,11 +66,9 @@ class Problem:
 
 def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
     """Order in which columns are quantized [in], given diag(H): the costliest to get wrong first."""
-    if order == "none":
-        return torch.arange(diagonal.numel(), device=diagonal.device)
     if order == "activation":
         return diagonal.argsort(descending=True, stable=True)
-    if diagonal.numel() % group:  # the last group of blocks may be partial: no order of whole groups exists
+    if order == "none" or diagonal.numel() % group:  # blocks may be cut at the edge: no order of whole groups exists
         return torch.arange(diagonal.numel(), device=diagonal.device)
     by_group = diagonal.view(-1, group)
     groups = by_group.mean(1).argsort(descending=True, stable=True)
@@ -148,18 +144,13 @@ def solve_greedily(problem: Problem, factor: Factor) -> Solution:
         error = work.view(size, count, rows).gather(1, index)[:, 0]
         chosen[int(factor.order[start]) // size] = grids.map(lambda x: x.gather(0, best))  # noqa: B023
         w[block.stop :].addmm_(factor.update[block, block.stop :].T, error, alpha=-1)
-    in_order = [chosen[number] for number in range(columns // size)]
-    lows = [grid.low for grid in in_order if grid.low is not None]
-    low = torch.cat(lows) if lows else None
-    grid = replace(in_order[0], scale=torch.cat([grid.scale for grid in in_order]), low=low)
+    grid = Grid.joined([chosen[number] for number in range(columns // size)])
     return Solution(_in_original_order(levels, factor.order), grid, total)
 
 
 def refit(problem: Problem, factor: Factor, solution: Solution, config: GPTQConfig) -> Solution:
-    """Fit the scales to the codes and find the codes again, `config.refits` times; each row keeps what is better.
-
-    In the end the scales are fitted to the codes that were kept.
-    """
+    """Fit the scales to the codes and find the codes again, `config.refits` times; each row keeps what is better. In
+    the end the scales are fitted to the codes that were kept."""
     projected = matmul.linear(problem.weight, problem.moment)
     projected.add_(problem.weight, alpha=problem.ridge)  # W·H, damped, needed by every fit
     for _ in range(config.refits):
@@ -171,8 +162,7 @@ def refit(problem: Problem, factor: Factor, solution: Solution, config: GPTQConf
             replace(grid, scale=torch.where(better, grid.scale, solution.grid.scale)),
             torch.where(better, found.loss, solution.loss),
         )
-    grid = replace(solution.grid, scale=fitted_scale(problem, projected, solution))
-    return replace(solution, grid=grid)
+    return replace(solution, grid=replace(solution.grid, scale=fitted_scale(problem, projected, solution)))
 
 
 def fitted_scale(problem: Problem, projected: Tensor, solution: Solution) -> Tensor:
@@ -184,19 +174,9 @@ def fitted_scale(problem: Problem, projected: Tensor, solution: Solution) -> Ten
     if problem.rule.scale.is_power_of_two:  # too coarse to be fitted: the search has chosen the binade
         return solution.grid.scale
     groups = solution.levels.shape[1] // problem.group
-    rows_at_once = max(1, FIT_ELEMENTS // groups**2)
-    return torch.cat(
-        [
-            _fitted_scale(problem, *piece)
-            for piece in zip(
-                projected.split(rows_at_once),
-                solution.levels.split(rows_at_once),
-                solution.grid.scale.split(rows_at_once, dim=1),
-                strict=True,
-            )
-        ],
-        dim=1,
-    )
+    at_once = max(1, FIT_ELEMENTS // groups**2)
+    rows = projected.split(at_once), solution.levels.split(at_once), solution.grid.scale.split(at_once, dim=1)
+    return torch.cat([_fitted_scale(problem, *piece) for piece in zip(*rows, strict=True)], dim=1)
 
 
 def _fitted_scale(problem: Problem, projected: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
@@ -233,9 +213,7 @@ def _fitted_scale(problem: Problem, projected: Tensor, levels: Tensor, scale: Te
 
 def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
     """The recursion inside a block of columns. `w` [g, rows] becomes the errors w_j − v_j; `levels` is filled.
-
-    `update` [g, g]; `grid` has one entry per column [g, rows].
-    """
+    `update` is [g, g], `grid` has one entry per column [g, rows]."""
     columns = w.shape[0]
     inverse = grid.scale.reciprocal()
     for leaf in range(0, columns, LEAF):

@@ -52,11 +52,8 @@ def gptq(
     config: GPTQConfig,
     drift: Tensor | None = None,
 ) -> Outcome | None:
-    """Quantize `weight` [out, in] float32 given H [in, in] float32; None if H cannot be factored at all.
-
-    `drift` [in, in] float32 is (X̃ − X)ᵀX with X̃ the input in the full-precision model; see `drifted`.
-    Rows are independent, so linears that share an input may be quantized as one matrix.
-    """
+    """Quantize `weight` [out, in] float32 given H [in, in] float32; None if H cannot be factored at all. `drift`
+    [in, in] float32 is (X̃ − X)ᵀX with X̃ the input in the full-precision model; see `drifted`."""
     _, group = spec.tiling.tile(*weight.shape)
     rule = spec.grid_rule(scale)
     whole = weight.shape[1] % group == 0  # blocks may be cut at the edge
@@ -68,8 +65,8 @@ def gptq(
         solving = factored(moment, group, config.order, config.damping)
     if choosing is None or solving is None:
         return None
-    follows_drift = drift is not None and config.drift > 0
-    if drift is not None and follows_drift:
+    drift = drift if config.drift > 0 else None
+    if drift is not None:
         weight = drifted(weight, drift, choosing, config.drift)
     nearest = round_to_nearest(weight, spec, scale, importance(moment))
     fixed = None if by_group else _fixed_grid(weight, choosing.cost, nearest, rule)
@@ -89,7 +86,7 @@ def gptq(
     found = _to_quant_tensor(parts, spec, scale)
     del parts
     found, error = _better(weight, moment, found, nearest)
-    return Outcome(found, max(choosing.damping, solving.damping), error=None if follows_drift else error)
+    return Outcome(found, max(choosing.damping, solving.damping), error=error if drift is None else None)
 
 
 def drifted(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tensor:
@@ -108,11 +105,9 @@ def drifted(weight: Tensor, drift: Tensor, factor: Factor, share: float) -> Tens
 
 
 def _fixed_grid(weight: Tensor, cost: Tensor, nearest: QuantTensor, rule: GridRule) -> Grid:
-    """Grids [groups, rows] that are fixed before the loop, for every row its own: those of rounding to nearest.
-
-    If rows have their own and they are searched, then by what errors cost in the end (`cost` [in]), instead of by
-    diag(H): a column with huge inputs is cheap if its neighbours can make up for it.
-    """
+    """Grids [groups, rows] that are fixed before the loop, for every row its own: those of rounding to nearest. If
+    rows have their own and they are searched, then by what errors cost in the end (`cost` [in]) instead of by diag(H):
+    a column with huge inputs is cheap if its neighbours can make up for it."""
     spec, stored, zero = nearest.spec, nearest.scale, nearest.zero_point
     if rule.rule == "search" and spec.tiling.rows == 1:
         stored, zero = find_grid(weight, spec, rule.scale, cost)
@@ -122,10 +117,8 @@ def _fixed_grid(weight: Tensor, cost: Tensor, nearest: QuantTensor, rule: GridRu
 
 
 def _better(weight: Tensor, moment: Tensor, found: QuantTensor, nearest: QuantTensor) -> tuple[QuantTensor, Tensor]:
-    """For each row (each tile of rows) what loses less under H as it is, and its loss: float64 [rows].
-
-    Compensation is greedy and H damped, so where columns are hardly correlated some rows are better off without.
-    """
+    """For each row (each tile of rows) what loses less under H as it is, and its loss: float64 [rows]. (Compensation
+    is greedy and H damped, so where columns are hardly correlated some rows are better off without.)"""
     error, plain = (quadratic_form(each.dequantize().sub_(weight), moment) for each in (found, nearest))
     tile_rows, _ = found.spec.tiling.tile(*weight.shape)
     tile = torch.arange(len(error), device=error.device) // tile_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,13 @@ class Grid:
         low = None if zero is None else rule.fmt.smallest - zero.float()
         return cls(rule.scale.value(scale), low, rule.fmt, rule.rounding)
 
+    @classmethod
+    def joined(cls, grids: Sequence[Grid]) -> Grid:
+        """Several, one after another along the first axis."""
+        lows = [grid.low for grid in grids if grid.low is not None]
+        scale = torch.cat([grid.scale for grid in grids])
+        return replace(grids[0], scale=scale, low=torch.cat(lows) if lows else None)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Grid:
         """The same rearrangement of every tensor."""
         return replace(self, scale=change(self.scale), low=None if self.low is None else change(self.low))
@@ -46,12 +53,10 @@ class Grid:
 
 
 def candidates(w: Tensor, precision: Tensor, rule: GridRule) -> Grid:
-    """Grids [candidates, rows] worth running for a group with current weights `w` [g, rows].
-
-    They are the best of a net cast wide, an error in column j costing `precision` [g], and the best one refined: where
-    no column can make up for another, that is what counts, and with compensation another may be better. The net of
-    a coarse scale type is as fine as it can be.
-    """
+    """Grids [candidates, rows] worth running for a group with current weights `w` [g, rows]: the best of a net cast
+    wide, an error in column j costing `precision` [g], and the best one refined. (Where no column can make up for
+    another, that is what counts; with compensation another may be better.) The net of a coarse scale type is as fine
+    as it can be."""
     net = _net(w, rule)
     errors = torch.empty_like(net.scale)
     value = torch.empty_like(w)  # [g, rows], small enough for the cache, which is why candidates go one by one
@@ -63,10 +68,7 @@ def candidates(w: Tensor, precision: Tensor, rule: GridRule) -> Grid:
     if rule.scale.is_coarse:
         return found
     refined = _refined(w, found.map(lambda x: x[0]), least[0], precision, rule)
-    found.scale[-1] = refined.scale  # in place of the last
-    if found.low is not None and refined.low is not None:
-        found.low[-1] = refined.low
-    return found
+    return Grid.joined([found.map(lambda x: x[:-1]), refined.map(lambda x: x.unsqueeze(0))])  # in place of the last
 
 
 def _net(w: Tensor, rule: GridRule) -> Grid:

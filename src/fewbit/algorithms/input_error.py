@@ -2,10 +2,9 @@
 
 Rounding of activations depends on the single token and cannot be had from H. A dynamic input has the range of the
 token (or group) at hand, so every token that was kept tells its own error. A static one has a range that was found on
-other tokens than it will meet; where it is exceeded the error is large, and the more alike the channels have been made
-on the tokens that were seen, the more channels can exceed it. Scored on the tokens it was found on, such a scale looks
-several times better than it is. So the tokens are dealt to a few parts: for each part, the scale of the channels and
-the range are found on the others.
+other tokens than it will meet; the more alike the channels have been made on those, the more channels can exceed it.
+Scored on the tokens it was found on, such a scale looks several times better than it is. So the tokens are dealt to a
+few parts: for each part, channel scale and range are found on the others.
 """
 
 from __future__ import annotations
@@ -50,13 +49,9 @@ class Scored:
 
 
 def scored_tokens(statistics: Statistics, spec: QuantizationSpec | None) -> list[Scored]:
-    """The sample and the largest tokens, each with its weight: how many it stands for, relative to its own size.
-
-    PARTS for a static input, one set for a dynamic one; none if none were kept.
-
-    What a block adds to a token is normalized by the token's size before anything reads it, so an error counts by what
-    it is relative to the token. Counted as it is, the error of a few huge tokens would decide alone.
-    """
+    """The sample and the largest tokens, each with its weight: how many it stands for, relative to its own size (a
+    block's addition to a token is normalized by that before it is read; else a few huge tokens would decide alone).
+    PARTS for a static input, one set for a dynamic one; none if none were kept."""
     sample, outliers = statistics.sample, statistics.outliers
     if spec is None or sample is None:
         return []
@@ -85,7 +80,6 @@ def _fake_quantized(x: Tensor, known: QuantizedActivation) -> Tensor:
 
 
 def _parts(tokens: Tensor) -> Tensor:
-    """The part of each token [tokens], by what it holds: the same token is in the same part whenever it comes, and
-    however often (a sequence's first one, say)."""
+    """The part of each token [tokens], by what it holds: the same token is always in the same part."""
     pattern = tokens.contiguous().view(torch.int32).sum(1, dtype=torch.int64)
     return ((pattern * MIX) >> 61) & (PARTS - 1)

@@ -1,7 +1,7 @@
 """Round to nearest: every weight goes to the nearest code of its group's grid.
 
-The only choice is the grid. With the spec's observer "search" it is the one with the least squared error, each
-column weighted by diag(H) = Σ x² of its input, slightly damped (all columns alike without calibration data).
+The only choice is the grid. The observer "search" takes the one with the least squared error, each column weighted by
+diag(H) = Σ x² of its input, slightly damped (all columns alike without calibration data).
 """
 
 from __future__ import annotations

@@ -3,18 +3,15 @@
 An observer sees one batch after another and then says which scale to store. One small class for each way:
 
     minmax           the range of everything that was seen
-    moving-average   the ranges of the batches, averaged: after the first, each batch moves the range by 1 % of the
-                     way to its own (as torch's MovingAverageMinMaxObserver does). The only one whose result depends
-                     on how the data is batched and ordered
-    percentile       the range without its outermost values, symmetric: those of largest magnitude, otherwise half of
-                     them on either side
-    mse, histogram   the range whose grid has the least squared error. Two names of one observer: for batches that are
-                     gone, the error can only be measured on a histogram
+    moving-average   after the first batch, each moves the range by 1 % of the way to its own (as torch's
+                     MovingAverageMinMaxObserver does). Only here the result depends on how data is batched and ordered
+    percentile       the range without its outermost values (numerics/scales.py)
+    mse, histogram   the range whose grid has the least squared error: for batches that are gone, that can only be
+                     measured on a histogram, hence two names of one observer
 
 Percentiles and errors come from a histogram whose bins do not depend on the data (float_histogram.py), so they are
 the same, bit for bit, however the data is batched. Values are known to 0.1 % (less well beyond 128 scales per
-activation: 3 % at 4096); the two ends of the range are known exactly. Ranges become scales as everywhere
-(numerics/scales.py): on the format's real grid, with the scale as it will be stored.
+activation: 3 % at 4096); the two ends of the range are known exactly.
 
 A dynamic NVFP4 input has a global scale that calibration must find: for it, every observer is minmax.
 """
@@ -30,11 +27,11 @@ from fewbit.calibration.float_histogram import FloatHistogram
 from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import CalibrationError, ConfigError
 from fewbit.numerics.grouping import Tiling
-from fewbit.numerics.scales import GridRule, extremes
-from fewbit.numerics.search import PIECE, RangeSearch
+from fewbit.numerics.scales import GridRule, extremes, kept_ranks, unless_zero
+from fewbit.numerics.search import PIECE, RangeSearch, joined
 from fewbit.tensor import QuantizedActivation
 
-MOVING_AVERAGE_WEIGHT = 0.01  # of the newest batch
+WEIGHT = 0.01  # of the newest batch in moving averages
 # Shares of the range that are tried: from √2 of it (a power of two may have to be the next one up) down to 1/256, then
 # around the best. Heavy tails are clipped hard at few bits; the error of floats goes up and down within an octave.
 OCTAVES = (*(0.5 - step / 16 for step in range(32)), *(-1.5 - step / 4 for step in range(27)))
@@ -45,16 +42,12 @@ class Observer(ABC):
     """Accumulates batches of one activation; see `make_observer`."""
 
     def __init__(self, spec: QuantizationSpec, dtype: torch.dtype = torch.float32) -> None:
-        self.spec = spec
-        self.dtype = dtype
+        self.spec, self.dtype = spec, dtype
         self.low: Tensor | None = None
-        """The range's lower end so far, [tiles along rows, tiles along columns]; None before the first batch."""
+        """Lower end of the range so far, [tiles along rows, tiles along columns]; None before the first batch."""
         self.high: Tensor | None = None
 
     def __call__(self, x: Tensor) -> None:
-        self.update(x)
-
-    def update(self, x: Tensor) -> None:
         """Take a batch [..., channels] of any float dtype into account; an empty one changes nothing."""
         if x.numel() == 0:
             return
@@ -115,9 +108,7 @@ class MinMaxObserver(Observer):
 class MovingAverageObserver(MinMaxObserver):
     """The average of the batches' ranges, `weight` being that of the newest."""
 
-    def __init__(
-        self, spec: QuantizationSpec, dtype: torch.dtype = torch.float32, weight: float = MOVING_AVERAGE_WEIGHT
-    ) -> None:
+    def __init__(self, spec: QuantizationSpec, dtype: torch.dtype = torch.float32, weight: float = WEIGHT) -> None:
         super().__init__(spec, dtype)
         self.weight = weight
 
@@ -129,38 +120,30 @@ class MovingAverageObserver(MinMaxObserver):
 class HistogramObserver(Observer):
     """Base of those that need more than the range."""
 
-    histogram: FloatHistogram | None = None
+    histogram: FloatHistogram
     count: int = 0
     """Values of each tile."""
 
     def accumulate(self, tiles: Tensor, low: Tensor, high: Tensor) -> None:
         super().accumulate(tiles, low, high)
-        if self.histogram is None:
+        if not self.count:
             self.histogram = FloatHistogram(low.numel(), low.device)
         self.histogram.add(tiles.reshape(low.numel(), -1))
         self.count += tiles.shape[-1]
-
-    @property
-    def gathered(self) -> FloatHistogram:
-        assert self.histogram is not None, "result() comes after data"
-        return self.histogram
 
 
 class PercentileObserver(HistogramObserver):
     """The range that holds `spec.percentile` percent of the values; everything where these are zeros alone."""
 
     def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        last = self.count - 1
-        outside = (100.0 - rule.percentile) / 100.0 * last
-        histogram = self.gathered
+        first, last = kept_ranks(self.count, rule.percentile, rule.symmetric)
         if rule.symmetric:
-            top = histogram.magnitude_at(last - round(outside)).view_as(low)
+            top = self.histogram.magnitude_at(last).view_as(low)
             bottom = -top
         else:
-            bottom = histogram.value_at(round(outside / 2), upper=False).view_as(low)
-            top = histogram.value_at(last - round(outside / 2), upper=True).view_as(low)
-        nothing = (bottom == 0) & (top == 0)
-        bottom, top = torch.where(nothing, low, bottom), torch.where(nothing, high, top)
+            bottom = self.histogram.value_at(first, upper=False).view_as(low)
+            top = self.histogram.value_at(last, upper=True).view_as(low)
+        bottom, top = unless_zero(bottom, top, low, high)
         return rule.from_range(torch.maximum(bottom, low), torch.minimum(top, high))
 
 
@@ -168,32 +151,22 @@ class LeastErrorObserver(HistogramObserver):
     """The range with the least squared error."""
 
     def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        points, counts = self.gathered.points()
-        ends = low.flatten(), high.flatten()
+        points, counts = self.histogram.points()
         block = rule.scale.block
         at_once = block * max(1, PIECE // max(1, block * points.numel()))
-        scales, zeros = [], []
-        for start in range(0, low.numel(), at_once):
-            piece = slice(start, start + at_once)
-            part_low, part_high = ends[0][piece], ends[1][piece]
-            # no value lies outside the range, whatever the width of the bins at its ends
-            tiles = points.expand(part_low.numel(), -1).clamp(part_low.unsqueeze(-1), part_high.unsqueeze(-1))
-            scale, zero = least_error(rule, tiles, counts[piece], part_low, part_high)
-            scales.append(scale)
-            zeros.append(zero)
-        zero_point = None if rule.symmetric else torch.cat([zero for zero in zeros if zero is not None]).view_as(low)
-        return torch.cat(scales).view_as(low), zero_point
+        parts = (x.split(at_once) for x in (low.flatten(), high.flatten(), counts))
+        stored, zero = joined([_least_error(rule, points, *part) for part in zip(*parts, strict=True)])
+        return stored.view_as(low), None if zero is None else zero.view_as(low)
 
 
-def least_error(
-    rule: GridRule, tiles: Tensor, importance: Tensor, low: Tensor, high: Tensor
+def _least_error(
+    rule: GridRule, points: Tensor, low: Tensor, high: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Stored scale [tiles] and zero point of the range, within [low, high], that has the least weighted error.
-
-    `tiles`, `importance` [tiles, n] float32, `low`, `high` [tiles]. Shares of the range are tried from large to small,
-    for affine grids then of each end alone. The whole range is tried first, so the result is never worse than minmax.
-    """
-    best = RangeSearch(rule, low, high, lambda scale, zero: rule.error(tiles, scale, zero, importance))
+    """Stored scale [tiles] and zero point of the range, within [low, high] [tiles], that has the least squared error
+    of the points [n], which stand for `counts` [tiles, n] values each. Never worse than the whole range."""
+    # no value lies outside the range, whatever the width of the bins at its ends
+    tiles = points.expand(low.numel(), -1).clamp(low.unsqueeze(-1), high.unsqueeze(-1))
+    best = RangeSearch(rule, low, high, lambda scale, zero: rule.error(tiles, scale, zero, counts))
     best.sweep([2**octaves for octaves in OCTAVES])
     for step in FINER_OCTAVES:
         around_low, around_high = best.share_low, best.share_high
@@ -215,11 +188,8 @@ OBSERVERS: dict[str, type[Observer]] = {
 
 
 def make_observer(spec: QuantizationSpec, dtype: torch.dtype = torch.float32) -> Observer:
-    """The observer that `spec` asks for, for a model whose weights are of `dtype` (which scales are then stored in).
-
-    It works for every granularity whose scales stay the same from batch to batch. ConfigError if the spec needs no
-    data, or its observer is for weights.
-    """
+    """The observer that `spec` asks for, in a model whose weights (and so the scales) are of `dtype`. ConfigError if
+    the spec needs no data, or its observer is for weights."""
     if not spec.needs_data:
         raise ConfigError(f"an activation of {spec.dtype} with is_dynamic={spec.is_dynamic} has nothing to calibrate")
     if spec.is_dynamic:

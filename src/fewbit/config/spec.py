@@ -25,6 +25,10 @@ Observer = Literal["search", "mse", "minmax", "signed-max", "percentile", "histo
 WEIGHT_ONLY_OBSERVERS = ("search", "signed-max")
 SEARCHING_OBSERVERS = ("search", "mse", "histogram")
 ACCUMULATING_OBSERVERS = ("histogram", "moving-average")
+# The fields of a cast that others need to find or store their scales
+PLAIN = {
+    "symmetric": True, "qscheme": "per_tensor", "observer": "placeholder", "scale_type": "float", "clip_ratio": 1.0,
+}  # fmt: skip
 
 
 def _known_scale_type(name: str) -> str:
@@ -84,23 +88,20 @@ class QuantizationSpec:
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(quark.translate_spec)
 
     def __post_init__(self) -> None:
-        if format_of(self.dtype) is None or self.dtype == "e8m0":
-            raise ConfigError(f"unknown dtype {shown(self.dtype)}{nearest(self.dtype[:200], ELEMENT_FORMATS)}")
+        if format_of(self.dtype) is None:
+            raise ConfigError(f"unknown dtype {shown(self.dtype)}{nearest(self.dtype[:200], FORMATS)}")
         for check in (self._check_granularity, self._check_grid, self._check_observer, self._check_scale):
             check()
         if (first := self.first_stage) is not None:
-            if first.is_dynamic or first.residual or first.qscheme == "per_token" or first.first_stage is not None:
-                raise ConfigError("first_stage must be a plain spec of a weight: not dynamic, residual or two-staged")
-            if first.observer in ACCUMULATING_OBSERVERS:
-                raise ConfigError(f"first_stage: observer {first.observer} gathers batches; use search, mse or minmax")
+            _check_weight("first_stage", first)
+            if first.first_stage is not None:
+                raise ConfigError("first_stage: there are two stages at most")
 
     def check_stored(self, what: str) -> None:
         """ConfigError, which names `what`, for a dtype that has no codes to store."""
         if not self.format.has_codes:
-            raise ConfigError(
-                f"{what}: {self.dtype} can be rounded to (Quantizer, FakeQuantLinear), but not stored; codes have 2 "
-                "to 8 bits"
-            )
+            only = "can be rounded to (Quantizer, FakeQuantLinear), but not stored"
+            raise ConfigError(f"{what}: {self.dtype} {only}; codes have 2 to 8 bits")
 
     def _check_granularity(self) -> None:
         sizes = (("per_group", "group_size", self.group_size), ("per_block", "block_size", self.block_size))
@@ -117,14 +118,9 @@ class QuantizationSpec:
 
     def _check_grid(self) -> None:
         if self.format.is_cast:
-            if not self.symmetric:
-                raise ConfigError(f"dtype {self.dtype} is a cast: it has no zero point; leave symmetric out")
-            if self.qscheme != "per_tensor":
-                raise ConfigError(f"dtype {self.dtype} is a cast without scales; use qscheme per_tensor")
-            if self.observer != "placeholder":
-                raise ConfigError(f"dtype {self.dtype} is a cast; observer {self.observer} would find no scale for it")
-            if self.scale_type != "float" or self.clip_ratio != 1.0:
-                raise ConfigError(f"dtype {self.dtype} is a cast without scales; leave scale_type and clip_ratio out")
+            for field, only in PLAIN.items():
+                if (given := getattr(self, field)) != only:
+                    raise ConfigError(f"dtype {self.dtype} is a cast without scales; leave {field} {given} out")
             return
         if self.symmetric and self.format.is_integer and not self.format.is_signed:
             raise ConfigError(f"symmetric codes are signed: use {self.dtype.removeprefix('u')}, or symmetric=False")
@@ -245,9 +241,6 @@ class QuantizationSpec:
         return elements + zero_points + self.scale_format(weight_dtype).stored_bits(scales)
 
 
-ELEMENT_FORMATS = [name for name in FORMATS if name != "e8m0"]
-
-
 @config_class
 class QuantizationConfig:
     """Which tensors of a module are quantized and how. None leaves the tensor as it is."""
@@ -265,30 +258,14 @@ class QuantizationConfig:
         for name, spec in self.activations.items():
             if spec is None:
                 continue
-            _check_activation(name, spec)
-            if (
-                spec.is_dynamic
-                and (spec.qscheme == "per_block" or spec.tiling.rows != 1)
-                and spec.qscheme != "per_tensor"
-            ):
+            _check_activation(name, spec, spec.tiling.rows == 0, "per_tensor")
+            if spec.is_dynamic and spec.qscheme != "per_tensor" and (spec.block_size or spec.tiling.rows != 1):
                 raise ConfigError(
                     f"{name}: qscheme {spec.qscheme} with ch_axis {spec.ch_axis} takes scales over several tokens, "
                     "whose number differs from batch to batch; use per_token, or groups along channels"
                 )
-            if not spec.is_dynamic and spec.tiling.rows != 0:
-                raise ConfigError(
-                    f"{name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot know; "
-                    "use is_dynamic=True, or per_tensor"
-                )
-        if (weight := self.weight) is not None:
-            if weight.is_dynamic:
-                raise ConfigError("weight: is_dynamic is for activations; a weight's scale never changes")
-            if weight.qscheme == "per_token":
-                raise ConfigError("weight: per_token is for activations; use per_channel")
-            if weight.residual:
-                raise ConfigError("weight: residual is for activations")
-            if weight.observer in ACCUMULATING_OBSERVERS:
-                raise ConfigError(f"weight: observer {weight.observer} gathers batches; use search, mse or minmax")
+        if self.weight is not None:
+            _check_weight("weight", self.weight)
         if (bias := self.bias) is not None:
             stored_as = bias.stored_as
             if bias.observer in ACCUMULATING_OBSERVERS or stored_as.has_global_scale or stored_as.block > 1:
@@ -299,7 +276,7 @@ class QuantizationConfig:
     @property
     def quantizes(self) -> bool:
         """Whether it names anything at all."""
-        return any(spec is not None for spec in (self.weight, self.input_tensors, self.output_tensors, self.bias))
+        return any((self.weight, self.input_tensors, self.output_tensors, self.bias))
 
     @property
     def activations(self) -> dict[str, QuantizationSpec | None]:
@@ -311,14 +288,31 @@ class QuantizationConfig:
         return any(spec is not None and spec.needs_data for spec in self.activations.values())
 
 
-def _check_activation(name: str, spec: QuantizationSpec) -> None:
-    """ConfigError for what only a weight can have."""
+def _check_weight(name: str, spec: QuantizationSpec) -> None:
+    """ConfigError for what only an activation can have."""
+    if spec.is_dynamic or spec.residual:
+        raise ConfigError(
+            f"{name}: {'is_dynamic' if spec.is_dynamic else 'residual'} is for activations; leave it out"
+        )
+    if spec.qscheme == "per_token":
+        raise ConfigError(f"{name}: per_token is for activations; use per_channel")
+    if spec.observer in ACCUMULATING_OBSERVERS:
+        raise ConfigError(f"{name}: observer {spec.observer} gathers batches; use search, mse or minmax")
+
+
+def _check_activation(name: str, spec: QuantizationSpec, fits_static: bool, static: str) -> None:
+    """ConfigError for what only a weight can have, and for a static scale unless its granularity `fits_static`."""
     if spec.observer in WEIGHT_ONLY_OBSERVERS:
         raise ConfigError(f"{name}: observer {spec.observer} is for weights; use minmax, mse or percentile")
     if spec.first_stage is not None:
         raise ConfigError(f"{name}: first_stage is for weights; an activation takes residual=True")
     if spec.residual and not spec.is_dynamic:
         raise ConfigError(f"{name}: residual needs is_dynamic=True: what is left over has a scale of its own")
+    if not (spec.is_dynamic or fits_static):
+        raise ConfigError(
+            f"{name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot know; "
+            f"use is_dynamic=True, or {static}"
+        )
 
 
 @config_class
@@ -339,12 +333,8 @@ class AttentionConfig:
         if not self.specs:
             raise ConfigError("attention: name a spec for key, value, query or probabilities, or leave attention out")
         for name, spec in self.specs.items():
-            _check_activation(f"attention {name}", spec)
-            if not spec.is_dynamic and not spec.format.is_cast and spec.qscheme not in ("per_tensor", "per_channel"):
-                raise ConfigError(
-                    f"attention {name}: qscheme {spec.qscheme} has scales for each token, which calibration cannot "
-                    "know; use is_dynamic=True, or per_tensor or per_channel (a scale per head)"
-                )
+            fits_static = spec.qscheme in ("per_tensor", "per_channel")
+            _check_activation(f"attention {name}", spec, fits_static, "per_tensor or per_channel (a scale per head)")
 
     @property
     def specs(self) -> dict[str, QuantizationSpec]:

@@ -117,7 +117,7 @@ class CalibrationStop:
         self._observer = make_observer(quantizer.spec, quantizer.dtype)
 
     def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None, known: Tensor | None = None) -> None:
-        self._observer.update(x if mask is None else x[mask])
+        self._observer(x if mask is None else x[mask])
 
     def reset(self) -> None:
         self._observer = make_observer(self.quantizer.spec, self.quantizer.dtype)

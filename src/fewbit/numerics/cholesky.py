@@ -1,7 +1,6 @@
 """The inverse Cholesky factor L⁻¹ of A = LLᵀ, made of matrix products.
 
-LAPACK reaches a tenth of what products reach on the processors we measured. Halving A leaves little else to do than
-products, and with the inverse of L's first half at hand, its second half needs no triangular solve either:
+LAPACK reaches a tenth of what products reach on the processors we measured. Halving A leaves little else to do:
 
     A = [[P, Qᵀ], [Q, R]]     L₁⁻¹ of P,   M = Q L₁⁻ᵀ,   L₂⁻¹ of R − MMᵀ,   L⁻¹ = [[L₁⁻¹, 0], [−L₂⁻¹ M L₁⁻¹, L₂⁻¹]]
 """

@@ -1,9 +1,8 @@
 """Element formats as data: what numbers a code of a few bits can stand for.
 
-Integers follow two's complement; small floats follow OCP FP8 (e4m3 without infinities, e5m2 with), OCP MX v1.0
-(e3m2, e2m3, e2m1: no infinities, no NaN) and e8m0 (a bare power of two, used for scales). bfloat16 and float16 are
-here so that a spec can say "cast": they have no codes of their own. Integers of 9 bits and more can be rounded to,
-but nothing stores them.
+Integers follow two's complement; small floats follow OCP FP8 (e4m3 without infinities, e5m2 with) and OCP MX v1.0
+(e3m2, e2m3, e2m1: no infinities, no NaN). bfloat16 and float16 are casts: they have no codes of their own. Integers of
+9 bits and more can be rounded to, but nothing stores them.
 """
 
 from __future__ import annotations
@@ -21,22 +20,17 @@ RoundMethod = Literal["half_even", "round", "floor"]
 FLOAT32_MANTISSA = 23
 NATIVE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # whose bits are the codes
 CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-CODE_BITS = 8
-"""Of the widest codes that are stored."""
-WIDEST = 64
-"""Bits of the widest integers that can be rounded to."""
+CODE_BITS = 8  # of the widest codes that are stored
+WIDEST = 64  # bits of the widest integers that can be rounded to
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """One element format.
-
-    `smallest` and `largest` are the finite values at the ends of the range; encoding saturates there.
-    """
+    """One element format. Encoding saturates at `smallest` and `largest`, the finite ends of the range."""
 
     name: str
     bits: int
-    kind: Literal["int", "float", "exponent", "cast"]
+    kind: Literal["int", "float", "cast"]
     smallest: float
     largest: float
     exponent_bits: int = 0
@@ -60,7 +54,7 @@ class NumberFormat:
 
     @property
     def emax(self) -> int:
-        """Exponent of the largest binade: floor(log2(largest)). What a block's exponent is reduced by in OCP MX."""
+        """Exponent of the largest binade, floor(log2(largest)): what OCP MX reduces a block's exponent by."""
         return math.frexp(self.largest)[1] - 1
 
     @property
@@ -69,8 +63,8 @@ class NumberFormat:
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """Dtype that holds one code unpacked: int8 for signed integers, uint8 for everything else that is coded.
-        Wide integers, which are no codes, are floats."""
+        """Dtype of one code unpacked: int8 for signed integers, uint8 for what else is coded, float64 for wide
+        integers."""
         if self.is_cast:
             return CAST_DTYPES[self.name]
         if not self.has_codes:
@@ -93,10 +87,9 @@ class NumberFormat:
         # The quantum of a float's binade is a power of two: its exponent bits, at least those of the lowest normal
         # binade, less the mantissa's. In units of it, the nearest float is the nearest integer.
         x.clamp_(self.smallest, self.largest)
-        lowest = self.smallest if self.kind == "exponent" else 2.0 ** (1 - self.bias)
         quantum = x.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
-        quantum.clamp_(min=lowest).mul_(2.0**-self.mantissa_bits)
-        if method != "half_even" or self.kind == "exponent":
+        quantum.clamp_(min=2.0 ** (1 - self.bias)).mul_(2.0**-self.mantissa_bits)
+        if method != "half_even":
             return round_steps_(x.div_(quantum), method).mul_(quantum).clamp_(self.smallest, self.largest)
         # A sum with 1.5 · 2^23 quanta has no room for less than one of them, and is itself rounded half to even
         much = 1.5 * 2.0**FLOAT32_MANTISSA
@@ -105,10 +98,9 @@ class NumberFormat:
         return torch.copysign(x.add(quantum, alpha=much).sub_(quantum, alpha=much), x, out=x)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes of the nearest representable values: round half to even, saturating at the ends.
+        """Codes of the nearest representable values: `x` float of any shape → `code_dtype`, same shape.
 
-        `x` float of any shape → `code_dtype`, same shape. NaN becomes the format's NaN code; a format without one
-        raises ValueError, because a silent 0 would hide a broken tensor.
+        NaN becomes the format's NaN code; ValueError where there is none: a silent 0 would hide a broken tensor.
         """
         if self.is_cast:  # NaN stays NaN
             return x.float().clamp(self.smallest, self.largest).to(self.code_dtype)
@@ -117,18 +109,18 @@ class NumberFormat:
             raise ValueError(f"NaN cannot be encoded as {self.name}")
         if self.is_integer:
             return x.round().clamp(self.smallest, self.largest).to(self.code_dtype)
-        code = _encode_exponent(self, x) if self.kind == "exponent" else _encode_float(self, x)
-        if self.nan_code is not None:
-            code = torch.where(isnan, self.nan_code, code)
-        return code.to(torch.uint8)
+        codes = self.codes(self.round(x))
+        return codes if self.nan_code is None else codes.masked_fill_(isnan, self.nan_code)
 
     def codes(self, values: Tensor) -> Tensor:
         """Codes of float32 values of the format itself (what `round_` gives), without NaN: `encode`, but faster."""
-        if self.is_integer:
+        if self.is_integer or self.is_cast:
             return values.to(self.code_dtype)
         if self.name in NATIVE_DTYPES:
             return values.to(NATIVE_DTYPES[self.name]).view(torch.uint8)
-        return self.encode(values)
+        sign = torch.signbit(values).to(torch.uint8) << (self.bits - 1)
+        positive = _code_table(self.name)[: 2 ** (self.bits - 1)].to(values.device, values.dtype)
+        return torch.searchsorted(positive, values.abs().contiguous()).to(torch.uint8) | sign
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of `codes` in `dtype`."""
@@ -149,36 +141,6 @@ def round_steps_(steps: Tensor, method: RoundMethod) -> Tensor:
     return steps.add_(torch.full_like(steps, 0.5 - 2.0**-25).copysign_(steps)).trunc_()
 
 
-def _encode_float(fmt: NumberFormat, x: Tensor) -> Tensor:
-    """Sign, exponent and mantissa fields of the nearest value, as int32 codes.
-
-    Working in units of the quantum of x's own binade turns "nearest float" into "nearest integer"; torch.round is
-    half-to-even, and an even integer is an even code. Float64 makes the scaling by powers of two exact for any input.
-    """
-    magnitude = x.double().abs().nan_to_num(nan=0.0, posinf=fmt.largest).clamp(max=fmt.largest)
-    lowest_exponent = 1 - fmt.bias
-    exponent = torch.frexp(magnitude).exponent - 1  # magnitude in [2^e, 2^(e+1))
-    # below the lowest normal all share its quantum; frexp calls the exponent of zero 0, which is no such thing
-    exponent = exponent.clamp(min=lowest_exponent).masked_fill(magnitude == 0, lowest_exponent)
-    steps = torch.ldexp(magnitude, fmt.mantissa_bits - exponent).round().to(torch.int32)
-    # `steps` counts quanta from 0. A carry into the next binade (steps = 2^(m+1)) lands on the right code by itself.
-    code = ((exponent - lowest_exponent) << fmt.mantissa_bits) + steps
-    sign = torch.signbit(x).to(torch.int32) << (fmt.bits - 1)
-    return code | sign
-
-
-def _encode_exponent(fmt: NumberFormat, x: Tensor) -> Tensor:
-    """Biased exponent of the nearest power of two; half-way (1.5·2^k) goes up.
-
-    With no mantissa bits the last bit kept is the implicit 1, which is odd, so half-to-even rounds up: the reading
-    that torch's float8_e8m0fnu cast has too. A scale is positive: zero and negative numbers saturate to 2^-127.
-    """
-    value = x.double().nan_to_num(nan=1.0, posinf=fmt.largest).clamp(fmt.smallest, fmt.largest)
-    mantissa, exponent = torch.frexp(value)  # mantissa in [0.5, 1)
-    code = exponent - 1 + fmt.bias + (mantissa >= 0.75).to(exponent.dtype)
-    return code.clamp(max=254)
-
-
 def format_of(name: str) -> NumberFormat | None:
     """An element format by its name, integers of more than 8 bits included; None for one that does not exist."""
     if name in FORMATS:
@@ -191,25 +153,14 @@ def format_of(name: str) -> NumberFormat | None:
 
 @cache
 def _code_table(name: str) -> Tensor:
-    """Float64 values of all 2^bits codes of a float format."""
+    """Float64 values of all 2^bits codes of a float without NaN: sign, exponent and mantissa bits."""
     fmt = FORMATS[name]
-    code = torch.arange(2**fmt.bits)
-    if fmt.kind == "exponent":
-        table = torch.ldexp(torch.ones(256, dtype=torch.float64), code - fmt.bias)
-    else:
-        mantissa = code & (2**fmt.mantissa_bits - 1)
-        exponent = (code >> fmt.mantissa_bits) & (2**fmt.exponent_bits - 1)
-        normal = exponent > 0
-        steps = (mantissa + (normal.long() << fmt.mantissa_bits)).double()
-        table = torch.ldexp(steps, torch.where(normal, exponent, 1) - fmt.bias - fmt.mantissa_bits)
-        table = torch.where(code >> (fmt.bits - 1) == 1, -table, table)
-        beyond = table.abs() > fmt.largest  # only the codes that OCP assigns to inf and NaN
-        table = torch.where(beyond, torch.nan, table)
-        if name == "e5m2":
-            table[0b01111100], table[0b11111100] = torch.inf, -torch.inf
-    if fmt.nan_code is not None:
-        table[fmt.nan_code] = torch.nan
-    return table
+    code = torch.arange(2 ** (fmt.bits - 1))
+    exponent = code >> fmt.mantissa_bits
+    # subnormal numbers have the exponent of the lowest normal ones, and no 1 before the mantissa
+    steps = torch.where(exponent > 1, code - ((exponent - 1) << fmt.mantissa_bits), code)
+    positive = torch.ldexp(steps.double(), exponent.clamp(min=1) - fmt.bias - fmt.mantissa_bits)
+    return torch.cat([positive, -positive])
 
 
 def _signed(bits: int) -> NumberFormat:
@@ -220,8 +171,8 @@ def _unsigned(bits: int) -> NumberFormat:
     return NumberFormat(f"uint{bits}", bits, "int", 0.0, 2.0**bits - 1)
 
 
-def _float(name: str, bits: int, exponent: int, mantissa: int, largest: float, nan: int | None = None) -> NumberFormat:
-    bias = 2 ** (exponent - 1) - 1
+def _float(exponent: int, mantissa: int, largest: float, nan: int | None = None) -> NumberFormat:
+    name, bits, bias = f"e{exponent}m{mantissa}", 1 + exponent + mantissa, 2 ** (exponent - 1) - 1
     return NumberFormat(name, bits, "float", -largest, largest, exponent, mantissa, bias, nan)
 
 
@@ -230,13 +181,12 @@ FORMATS: dict[str, NumberFormat] = {
     for fmt in (
         *(_signed(bits) for bits in range(2, 9)),
         *(_unsigned(bits) for bits in range(2, 9)),
-        _float("e4m3", 8, 4, 3, 448.0, nan=0x7F),
-        _float("e5m2", 8, 5, 2, 57344.0, nan=0x7F),
-        _float("e3m2", 6, 3, 2, 28.0),
-        _float("e2m3", 6, 2, 3, 7.5),
-        _float("e2m1", 4, 2, 1, 6.0),
+        _float(4, 3, 448.0, nan=0x7F),
+        _float(5, 2, 57344.0, nan=0x7F),
+        _float(3, 2, 28.0),
+        _float(2, 3, 7.5),
+        _float(2, 1, 6.0),
         NumberFormat("bfloat16", 16, "cast", -3.3895313892515355e38, 3.3895313892515355e38),
         NumberFormat("float16", 16, "cast", -65504.0, 65504.0),
-        NumberFormat("e8m0", 8, "exponent", 2.0**-127, 2.0**127, exponent_bits=8, bias=127, nan_code=0xFF),
     )
 }

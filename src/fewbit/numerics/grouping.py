@@ -15,11 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile size of a matrix's last two axes. 0 stands for "the whole axis".
-
-    `partial` allows tiles at the lower and right edges that are not full, as FP8 blocks of 128 × 128 have them;
-    otherwise tiles have to cover the matrix exactly.
-    """
+    """Tile size of a matrix's last two axes, 0 being the whole axis. Tiles have to cover the matrix exactly, unless
+    `partial` allows tiles at the lower and right edges that are not full, as FP8 blocks of 128 × 128 have them."""
 
     rows: int = 1
     columns: int = 0
@@ -46,10 +43,8 @@ class Tiling:
         return (*shape[:-2], -(-shape[-2] // tile_rows), -(-shape[-1] // tile_columns))
 
     def split(self, x: Tensor) -> Tensor:
-        """[..., R, C] → [..., R/r, C/c, r·c]: the last axis holds what shares a scale. A view where r is 1.
-
-        Partial tiles are filled up with zeros.
-        """
+        """[..., R, C] → [..., R/r, C/c, r·c]: the last axis holds what shares a scale. A view where r is 1. Partial
+        tiles are filled up with zeros."""
         rows, columns = x.shape[-2:]
         r, c = self.tile(rows, columns)
         if rows % r or columns % c:
@@ -59,10 +54,8 @@ class Tiling:
         return tiles.transpose(-3, -2).reshape(*above, down, across, r * c)
 
     def pieces(self, rows: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:
-        """Slices of a matrix's rows with some `elements` each, and those of the rows of their scales.
-
-        For what is done element by element: in pieces that fit the cache it takes a third of the time.
-        """
+        """Slices of a matrix's rows with some `elements` each, and those of the rows of their scales. (What is done
+        element by element takes a third of the time in pieces that fit the cache.)"""
         tile_rows = self.rows or 1
         at_once = tile_rows * max(1, elements // (columns * tile_rows)) if columns else rows
         for start in range(0, rows, at_once):

@@ -23,8 +23,7 @@ def packed_length(length: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes [..., n] (any integer dtype, 0 ≤ code < 2^bits) → int32 words [..., ceil(n·bits/32)]."""
     _check_bits(bits)
-    unsigned = codes.dtype == torch.uint8
-    if codes.numel() and ((not unsigned and int(codes.min()) < 0) or int(codes.max()) >= 2**bits):
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(f"codes must lie in [0, {2**bits}) to be packed in {bits} bits")
     length = codes.shape[-1]
     if bits in (1, 2, 4, 8):
@@ -55,10 +54,8 @@ def _pack_evenly(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """Inverse of `pack`: int32 words [..., ceil(n·bits/32)] → uint8 codes [..., n]."""
     _check_bits(bits)
-    if words.shape[-1] != packed_length(length, bits):
-        raise ValueError(
-            f"{length} codes of {bits} bits need {packed_length(length, bits)} words, not {words.shape[-1]}"
-        )
+    if words.shape[-1] != (needed := packed_length(length, bits)):
+        raise ValueError(f"{length} codes of {bits} bits need {needed} words, not {words.shape[-1]}")
     groups = torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)).unflatten(-1, (-1, bits))  # [..., n/32, b]
     codes = torch.empty(*groups.shape[:-1], LANES, dtype=torch.uint8, device=words.device)
     mask = 2**bits - 1

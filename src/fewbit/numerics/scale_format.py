@@ -8,12 +8,10 @@
                      arXiv:2302.08007)
 
 Nothing else knows what a scale type is: searches score the values that `round` gives, over the candidates that the
-type enumerates; specs, tensors and algorithms ask for its properties. A new type is a subclass of `ScaleFormat` and an
-entry in the table.
+type enumerates; all others ask for its properties.
 
 The global scale of e4m3 is a power of two. Formats disagree whether it multiplies (ModelOpt) or divides
-(compressed-tensors); a power of two is exact both ways, and e4m3's exponent leaves room for the half binade that may
-cost.
+(compressed-tensors); a power of two is exact both ways, and e4m3 has room for the half binade that may cost.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ ExponentMode = Literal["floor", "ceil", "rceil", "even"]
 
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # of normal float32
 E8M0_SMALLEST_EXPONENT = -127  # subnormal in float32
-E4M3_SMALLEST = 2.0**-9
 # e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
 E4M3_STEPS, E4M3_STEPS_IN_OCTAVE = 6, 8
 PAIRS = 8  # of elements that share a microexponent's byte
@@ -49,14 +46,12 @@ class ScaleFormat(ABC):
     """
 
     dtype: torch.dtype = torch.float32
-    """What scales are stored in."""
     global_scale: float = 1.0
     """What all values are multiplied by, one per tensor; 1.0 for types that have none."""
 
     name: ClassVar[str]
-    """In specs."""
     own_dtype: ClassVar[torch.dtype | None] = None
-    """The `dtype` of this type; None if scales are stored in a float dtype that the spec or the checkpoint chooses."""
+    """The `dtype` of this type; None for a float dtype that the spec or the checkpoint chooses."""
     may_be_negative: ClassVar[bool] = False
     allows_zero_points: ClassVar[bool] = False
     """Whether affine grids may have such scales."""
@@ -72,11 +67,8 @@ class ScaleFormat(ABC):
 
     @abstractmethod
     def store(self, scale: Tensor) -> Tensor:
-        """The stored form [..., tiles] of wanted scales (float32).
-
-        No value is 0: where nothing is to be scaled, 1 takes its place; where a scale is too small to be stored, the
-        smallest there is (in e4m3 for both). What is not finite stays so, as NaN where there is no infinity.
-        """
+        """The stored form [..., tiles] of wanted scales (float32). No value is 0: zeros become 1, and what is too
+        small the smallest there is (in e4m3 both). What is not finite stays so, as NaN where there is no infinity."""
 
     def value(self, stored: Tensor) -> Tensor:
         """What a stored scale stands for, float32."""
@@ -87,28 +79,27 @@ class ScaleFormat(ABC):
         return self.value(self.store(scale))
 
     def covering(self, magnitude: Tensor, fmt: NumberFormat, mode: ExponentMode) -> Tensor:
-        """The positive scale, not yet stored, at which the largest magnitude [...] reaches the end of the grid; 0
-        where that is 0. `mode` is for block exponents."""
+        """The positive scale, not yet stored, at which the largest magnitude [...] reaches the end of the grid, or 0;
+        `mode` is for block exponents."""
         reach: float = (2**fmt.bits - 1) / 2 if fmt.is_integer else fmt.largest
         return magnitude / reach
 
     def storable(self, end: Tensor, octaves: Tensor) -> Iterator[Tensor]:
-        """Of a coarse type, all scales worth trying about a covering one, `end` [...]: values [...], from just above
-        it down by `octaves` [...]."""
+        """Of a coarse type, all values [...] worth trying from just above a covering scale, `end` [...], down by
+        `octaves` [...]."""
         raise NotImplementedError(f"scales of type {self.name} are not enumerated")
 
     def alternatives(self, covering: Tensor) -> Iterator[Iterable[Tensor]]:
-        """Of a type that is stored jointly, candidates about the covering scales [..., tiles]: for each state of what
-        a block shares, the values [..., tiles] of which each tile may take one."""
+        """Of a type that is stored jointly, about the covering scales [..., tiles]: for each state of what a block
+        shares, the values [..., tiles] of which each tile may take one."""
         raise NotImplementedError(f"scales of type {self.name} are not stored jointly")
 
     def pooled(self, error: Tensor) -> Tensor:
         """Errors [..., tiles], each the sum over the tiles whose scales are stored jointly."""
         if self.block == 1:
             return error
-        blocks = error.unflatten(-1, (-1, self.block))
-        summed: Tensor = blocks.sum(-1, keepdim=True).expand_as(blocks)
-        return summed.flatten(-2)
+        summed: Tensor = error.unflatten(-1, (-1, self.block)).sum(-1)
+        return summed.repeat_interleave(self.block, -1)
 
     @classmethod
     def global_scale_for(cls, magnitude: float, fmt: NumberFormat) -> float:
@@ -172,7 +163,7 @@ class E4M3(ScaleFormat):
     def store(self, scale: Tensor) -> Tensor:
         steps = (scale / self.global_scale).float()
         finite = steps.isfinite()
-        steps = FORMATS["e4m3"].round_(steps.nan_to_num_()).clamp_(min=E4M3_SMALLEST)
+        steps = FORMATS["e4m3"].round_(steps.nan_to_num_()).clamp_(min=2.0**-9)
         return steps.masked_fill_(~finite, torch.nan).to(torch.float8_e4m3fn)
 
     def storable(self, end: Tensor, octaves: Tensor) -> Iterator[Tensor]:
@@ -184,8 +175,7 @@ class E4M3(ScaleFormat):
 
     @classmethod
     def global_scale_for(cls, magnitude: float, fmt: NumberFormat) -> float:
-        """The largest e4m3 number (448) times the largest element just covers the magnitude, rounded up to a power of
-        two."""
+        """The power of two with which the largest scale (448) times the largest element covers the magnitude."""
         if not 0 < magnitude < math.inf:
             return 1.0
         exponent = math.ceil(math.log2(magnitude / (FORMATS["e4m3"].largest * fmt.largest)))
@@ -200,14 +190,15 @@ class E8M0(_Binades):
     shares: ClassVar[tuple[float, ...]] = (1.0, 0.5, 2.0)
 
     def store(self, scale: Tensor) -> Tensor:
-        return self._bytes(nearest_power_of_two(scale, E8M0_SMALLEST_EXPONENT))
+        power = self.shared(nearest_power_of_two(scale, E8M0_SMALLEST_EXPONENT))
+        return torch.where(power == 0, torch.ones_like(power), power).to(self.dtype)
 
     def covering(self, magnitude: Tensor, fmt: NumberFormat, mode: ExponentMode) -> Tensor:
         return block_exponent_scale(magnitude, fmt, mode).masked_fill(magnitude == 0, 0.0)
 
-    def _bytes(self, power: Tensor) -> Tensor:
-        """The byte holds every power of two that is left."""
-        return torch.where(power == 0, torch.ones_like(power), power).to(self.dtype)
+    def shared(self, power: Tensor) -> Tensor:
+        """What becomes of powers of two and zeros [..., tiles] that are stored jointly."""
+        return power
 
 
 class Microexponent(E8M0):
@@ -217,13 +208,16 @@ class Microexponent(E8M0):
     block = PAIRS
     shares = (1.0,)
 
-    def store(self, scale: Tensor) -> Tensor:
-        power = nearest_power_of_two(scale, E8M0_SMALLEST_EXPONENT)
-        return self._bytes(_share_exponents(power))  # before zeros become 1: a pair of zeros lifts no other
+    def shared(self, power: Tensor) -> Tensor:
+        """None is more than a factor 2 below the largest of its 8 neighbours; a pair of zeros lifts no other."""
+        if power.shape[-1] % PAIRS:
+            raise ValueError(f"{power.shape[-1]} pairs do not divide into microexponent blocks of {PAIRS}")
+        blocks = power.unflatten(-1, (-1, PAIRS))
+        lifted: Tensor = blocks.maximum(blocks.amax(-1, keepdim=True) / 2)
+        return lifted.flatten(-2)
 
     def alternatives(self, covering: Tensor) -> Iterator[Iterable[Tensor]]:
-        blocks = self.round(covering).unflatten(-1, (-1, PAIRS))
-        top = blocks.amax(-1, keepdim=True).expand_as(blocks).flatten(-2)
+        top = self.round(covering).unflatten(-1, (-1, PAIRS)).amax(-1).repeat_interleave(PAIRS, -1)
         for step in BINADES:
             upper = self.round(2.0**step * top)
             yield upper, upper / 2
@@ -255,10 +249,10 @@ def block_exponent_scale(magnitude: Tensor, fmt: NumberFormat, mode: ExponentMod
     """Power-of-two scale of blocks with the given largest magnitudes (OCP MX v1.0, §6.3 and what others made of it).
 
     floor: 2^(floor(log2 amax) − emax), OCP's; elements above the largest saturate. ceil: the next power of two up.
-    rceil: the smallest power of two with which nothing saturates. even: like floor after amax was rounded to the
-    element's mantissa bits, so that the block moves up a binade when its maximum would round there.
-    The largest magnitude stays finite: where it would be rounded up to 2^128, it saturates a binade below. Blocks of
-    zeros get 1, those that hold infinity or NaN get NaN. float32 → float32, from 2^-127 to 2^127.
+    rceil: the smallest power of two with which nothing saturates. even: floor of amax rounded to the element's
+    mantissa bits, so that the block moves up a binade when its maximum would. Where that would be rounded up to 2^128,
+    it saturates a binade below. Blocks of zeros get 1, those with infinity or NaN get NaN. float32 → float32, from
+    2^-127 to 2^127.
     """
     amax = magnitude.double()  # so that no float32 is too small or too large for what follows
     if mode == "rceil":
@@ -289,12 +283,3 @@ def _overflows(amax: Tensor, exponent: Tensor, fmt: NumberFormat) -> Tensor:
 def _ceil_log2(x: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(x)
     return exponent - (mantissa == 0.5).to(exponent.dtype)
-
-
-def _share_exponents(scale: Tensor) -> Tensor:
-    """Scales of pairs [..., pairs], powers of two: none more than a factor 2 below the largest of its 8 neighbours."""
-    if scale.shape[-1] % PAIRS:
-        raise ValueError(f"{scale.shape[-1]} pairs do not divide into microexponent blocks of {PAIRS}")
-    blocks = scale.unflatten(-1, (-1, PAIRS))
-    shared: Tensor = blocks.maximum(blocks.amax(-1, keepdim=True) / 2)
-    return shared.flatten(-2)

@@ -6,9 +6,8 @@ grids one integer zero point, per tile.
     minmax       the range's ends map to the grid's ends (integers, symmetric: amax / ((2^b − 1) / 2); floats:
                  amax / largest; e8m0: the block exponent by the scale format's mode)
     signed-max   symmetric integers: the element of largest magnitude maps to −2^(b−1), the scale may be negative
-    percentile   minmax of the range without its outermost values
-    search       the scale with the least squared error (search.py), each element weighted by `importance`: diag(H) for
-                 a linear's weight
+    percentile   minmax without the outermost values: those of largest magnitude if symmetric, else half on either side
+    search       the least squared error (search.py), each element weighted by `importance`: diag(H) for a weight
     mse          search with all elements weighted alike
 """
 
@@ -24,33 +23,25 @@ from fewbit.numerics.formats import NumberFormat, RoundMethod
 from fewbit.numerics.scale_format import ExponentMode, ScaleFormat
 from fewbit.numerics.search import PIECE, search
 
-FRACTIONS = tuple(1.0 - 0.05 * step for step in range(10))  # of the covering scale
-FRACTIONS_2_BITS = tuple(1.0 - 0.05 * step for step in range(14))
-
 
 @dataclass(frozen=True)
 class GridRule:
-    """Everything that decides the grid of a tensor's groups but the data."""
+    """Everything that decides the grid of a tensor's groups but the data: fields of QuantizationSpec, mostly."""
 
     fmt: NumberFormat
     scale: ScaleFormat
     symmetric: bool = True
     rule: str = "search"
     mode: ExponentMode = "even"
-    """How a block's exponent follows from its largest magnitude."""
     percentile: float = 100.0
-    """Of the values that the rule "percentile" keeps, in percent."""
     clip_ratio: float = 1.0
-    """The range is multiplied by this before its scale is taken."""
     rounding: RoundMethod = "half_even"
     signed: bool = True
     """Scales may be negative, where the scale format has a sign. Engines compute activations' own without."""
 
     def find(self, tiles: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Stored scale [...] and zero point [...] (None when symmetric) of tiles [..., n] float32.
-
-        `importance`, broadcastable to `tiles`, weighs the squared errors of the rule "search".
-        """
+        """Stored scale [...] and zero point [...] (None when symmetric) of tiles [..., n] float32. `importance`,
+        broadcastable to `tiles`, weighs the squared errors of the rule "search"."""
         if self.rule in ("search", "mse"):
             return search(self, tiles, None if self.rule == "mse" else importance)
         if self.rule == "percentile":
@@ -78,8 +69,8 @@ class GridRule:
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        """Shares of the range that a search with many candidates tries."""
-        return FRACTIONS_2_BITS if self.fmt.bits == 2 else FRACTIONS
+        """Shares of the covering scale that a search with many candidates tries."""
+        return tuple(1.0 - 0.05 * step for step in range(14 if self.fmt.bits == 2 else 10))
 
     def zero_point(self, low: Tensor, stored: Tensor) -> Tensor:
         """The code that stands for 0 when `low` maps to the smallest code."""
@@ -98,25 +89,20 @@ class GridRule:
         self, low: Tensor, high: Tensor, shares: Sequence[float] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Grids worth trying for ranges [...] (low ≤ 0 ≤ high): values of stored scales [candidates, ...], of either
-        sign where that differs, and zero points.
-
-        They are at `shares` of the range; None is `fractions`, but of a coarse scale type all that matter.
-        """
+        sign where that differs, and zero points. They are at `shares` of the range; None: `fractions`, or of a coarse
+        scale type all that matter."""
         if shares is None and self.symmetric and self.scale.is_coarse:
             return torch.stack(list(self.storable(low, high, torch.ones_like(low)))), None
         shares = self.fractions if shares is None else shares
         if self.symmetric:
-            return self.scale.round(
-                torch.stack([share * end for end in self.ends(low, high) for share in shares])
-            ), None
+            ends = self.ends(low, high)
+            return self.scale.round(torch.stack([share * end for end in ends for share in shares])), None
         stored, zero = self.from_range(*(torch.stack([share * end for share in shares]) for end in (low, high)))
         return self.scale.value(stored), zero
 
     def storable(self, low: Tensor, high: Tensor, floor: Tensor) -> Iterator[Tensor]:
-        """Of a coarse scale type, all symmetric scales worth trying for groups with these ranges: values [...].
-
-        `floor` [...]: share of the range below which nothing is tried, but for the neighbours of the covering scale.
-        """
+        """Of a coarse scale type, all symmetric scales worth trying for these ranges: values [...]. Below the share
+        `floor` [...] of the range there are only neighbours of the covering scale."""
         for end in self.ends(low, high):
             yield from self.scale.storable(end, -floor.log2())
 
@@ -128,12 +114,7 @@ class GridRule:
             errors = [self.error(part, scale, zero, weight) for part, weight in zip(parts, weights, strict=True)]
             return torch.stack(errors).sum(0)
         by = scale.unsqueeze(-1)
-        steps = tiles * by.reciprocal()
-        if zero is None:
-            self.fmt.round_(steps, self.rounding, signed_zero=False)
-        else:
-            offset = zero.float().unsqueeze(-1)
-            self.fmt.round_(steps.add_(offset), self.rounding).sub_(offset)
+        steps = _snap_(tiles * by.reciprocal(), zero, self.fmt, self.rounding, signed_zero=False)
         steps.mul_(by).sub_(tiles)
         if importance is None:
             norm: Tensor = torch.linalg.vector_norm(steps, dim=-1)
@@ -148,11 +129,8 @@ def encode(tiles: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat,
     steps = tiles.float() / scale.unsqueeze(-1)
     if zero is not None:
         steps += zero.unsqueeze(-1)
-    if bool(steps.isnan().any()):
-        if fmt.nan_code is None:
-            raise ValueError(f"NaN cannot be encoded as {fmt.name}")
-        return fmt.encode(fmt.round_(steps, rounding))
-    return fmt.codes(fmt.round_(steps, rounding))
+    rounded = fmt.round_(steps, rounding)
+    return fmt.encode(rounded) if bool(rounded.isnan().any()) else fmt.codes(rounded)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat) -> Tensor:
@@ -168,11 +146,17 @@ def fake_quantize(
 ) -> Tensor:
     """decode(encode(tiles)) without the codes: float32 [..., n]."""
     by = scale.unsqueeze(-1)
-    steps = tiles.float() / by
+    return _snap_(tiles.float() / by, zero, fmt, rounding).mul_(by)
+
+
+def _snap_(
+    steps: Tensor, zero: Tensor | None, fmt: NumberFormat, rounding: RoundMethod, signed_zero: bool = True
+) -> Tensor:
+    """Round to a grid with zero points [...], in place: what codes stand for, divided by the scale."""
     if zero is None:
-        return fmt.round_(steps, rounding).mul_(by)
+        return fmt.round_(steps, rounding, signed_zero)
     offset = zero.float().unsqueeze(-1)
-    return fmt.round_(steps.add_(offset), rounding).sub_(offset).mul_(by)
+    return fmt.round_(steps.add_(offset), rounding).sub_(offset)
 
 
 def extremes(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -180,20 +164,22 @@ def extremes(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     return x.amin(dim), x.amax(dim)
 
 
-def percentile_range(tiles: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Ends [...] of the range that holds `percentile` percent of the values of tiles [..., n].
+def kept_ranks(count: int, percentile: float, symmetric: bool) -> tuple[int, int]:
+    """First and last that are kept of `count` sorted values, of magnitudes if symmetric."""
+    outside = (100.0 - percentile) / 100.0 * (count - 1)
+    return (0, count - 1 - round(outside)) if symmetric else (round(outside / 2), count - 1 - round(outside / 2))
 
-    Symmetric: ± the magnitude that so many stay below. Otherwise the rest is left out half on either side. Where that
-    leaves zeros alone, the range is that of all values.
-    """
-    last = tiles.shape[-1] - 1
-    outside = (100.0 - percentile) / 100.0 * last
-    if symmetric:
-        order = tiles.float().abs().sort(dim=-1).values
-        high = order[..., last - round(outside)]
-        high = torch.where(high == 0, order[..., last], high)
-        return -high, high
-    order = tiles.float().sort(dim=-1).values
-    low, high = order[..., round(outside / 2)], order[..., last - round(outside / 2)]
+
+def unless_zero(low: Tensor, high: Tensor, least: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """A range [...], but that of all values where nothing but zeros is left."""
     nothing = (low == 0) & (high == 0)
-    return torch.where(nothing, order[..., 0], low), torch.where(nothing, order[..., last], high)
+    return torch.where(nothing, least, low), torch.where(nothing, largest, high)
+
+
+def percentile_range(tiles: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Ends [...] of the range that holds `percentile` percent of the values of tiles [..., n], those of all values
+    where that leaves zeros alone; ± a magnitude if symmetric."""
+    first, last = kept_ranks(tiles.shape[-1], percentile, symmetric)
+    order = (tiles.float().abs() if symmetric else tiles.float()).sort(dim=-1).values
+    low, high = unless_zero(order[..., first], order[..., last], order[..., 0], order[..., -1])
+    return -high if symmetric else low, high

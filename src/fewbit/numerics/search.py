@@ -1,15 +1,13 @@
 """The scale with the least squared error: coarse to fine over shares of the range, each scored as it would be stored.
 
-How far down does a search have to look? Let r be the end of the grid, s = r / L its step (L: half the number of
-steps), w the elements' weights. Rounding costs at most about Σw · s² / 12, and cutting off costs Σ w (|x| − r)₊².
-Where both together are least,
+How far down does a search have to look? With r the end of the grid, s = r / L its step (L: half the number of steps)
+and w the elements' weights, rounding costs about Σw · s² / 12 and cutting off Σ w (|x| − r)₊². Where the sum is least,
 
     Σ w (|x| − r)₊ ≤ r · Σw / (12 L²)
 
 From one element of the left side alone follows r ≥ |x| / (1 + Σw / (12 L² w)), and from
 Σ w (|x| − r)₊ ≥ Σ w |x| − r Σw that r is hardly below the mean of |x|. So 64 elements at 4 bits end near 0.9 of their
-range, while a long row with an outlier of 20 σ may end at a tenth of it. Few elements have a jagged error: for them
-the bound is taken with a margin.
+range, a long row with an outlier of 20 σ at a tenth. The error of few elements is jagged, so the bound has a margin.
 
 A tile's result depends on the tile alone, so it does not matter which tiles are searched together.
 """
@@ -40,8 +38,8 @@ MANTISSAS_ROOM = 4.0
 
 
 class Best:
-    """Of the candidates that are considered one after another, for each group the one with the least error; the first
-    of equals. A candidate is a value [...] (a scale, as a rule) and perhaps a zero point."""
+    """Of candidates, each a value [...] (a scale, as a rule) and perhaps a zero point, for each group the one with the
+    least error; the first of equals."""
 
     error: Tensor
     value: Tensor
@@ -66,14 +64,19 @@ def search(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Te
     weights = None if importance is None else importance.expand_as(tiles)
     at_once = max(1, PIECE * tiles.shape[0] // max(1, tiles.numel()))
     find = _search_affine if not rule.symmetric else _search_jointly if rule.scale.block > 1 else _search_symmetric
-    scales, zeros = [], []
+    found = []
     for start in range(0, tiles.shape[0], at_once):
         weight = None if weights is None else weights[start : start + at_once]
         best = find(rule, tiles[start : start + at_once].float(), weight)
-        scales.append(rule.scale.store(best.value))
-        if best.zero is not None:
-            zeros.append(rule.fmt.encode(best.zero))
-    return torch.cat(scales), torch.cat(zeros) if zeros else None
+        zero = None if best.zero is None else rule.fmt.encode(best.zero)
+        found.append((rule.scale.store(best.value), zero))
+    return joined(found)
+
+
+def joined(found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Stored scales and zero points that were found piece by piece."""
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
 
 def _search_symmetric(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
@@ -169,7 +172,9 @@ def shares(ratio: float, floor: Tensor, start: float = 1.0) -> Iterator[Tensor]:
 def least_share(rule: GridRule, tiles: Tensor, reach: Tensor, importance: Tensor | None) -> Tensor:
     """Share [...] of the largest magnitude `reach` [...] of tiles [..., n] below which no least error is to be
     expected (see the head of this file)."""
-    noise = 12 * _half_steps(rule) ** 2
+    fmt = rule.fmt  # steps of the grid from 0 to its end; of floats, those of the coarsest binade
+    half = (2**fmt.bits - 1) / 2 if fmt.is_integer else fmt.largest / 2.0 ** (fmt.emax - fmt.mantissa_bits)
+    noise = 12 * half**2
     count = tiles.shape[-1]
     if importance is None:
         mean = sum(part.abs().sum(-1) for part in tiles.split(PIECE, -1)) / count
@@ -182,27 +187,15 @@ def least_share(rule: GridRule, tiles: Tensor, reach: Tensor, importance: Tensor
     bound = torch.maximum(alone, mean / (1 + 1 / noise)) / reach
     margin = max(LEAST_MARGIN, 1 - 3 / math.sqrt(max(count, 1)))
     least: Tensor = bound.mul_(margin).nan_to_num_(nan=1.0).clamp_(2.0**-20, 1.0)
-    if rule.fmt.is_integer:
+    if fmt.is_integer:
         return least
-    lowest_normal = 2.0 ** (1 - rule.fmt.bias) / rule.fmt.largest * reach  # of the grid that covers the range
+    lowest_normal = 2.0 ** (1 - fmt.bias) / fmt.largest * reach  # of the grid that covers the range
     return torch.maximum(least, (mean / (MANTISSAS_ROOM * lowest_normal)).nan_to_num_(nan=1.0).clamp_(max=1.0))
 
 
-def _half_steps(rule: GridRule) -> float:
-    """Steps of the grid from 0 to its end; of floats, those of the coarsest binade."""
-    fmt = rule.fmt
-    if fmt.is_integer:
-        return float((2**fmt.bits - 1) / 2)
-    return fmt.largest / 2.0 ** (fmt.emax - fmt.mantissa_bits)
-
-
 class RangeSearch(Best):
-    """Tries ranges for groups of values and keeps, for each group, the one whose grid costs least so far.
-
-    Args:
-        rule: turns ranges into grids.
-        low, high: the whole range of each group [..., groups along a row], which is tried first.
-        cost: of (scale value [...], zero point [...] or None): [...].
+    """Tries ranges for groups of values, the whole one [low, high] [..., groups along a row] first, and keeps for each
+    group the one whose grid costs least. `cost` [...] is a function of (scale value [...], zero point [...] or None).
     """
 
     def __init__(
@@ -226,8 +219,7 @@ class RangeSearch(Best):
         """Try shares of the whole range; for affine grids then of each end alone."""
         for share in shares:
             self.shrink(share, share)
-        if not self._rule.symmetric:
-            for share in shares:
-                self.shrink(share, self.share_high)
-            for share in shares:
-                self.shrink(self.share_low, share)
+        for share in () if self._rule.symmetric else shares:
+            self.shrink(share, self.share_high)
+        for share in () if self._rule.symmetric else shares:
+            self.shrink(self.share_low, share)

@@ -12,14 +12,10 @@ from fewbit.numerics import matmul
 TILES = 8
 NARROWEST, WIDEST = 192, 768
 
-IMPORTANCE_OF_ALL = 0.01  # of the mean
-
 
 def accumulate(moment: Tensor, x: Tensor) -> None:
-    """moment += xᵀx in place, upper tiles only; call `symmetrize` once at the end.
-
-    `moment` [channels, channels] float32, `x` [tokens, channels] float32 on the same device.
-    """
+    """moment += xᵀx in place, upper tiles only; call `symmetrize` once at the end. `moment` [channels, channels] and
+    `x` [tokens, channels] are float32 on one device."""
     channels = x.shape[1]
     columns = x.T.contiguous()  # [channels, tokens]
     width = tile_width(channels)
@@ -57,9 +53,7 @@ def quadratic_form(delta: Tensor, moment: Tensor) -> Tensor:
 
 
 def importance(moment: Tensor) -> Tensor:
-    """What a squared error of each weight's column costs, [in]: diag(H), and 1 % of its mean for every channel.
-
-    The share of the mean is GPTQ's damping: channels that calibration hardly saw are not free.
-    """
+    """What a squared error of each weight's column costs, [in]: diag(H), damped as in GPTQ by 1 % of its mean, since
+    channels that calibration hardly saw are not free."""
     diagonal = moment.diagonal()
-    return diagonal + IMPORTANCE_OF_ALL * diagonal.mean()
+    return diagonal + 0.01 * diagonal.mean()
