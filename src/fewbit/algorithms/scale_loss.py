@@ -12,8 +12,7 @@ With Δ = Q(W·s)/s − W, e = Q(X/s) − X/s and H = XᵀX it is
                    Where ranges are static, scale and range are found on other tokens than e (input_error.py).
 
 What makes it cheap: evenly spaced rows stand for all of them, and where the spec searches its scales, a few stand for
-those it tries. (They must come near the best one. Where one channel dominates a group, the scale that just meets its
-weight is far better than the next, and a search that overlooks that scales too much.)
+those it tries. (They must come near the best one: where one channel dominates a group, that just meets its weight.)
 """
 
 from __future__ import annotations
@@ -75,11 +74,11 @@ class Target:
 
     rows: Tensor
     """[rows, in]."""
-    low: Tensor | None
-    """[tiles along out, in]: least of each column over the rows of a tile; None where tiles are a row high."""
-    high: Tensor | None
+    low: Tensor
+    """[tiles along out, in]: least of each column over the rows of a tile."""
+    high: Tensor
     tile_of_row: Tensor | None
-    """[rows] index into `low`."""
+    """[rows] index into `low`; None where rows are tiles of their own."""
     extreme: Tensor
     """[in]: largest magnitude of each column of the whole weight."""
     columns: int
@@ -96,11 +95,8 @@ class Target:
         rule = self.spec.grid_rule(format)
         scaled = (self.rows * scale).unflatten(1, (-1, self.columns))  # [rows, groups, columns]
         weights = (costs / scale.square()).view(-1, self.columns)
-        if self.low is None or self.high is None:
-            low, high = scales.extremes(scaled)
-        else:
-            low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
-            high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)
+        low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
+        high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)
         best = Best()
         for value, zero in self._grids(rule, low, high):
             if self.tile_of_row is not None:
@@ -111,10 +107,8 @@ class Target:
         return best.value.flatten(1) / scale
 
     def _grids(self, rule: GridRule, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Scale values and zero points of the spec's rule, or a few that stand for its search.
-
-        Where rows share a scale the range that covers is the best or close to it.
-        """
+        """Scale values and zero points of the spec's rule, or a few that stand for its search. (Where rows share a
+        scale the range that covers is the best or close to it.)"""
         if rule.rule not in ("search", "mse") or self.tile_of_row is not None:
             stored, zero = rule.from_range(low, high)
             yield rule.scale.value(stored), zero
@@ -137,24 +131,20 @@ def targets_of(
         count = min(out, max(1, round(rows * out / total)))
         chosen = torch.arange(count, device=weight.device) * out // count
         tile_rows, columns = spec.tiling.tile(*weight.shape)
-        low = high = tile_of_row = None
+        picked = weight[chosen].float()
+        low, high, tile_of_row = picked, picked, None
         if tile_rows > 1:
-            by_tile = weight.unflatten(0, (-1, tile_rows))
-            low, high = by_tile.amin(1), by_tile.amax(1)
+            low, high = scales.extremes(weight.unflatten(0, (-1, tile_rows)), dim=1)
             tile_of_row = chosen // tile_rows
         extreme = weight.abs().amax(0) if spec.stored_as.has_global_scale else weight[0]
-        picked = weight[chosen].float()
         targets.append(Target(picked, low, high, tile_of_row, extreme, columns, spec, dtype, out / count))
     return targets
 
 
 def column_costs(moment: Tensor) -> Tensor:
     """p [in] float32: what a squared error of each column costs when columns are quantized by falling diag(H) and
-    those still to come make up for it.
-
-    With the columns in that order and J their reversal, J H J = L Lᵀ, and p is diag(L)²: the part of a channel's
-    second moment that later channels do not explain. Falls back to diag(H) where H cannot be factored.
-    """
+    those still to come make up for it. With J the reversal of that order, J H J = L Lᵀ and p = diag(L)²: the part of a
+    channel's second moment that later channels do not explain. diag(H) where H cannot be factored."""
     diagonal = moment.diagonal()
     reverse = diagonal.argsort(descending=True, stable=True).flip(0)
     damped = moment[reverse][:, reverse]

@@ -8,9 +8,8 @@ than the others of their group, so they are rounded finer (AWQ), and takes outli
     s = x^α / w^(1 − α)   (duo)      or      s = x^α,
 
 x and w being the size of each channel in the input and in the weights, and keep the α with the least error of the
-output, as scale_loss.py estimates it. SmoothQuant counts the error of the weights and of the input; AWQ counts the
-weights alone, but where activations are quantized too, it takes no scale with which both together lose. No scaling at
-all is always among the candidates.
+output (scale_loss.py). SmoothQuant counts the error of the weights and of the input; AWQ counts the weights alone, but
+where activations are quantized too, it takes no scale with which both together lose. No scaling is a candidate, too.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ class ScaleSearch:
     scale: Tensor
     """[in] float32."""
     loss: float
-    """Estimated squared error of the output with this scale …"""
+    """Estimated squared error of the output."""
     loss_before: float
-    """… and with none."""
+    """Without scaling."""
     alpha: float | None = None
-    """Exponent that was best; None where nothing was better than no scaling (`scale` is all ones)."""
+    """Best exponent; None where nothing was better than no scaling (`scale` is all ones)."""
     duo: bool = False
     """Whether the weights' sizes took part."""
 
@@ -71,22 +70,19 @@ def search_scales(
     Args:
         weights: [out, in] float32 each.
         specs: how each of them will be quantized.
-        statistics: of the unscaled input: H, and for `input_spec` a sample of tokens, which stands for all of them,
-            and the largest ones, which stand for themselves.
-        config: what is searched. If there are `input_spec` and a sample, SmoothQuantConfig counts the activations'
-            error as well, and AWQConfig takes no scale that costs them more than the weights gain.
+        statistics: of the unscaled input: H, and for `input_spec` a sample of tokens and the largest ones.
         dtype: what the checkpoint holds the weights in, which their scales may be stored in.
-        input_spec: how the input will be quantized.
+        input_spec: how the input will be quantized, whose error then counts as well (see above).
         tie: [in] int64; channels with the same number get the same scale (the query heads that share a value head).
         power_of_two: only powers of two, which rescale stored numbers exactly.
         compensated: GPTQ will find the codes.
-        stored: what storage makes of a scale, [in] → [in]: where a channel's producer cannot be divided by as much in
-            its dtype, the channel keeps 1. Scales are scored as they are stored. None if any scale can be.
+        stored: what storage makes of a scale, [in] → [in] (a channel keeps 1 where its producer cannot be divided by
+            as much in its dtype), as which it is scored. None if any scale can be stored.
         rows: how many rows the error is measured on.
 
     Returns no scaling (all ones) unless that gains at least 2 % of the loss, 10 % where GPTQ follows. An alpha that
-    the config fixes is taken as it is, but if storage distorts its scales so that they cost more than they were to,
-    and more than none: then none.
+    the config fixes is taken as it is, unless storage distorts its scales so that they cost more than they would, and
+    more than none.
     """
     moment, scored = statistics.moment, scored_tokens(statistics, input_spec)
     costs = column_costs(moment) if compensated else None
@@ -124,18 +120,18 @@ class _Bar:
     most: float
     """Error of weights and inputs that none may exceed."""
     enough: float
-    """Loss that a candidate has to stay below: at first that of no scaling less what makes it worth it, then that of
-    the best so far."""
+    """Loss to stay below: that of no scaling less what makes it worth it, later that of the best so far."""
 
     @classmethod
     def of(cls, objective: Objective, config: ScaleSearchConfig, compensated: bool) -> _Bar:
         none = torch.ones_like(objective.moment[0])
-        of_weights, of_inputs = objective.weights(none), objective.inputs([none] * len(objective.scored))
+        of_weights = objective.weights(none)
+        both = of_weights + objective.inputs([none] * len(objective.scored))
         smooth, fixed = isinstance(config, SmoothQuantConfig), config.alpha is not None
-        before = of_weights + of_inputs if smooth else of_weights
-        most = math.inf if smooth or fixed else of_weights + of_inputs
+        before = both if smooth else of_weights
         worth_it = WORTH_IT_COMPENSATED if compensated else WORTH_IT
-        return cls(objective, smooth, before, most, math.inf if fixed else worth_it * before)
+        enough = math.inf if fixed else worth_it * before
+        return cls(objective, smooth, before, math.inf if smooth or fixed else both, enough)
 
     def loss(self, scales: Sequence[Tensor]) -> float:
         """Of a scale, followed by those like it for each set of tokens; infinite if it is no better than the best so
@@ -144,9 +140,7 @@ class _Bar:
         if loss >= self.enough:  # the inputs' error can only add to it
             return math.inf
         both = loss + self.objective.inputs(scales[1:])
-        if self.smooth:
-            return both
-        return math.inf if both > self.most else loss
+        return math.inf if both > self.most else both if self.smooth else loss
 
 
 def is_cut(spec: QuantizationSpec, shape: tuple[int, ...]) -> bool:
@@ -173,11 +167,8 @@ class _Curve:
     power_of_two: bool
 
     def at(self, alpha: float, duo: bool) -> Tensor | None:
-        """s [in] of one pair of exponents, 1 in the geometric mean; None if no channel carries anything.
-
-        Channels that carry (nearly) nothing keep 1, however small it is: one of 1e-30 would have a scale to match and
-        move the mean of all others.
-        """
+        """s [in] of one pair of exponents, 1 in the geometric mean; None if no channel carries anything. Channels that
+        carry nearly nothing keep 1: one of 1e-30 would have a scale to match and move the mean of all others."""
         carried = self.x.double() * self.w
         live = carried > NEARLY_DEAD * carried.mean()
         if not bool(live.any()):
@@ -207,8 +198,7 @@ def _curves(
     w = torch.stack([_column_size(*pair, smooth) for pair in zip(weights, specs, strict=True)]).amax(0)
     sizes = [x, *(x if each.fitted is None else _channel_size(each.fitted, smooth) for each in scored)]
     if tie is not None:
-        combine = _largest_of_tied if smooth else _mean_of_tied
-        sizes, w = [combine(size, tie) for size in sizes], combine(w, tie)
+        *sizes, w = (_of_tied(size, tie, smooth) for size in (*sizes, w))
     return [_Curve(size, w, config.scale_clamp_min, power_of_two) for size in sizes]
 
 
@@ -217,20 +207,15 @@ def _channel_size(tokens: Tensor, smooth: bool) -> Tensor:
     return tokens.abs().amax(0) if smooth else tokens.square().mean(0).sqrt()
 
 
-def _mean_of_tied(x: Tensor, tie: Tensor) -> Tensor:
-    """Root mean square over the channels that are tied, at each of them. [in] → [in]"""
+def _of_tied(x: Tensor, tie: Tensor, smooth: bool) -> Tensor:
+    """The largest (SmoothQuant) or the root mean square (AWQ) of the channels that are tied, at each of them. [in]"""
     count = int(tie.max()) + 1
-    total = torch.zeros(count, dtype=x.dtype, device=x.device).index_add_(0, tie, x.square())
-    tied: Tensor = (total / torch.bincount(tie, minlength=count)).sqrt()[tie]
-    return tied
-
-
-def _largest_of_tied(x: Tensor, tie: Tensor) -> Tensor:
-    """The largest of the channels that are tied, at each of them. [in] → [in]"""
-    largest: Tensor = torch.zeros(int(tie.max()) + 1, dtype=x.dtype, device=x.device).scatter_reduce_(
-        0, tie, x, "amax"
-    )
-    return largest[tie]
+    found = torch.zeros(count, dtype=x.dtype, device=x.device)
+    if smooth:
+        found.scatter_reduce_(0, tie, x, "amax")
+    else:
+        found = (found.index_add_(0, tie, x.square()) / torch.bincount(tie, minlength=count)).sqrt()
+    return found[tie]
 
 
 def _column_size(weight: Tensor, spec: QuantizationSpec, smooth: bool) -> Tensor:

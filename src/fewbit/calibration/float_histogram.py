@@ -1,9 +1,8 @@
 """A histogram without a range: float32 values counted by sign, exponent and the leading bits of their mantissa.
 
-Bins are ranges of bit patterns, so a value's bin depends on the value alone. Counts are integers, which add up to the
-same in any order: however data is cut into batches, the histogram is the same, bit for bit. Usual histograms stretch
-their bins when a batch exceeds their range, and depend on the order. Multiplying all data by a power of two moves
-every count to the bin of the same mantissa.
+Bins are ranges of bit patterns, so a value's bin depends on the value alone, and integer counts add up to the same in
+any order: however data is cut into batches, the histogram is the same, bit for bit. (Usual histograms stretch their
+bins when a batch exceeds their range, and depend on the order.)
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 class FloatHistogram:
     """Counts of the values of some tiles, each counted on its own.
 
-    counts [tiles, 2n + 1] int64 in the order of the values: n bins of negative numbers, one of zero, n of positive
-    ones. The n bins hold the magnitudes of all bit patterns from the smallest to the largest seen. What is below
-    float32's normal numbers (2^-126) counts as zero.
+    counts [tiles, 2n + 1] int64 in the order of the values: n bins of negative numbers, one of zero (and of what is
+    below 2^-126), n of positive ones, which hold all bit patterns from the smallest to the largest magnitude seen.
     """
 
     def __init__(self, tiles: int, device: torch.device | str = "cpu") -> None:
@@ -46,8 +44,7 @@ class FloatHistogram:
         lowest_normal = 1 << self.mantissa_bits
         largest = int(key.max())
         if largest >= lowest_normal:
-            smallest = int(torch.where(key < lowest_normal, largest, key).min())
-            self._grow(smallest, largest)
+            self._grow(int(torch.where(key < lowest_normal, largest, key).min()), largest)
         place = (key - (self._first - 1)).clamp_(min=0) if self.bins else torch.zeros_like(key)
         place = torch.where(pattern < 0, -place, place) + self.bins
         width = self.counts.shape[1]
@@ -77,10 +74,8 @@ class FloatHistogram:
 
     def points(self) -> tuple[Tensor, Tensor]:
         """What stands for the values when a grid is scored: points [p] float32 and how many values each stands for,
-        [tiles, p] float32. Zeros, which every grid has, are left out.
-
-        A bin is one point in its middle; a wider bin several, evenly spread, so that a grid's steps in it are seen.
-        """
+        [tiles, p] float32. Zeros, which every grid has, are left out. A bin is one point in its middle; a wider bin
+        several, evenly spread, so that steps of a grid inside it are seen."""
         low, high = self.edges()
         parts = 1 << (MANTISSA_BITS - self.mantissa_bits)
         place = (torch.arange(parts, device=low.device) + 0.5) / parts
