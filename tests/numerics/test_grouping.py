@@ -42,15 +42,6 @@ class TestEveryGranularity:
         assert tiling.scale_shape(tuple(x.shape)) == expected
         assert tuple(tiling.split(x).shape) == (*expected, tile[0] * tile[1])
 
-    def test_expand_gives_every_element_the_scale_of_the_tile_that_split_puts_it_in(
-        self, tiling, rows, columns, tile, leading
-    ):
-        scale = numbered(*tiling.scale_shape((*leading, rows, columns)))
-        expanded = tiling.expand(scale, rows, columns)
-        assert tuple(expanded.shape) == (*leading, rows, columns)
-        tiles = tiling.split(expanded)
-        assert torch.equal(tiles, scale.unsqueeze(-1).expand_as(tiles))
-
 
 def test_splitting_into_groups_copies_nothing():
     x = numbered(4, 8)
@@ -64,5 +55,3 @@ def test_tiles_that_do_not_cover_the_matrix_exactly_are_refused(tiling):
         tiling.split(numbered(6, 8))
     with pytest.raises(ValueError, match=tile):
         tiling.scale_shape((6, 8))
-    with pytest.raises(ValueError, match=tile):
-        tiling.expand(numbered(1, 1), 6, 8)

@@ -7,6 +7,7 @@ It works on columns as rows (Wᵀ, contiguous) and on many output channels at on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -50,12 +51,10 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """Some rows of a weight, H, and the grid's constants."""
+    """Some rows of a weight [rows, in], H [in, in], and the grid's constants."""
 
     weight: Tensor
-    """[rows, in]."""
     moment: Tensor
-    """H [in, in]."""
     ridge: float
     """What damping adds to H's diagonal. Scales are fitted under the damped H, too: with fewer tokens than groups, H
     alone says nothing of most scales."""
@@ -79,8 +78,7 @@ def column_order(diagonal: Tensor, group: int, order: str) -> Tensor:
 def factored(moment: Tensor, group: int, order_name: str, damping: float) -> Factor | None:
     """H [in, in], damped and inverted for columns in the named order; None if it cannot be factored at all."""
     order = column_order(moment.diagonal(), group, order_name)
-    found = inverse_factor(moment, order, damping)
-    if found is None:
+    if (found := inverse_factor(moment, order, damping)) is None:
         return None
     upper, used = found
     diagonal = upper.diagonal().clone()
@@ -93,17 +91,13 @@ def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
     With J the reversal of rows and columns, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J): one Cholesky factor and one
     triangular inverse. Damping grows tenfold while that fails; then float64 is tried; then None is returned.
     """
-    mean = float(moment.diagonal().mean(dtype=torch.float64))
-    if not mean > 0:
-        return None
-    reverse = order.flip(0)
-    for dtype in (torch.float32, torch.float64):
-        for step in DAMPING_STEPS:
-            reversed_moment = moment[reverse][:, reverse].to(dtype)
-            reversed_moment.diagonal().add_(damping * step * mean)
-            inverse = inverse_cholesky(reversed_moment)
-            if inverse is not None:
-                return inverse.flip(0, 1).float(), damping * step
+    mean, reverse = float(moment.diagonal().mean(dtype=torch.float64)), order.flip(0)
+    for dtype, step in product((torch.float32, torch.float64), DAMPING_STEPS if mean > 0 else ()):
+        reversed_moment = moment[reverse][:, reverse].to(dtype)
+        reversed_moment.diagonal().add_(damping * step * mean)
+        inverse = inverse_cholesky(reversed_moment)
+        if inverse is not None:
+            return inverse.flip(0, 1).float(), damping * step
     return None
 
 
@@ -122,7 +116,7 @@ def solve(problem: Problem, factor: Factor, grid: Grid, block_size: int) -> Solu
 
 
 def solve_greedily(problem: Problem, factor: Factor) -> Solution:
-    """Codes and grids, each group's scale chosen by the loss when the loop reaches it. Groups must be contiguous."""
+    """Codes and grids, each group's scale chosen by the loss when the loop reaches it. Groups are contiguous."""
     w = problem.weight.T[factor.order].contiguous()  # [in, rows]
     levels = torch.empty_like(w)
     size, (columns, rows) = problem.group, w.shape

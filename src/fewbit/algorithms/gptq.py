@@ -113,7 +113,9 @@ def _fixed_grid(weight: Tensor, cost: Tensor, nearest: QuantTensor, rule: GridRu
         stored, zero = find_grid(weight, spec, rule.scale, cost)
     rows = weight.shape[0]
     tile_rows, _ = spec.tiling.tile(*weight.shape)
-    return Grid.stored(rule, stored, zero).map(lambda x: x.repeat_interleave(tile_rows, 0)[:rows].T.contiguous())
+    low = None if zero is None else rule.fmt.smallest - zero.float()
+    grid = Grid(rule.scale.value(stored), low, rule.fmt, rule.rounding)
+    return grid.map(lambda x: x.repeat_interleave(tile_rows, 0)[:rows].T.contiguous())
 
 
 def _better(weight: Tensor, moment: Tensor, found: QuantTensor, nearest: QuantTensor) -> tuple[QuantTensor, Tensor]:

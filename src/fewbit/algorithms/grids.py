@@ -28,12 +28,6 @@ class Grid:
     rounding: RoundMethod
 
     @classmethod
-    def stored(cls, rule: GridRule, scale: Tensor, zero: Tensor | None) -> Grid:
-        """Of stored scales [groups, rows] and zero points."""
-        low = None if zero is None else rule.fmt.smallest - zero.float()
-        return cls(rule.scale.value(scale), low, rule.fmt, rule.rounding)
-
-    @classmethod
     def joined(cls, grids: Sequence[Grid]) -> Grid:
         """Several, one after another along the first axis."""
         lows = [grid.low for grid in grids if grid.low is not None]

@@ -67,24 +67,17 @@ class Observer(ABC):
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def result(self, name: str = "an activation") -> QuantizedActivation:
-        """What calibration found. CalibrationError, which names the activation, if there is nothing to go by.
-
-        Where some tiles were always zero (dead channels), they get the range of the whole tensor.
-        """
+        """What calibration found. CalibrationError, which names the activation, if there is nothing to go by. Tiles
+        that were always zero (dead channels) get the range of the whole tensor."""
+        unknown = "so its static scale is unknown; use other calibration data, is_dynamic=True, or exclude it"
         if self.low is None or self.high is None:
-            raise CalibrationError(
-                f"{name} saw no data in calibration, so its static scale is unknown; "
-                "use calibration data that reaches it, is_dynamic=True, or exclude it"
-            )
+            raise CalibrationError(f"{name} saw no data in calibration, {unknown}")
         low, high = self.low, self.high
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise CalibrationError(f"{name} holds NaN or infinity in calibration; is the model damaged?")
         zero = (low == 0) & (high == 0)
         if bool(zero.all()):
-            raise CalibrationError(
-                f"{name} was zero throughout calibration, so its static scale is unknown; "
-                "use other calibration data, is_dynamic=True, or exclude it"
-            )
+            raise CalibrationError(f"{name} was zero throughout calibration, {unknown}")
         low, high = torch.where(zero, low.min(), low), torch.where(zero, high.max(), high)
         global_scale = self.spec.global_scale(torch.maximum(high, -low))
         if self.spec.is_dynamic:

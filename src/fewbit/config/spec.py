@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from fewbit.config import quark
@@ -29,12 +29,6 @@ ACCUMULATING_OBSERVERS = ("histogram", "moving-average")
 PLAIN = {
     "symmetric": True, "qscheme": "per_tensor", "observer": "placeholder", "scale_type": "float", "clip_ratio": 1.0,
 }  # fmt: skip
-
-
-def _known_scale_type(name: str) -> str:
-    if name not in SCALE_TYPES:
-        raise ValueError(f"no such scale type; known are {', '.join(SCALE_TYPES)}")
-    return name
 
 
 @config_class
@@ -67,7 +61,7 @@ class QuantizationSpec:
     moving-average: minmax of each batch, averaged. placeholder: nothing (casts)."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """Percent of the values that the observer "percentile" keeps in the range."""
-    scale_type: Annotated[str, AfterValidator(_known_scale_type)] = "float"
+    scale_type: str = "float"
     """How scales are stored: float, pof2, e4m3 (with a global scale: NVFP4), e8m0 or microexponent; see
     numerics/scale_format.py."""
     scale_dtype: Literal["checkpoint", "float32", "float16", "bfloat16"] = "checkpoint"
@@ -89,7 +83,9 @@ class QuantizationSpec:
 
     def __post_init__(self) -> None:
         if format_of(self.dtype) is None:
-            raise ConfigError(f"unknown dtype {shown(self.dtype)}{nearest(self.dtype[:200], FORMATS)}")
+            raise ConfigError(f"unknown dtype {shown(self.dtype)}{nearest(self.dtype, FORMATS)}")
+        if self.scale_type not in SCALE_TYPES:
+            raise ConfigError(f"unknown scale_type {shown(self.scale_type)}{nearest(self.scale_type, SCALE_TYPES)}")
         for check in (self._check_granularity, self._check_grid, self._check_observer, self._check_scale):
             check()
         if (first := self.first_stage) is not None:

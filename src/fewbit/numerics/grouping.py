@@ -68,8 +68,3 @@ class Tiling:
         *above, down, across, _ = tiles.shape
         x = tiles.reshape(*above, down, across, r, c).transpose(-3, -2).reshape(*above, down * r, across * c)
         return x if x.shape[-2:] == (rows, columns) else x[..., :rows, :columns].contiguous()
-
-    def expand(self, scale: Tensor, rows: int, columns: int) -> Tensor:
-        """Scales [..., R/r, C/c] → one per element [..., R, C]."""
-        r, c = self.tile(rows, columns)
-        return scale.repeat_interleave(r, -2).repeat_interleave(c, -1)[..., :rows, :columns]

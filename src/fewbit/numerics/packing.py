@@ -16,19 +16,20 @@ LANES = 32  # 32 codes of b bits fill exactly b words, so the pattern of shifts 
 
 
 def packed_length(length: int, bits: int) -> int:
-    """Number of 32-bit words that hold `length` codes of `bits` bits."""
+    """Number of 32-bit words that hold `length` codes of `bits` bits; ValueError if such codes cannot be packed."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of 1 to 8 bits can be packed, not {bits}")
     return ceil(length * bits / WORD_BITS)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes [..., n] (any integer dtype, 0 ≤ code < 2^bits) → int32 words [..., ceil(n·bits/32)]."""
-    _check_bits(bits)
+    words_in_row = packed_length(codes.shape[-1], bits)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(f"codes must lie in [0, {2**bits}) to be packed in {bits} bits")
-    length = codes.shape[-1]
     if bits in (1, 2, 4, 8):
-        return _pack_evenly(codes.to(torch.uint8), bits)[..., : packed_length(length, bits)].contiguous()
-    lanes = torch.nn.functional.pad(codes, (0, -length % LANES)).unflatten(-1, (-1, LANES))  # [..., n/32, 32]
+        return _pack_evenly(codes.to(torch.uint8), bits)[..., :words_in_row].contiguous()
+    lanes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % LANES)).unflatten(-1, (-1, LANES))  # [..., n/32, 32]
     words = torch.zeros(*lanes.shape[:-1], bits, dtype=torch.int32, device=codes.device)
     for lane in range(LANES):  # 32 vectorized steps whatever the size of the tensor
         word, shift = divmod(lane * bits, WORD_BITS)
@@ -36,7 +37,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         words[..., word] |= value << shift  # bits shifted past the top fall off, as they should
         if shift + bits > WORD_BITS:
             words[..., word + 1] |= value >> (WORD_BITS - shift)
-    return words.flatten(-2)[..., : packed_length(length, bits)].contiguous()
+    return words.flatten(-2)[..., :words_in_row].contiguous()
 
 
 def _pack_evenly(codes: Tensor, bits: int) -> Tensor:
@@ -53,7 +54,6 @@ def _pack_evenly(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """Inverse of `pack`: int32 words [..., ceil(n·bits/32)] → uint8 codes [..., n]."""
-    _check_bits(bits)
     if words.shape[-1] != (needed := packed_length(length, bits)):
         raise ValueError(f"{length} codes of {bits} bits need {needed} words, not {words.shape[-1]}")
     groups = torch.nn.functional.pad(words, (0, -words.shape[-1] % bits)).unflatten(-1, (-1, bits))  # [..., n/32, b]
@@ -68,8 +68,3 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
             value = (value & (2**low - 1)) | (groups[..., word + 1] << low)
         codes[..., lane] = (value & mask).to(torch.uint8)
     return codes.flatten(-2)[..., :length].contiguous()
-
-
-def _check_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"codes of 1 to 8 bits can be packed, not {bits}")

@@ -56,7 +56,8 @@ class GridRule:
         if not self.symmetric:
             low, high = low.clamp(max=0), high.clamp(min=0)
             scale = self.scale.store((high - low) / (self.fmt.largest - self.fmt.smallest))
-            return scale, self.zero_point(low, scale)
+            zero = self.fmt.smallest - low.float() / self.scale.value(scale)
+            return scale, self.fmt.encode(zero.nan_to_num_())  # NaN has a NaN scale, which is what shows
         if self.rule == "signed-max":
             return self.scale.store(torch.where(high > -low, high, low) / self.fmt.smallest), None
         return self.scale.store(self.covering(torch.maximum(high, -low))), None
@@ -71,11 +72,6 @@ class GridRule:
     def fractions(self) -> tuple[float, ...]:
         """Shares of the covering scale that a search with many candidates tries."""
         return tuple(1.0 - 0.05 * step for step in range(14 if self.fmt.bits == 2 else 10))
-
-    def zero_point(self, low: Tensor, stored: Tensor) -> Tensor:
-        """The code that stands for 0 when `low` maps to the smallest code."""
-        zero = self.fmt.smallest - low.float() / self.scale.value(stored)
-        return self.fmt.encode(zero.nan_to_num_())  # NaN has a NaN scale, which is what shows
 
     def ends(self, low: Tensor, high: Tensor) -> list[Tensor]:
         """Symmetric scales, not yet stored, that just cover a range: one of either sign for integers, whose two ends
