@@ -59,7 +59,7 @@ class LinearEntry:
     def status(self) -> str:
         """A word for reports."""
         if self.config is not None:
-            return "quantized" if self.config.weight is not None else "activations"
+            return "activations" if self.weight is None else "quantized"
         return "excluded" if self.rule.startswith("exclude") else "skipped"
 
     @property
@@ -75,8 +75,7 @@ class LinearEntry:
     @property
     def block_rows(self) -> int | None:
         """Rows of the weight's blocks that share a scale; None if it has no blocks."""
-        size = self.weight.block_size if self.weight is not None else None
-        return size[0] if size is not None else None
+        return self.weight.block_size[0] if self.weight is not None and self.weight.block_size is not None else None
 
     def stored_bits(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Of its weight, which the model's checkpoint holds in `dtype`."""
@@ -130,12 +129,8 @@ class Contents:
     @cached_property
     def activations(self) -> dict[str, QuantizationSpec]:
         """Spec of every activation that is quantized, by module and slot: MODULE.input, ATTENTION_MODULE.key …"""
-        slots = {
-            f"{name}.{slot}": getattr(known, slot) for name, known in self.linears.items() for slot in LINEAR_SLOTS
-        }
-        slots |= {
-            f"{name}.{slot}": spec for name, known in self.attention.items() for slot, spec in known.specs.items()
-        }
+        slots = {f"{name}.{slot}": getattr(one, slot) for name, one in self.linears.items() for slot in LINEAR_SLOTS}
+        slots |= {f"{name}.{slot}": spec for name, one in self.attention.items() for slot, spec in one.specs.items()}
         return {name: spec for name, spec in slots.items() if spec is not None}
 
     @property

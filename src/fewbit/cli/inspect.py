@@ -25,11 +25,9 @@ def inspect(
 
     if scheme is None and recipe is None and group_size is not None:
         raise ConfigError("--group-size works only together with --scheme or --recipe")
-    config = None
-    if scheme is not None or recipe is not None:
-        base = Config.read_yaml(recipe) if recipe is not None else None
-        config = merge_recipe(base, scheme=scheme, group_size=group_size)
-    found = look(model, config)
+    base = Config.read_yaml(recipe) if recipe is not None else None
+    asked = scheme is not None or recipe is not None
+    found = look(model, merge_recipe(base, scheme=scheme, group_size=group_size) if asked else None)
     typer.echo(f"architecture   {found.architecture.name}{' (detected)' if found.architecture.detected else ''}")
     typer.echo(f"blocks         {found.blocks} in {found.architecture.blocks}")
     for number, group in enumerate(found.groups, start=1):
@@ -55,10 +53,10 @@ def inspect(
         typer.echo(f"{'attention':14} {row['modules']} modules: {inside}")
     ratio = found.bytes_stored / found.bytes_quantized
     typer.echo(f"would store    {_size(found.bytes_quantized)} ({ratio:.2f}× smaller)")
+    said = sentence(found.untouched) if found.untouched else None
     for warning in found.plan.warnings:
-        if found.untouched and warning == sentence(found.untouched):
-            continue  # said above
-        typer.echo(f"warning        {warning}")
+        if warning != said:
+            typer.echo(f"warning        {warning}")
 
 
 def _size(number: float) -> str:

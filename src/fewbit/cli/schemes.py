@@ -15,12 +15,11 @@ def schemes() -> None:
 
     table = Table("scheme", "weight", "input", "bits/weight", "exports", "layout", "engines", box=None)
     for name, config in SCHEMES.items():
-        contents, inputs = nominal(config), config.input_tensors
+        contents = nominal(config)
         exports = holding(contents)
         table.add_row(
             name,
-            config.weight.summary if config.weight is not None else "–",
-            inputs.summary if inputs is not None else "–",
+            *(spec.summary if spec is not None else "–" for spec in (config.weight, config.input_tensors)),
             f"{contents.bits_per_weight:.3f}",
             ", ".join(form.name for form in exports) or "–",
             ", ".join(layout for form in exports for layout in form.layouts(contents)) or "–",

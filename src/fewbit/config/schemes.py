@@ -16,12 +16,8 @@ DEFAULT_GROUP_SIZE = 128
 
 
 def _grouped(bits: int, symmetric: bool = True) -> QuantizationSpec:
-    return QuantizationSpec(
-        dtype=f"int{bits}" if symmetric else f"uint{bits}",
-        qscheme="per_group",
-        group_size=DEFAULT_GROUP_SIZE,
-        symmetric=symmetric,
-    )
+    dtype: Any = f"int{bits}" if symmetric else f"uint{bits}"
+    return QuantizationSpec(dtype=dtype, qscheme="per_group", group_size=DEFAULT_GROUP_SIZE, symmetric=symmetric)
 
 
 def _input(dtype: str, qscheme: str, **options: Any) -> QuantizationSpec:
@@ -29,14 +25,10 @@ def _input(dtype: str, qscheme: str, **options: Any) -> QuantizationSpec:
     return QuantizationSpec(dtype=dtype, qscheme=qscheme, observer="minmax", **options)  # type: ignore[arg-type]
 
 
-def _config(weight: QuantizationSpec, inputs: QuantizationSpec | None = None) -> QuantizationConfig:
-    return QuantizationConfig(weight=weight, input_tensors=inputs)
-
-
 def _blocks(dtype: str, inputs: bool = True, size: int = 32, scale_type: str = "e8m0") -> QuantizationConfig:
     """MX or NVFP4: groups of `size` whose scales are bytes."""
     groups: dict[str, Any] = {"dtype": dtype, "qscheme": "per_group", "group_size": size, "scale_type": scale_type}
-    return _config(QuantizationSpec(**groups), _input(**groups, is_dynamic=True) if inputs else None)
+    return QuantizationConfig(QuantizationSpec(**groups), _input(**groups, is_dynamic=True) if inputs else None)
 
 
 INT8_CHANNEL = QuantizationSpec(dtype="int8", qscheme="per_channel")
@@ -49,16 +41,16 @@ TOKEN_FP8 = _input("e4m3", "per_token", is_dynamic=True)
 TENSOR_FP8 = _input("e4m3", "per_tensor")
 
 SCHEMES: dict[str, QuantizationConfig] = {
-    **{f"W{bits}A16": _config(_grouped(bits)) for bits in (8, 4, 3, 2)},
-    **{f"W{bits}A16_ASYM": _config(_grouped(bits, False)) for bits in (8, 4, 3, 2)},
-    "W8A8": _config(INT8_CHANNEL, TOKEN_INT8),
-    "W8A8_STATIC": _config(INT8_CHANNEL, _input("int8", "per_tensor")),
-    "W4A8": _config(_grouped(4), TOKEN_INT8),
-    "W4A4": _config(_grouped(4), TOKEN_INT4),
-    "W4AFP8": _config(_grouped(4), TOKEN_FP8),
-    "FP8": _config(FP8_TENSOR, TENSOR_FP8),
-    "FP8_DYNAMIC": _config(FP8_CHANNEL, TOKEN_FP8),
-    "FP8_BLOCK": _config(FP8_BLOCKS, _input("e4m3", "per_group", group_size=128, is_dynamic=True)),
+    **{f"W{bits}A16": QuantizationConfig(_grouped(bits)) for bits in (8, 4, 3, 2)},
+    **{f"W{bits}A16_ASYM": QuantizationConfig(_grouped(bits, False)) for bits in (8, 4, 3, 2)},
+    "W8A8": QuantizationConfig(INT8_CHANNEL, TOKEN_INT8),
+    "W8A8_STATIC": QuantizationConfig(INT8_CHANNEL, _input("int8", "per_tensor")),
+    "W4A8": QuantizationConfig(_grouped(4), TOKEN_INT8),
+    "W4A4": QuantizationConfig(_grouped(4), TOKEN_INT4),
+    "W4AFP8": QuantizationConfig(_grouped(4), TOKEN_FP8),
+    "FP8": QuantizationConfig(FP8_TENSOR, TENSOR_FP8),
+    "FP8_DYNAMIC": QuantizationConfig(FP8_CHANNEL, TOKEN_FP8),
+    "FP8_BLOCK": QuantizationConfig(FP8_BLOCKS, _input("e4m3", "per_group", group_size=128, is_dynamic=True)),
     "NVFP4": _blocks("e2m1", True, 16, "e4m3"),
     "NVFP4A16": _blocks("e2m1", False, 16, "e4m3"),
     "MXFP4": _blocks("e2m1"),
@@ -67,7 +59,7 @@ SCHEMES: dict[str, QuantizationConfig] = {
     "MXFP8": _blocks("e4m3"),
     "MXINT8": _blocks("int8"),
     **{
-        name.upper(): _config(
+        name.upper(): QuantizationConfig(
             QuantizationSpec(dtype=name), QuantizationSpec(dtype=name, observer="minmax", is_dynamic=True)
         )
         for name in ("mx9", "mx6", "bfp16")
@@ -132,8 +124,8 @@ def takes_group_size(config: QuantizationConfig) -> bool:
 
 
 def with_group_size(config: QuantizationConfig, group_size: int) -> QuantizationConfig:
-    """The same config with another group size for the weight; −1 means one scale per output channel. ConfigError for
-    weights that have no groups of a free size."""
+    """The same config with another group size for the weight (−1: one scale per channel). ConfigError for weights
+    that have no groups of a free size."""
     weight = config.weight
     if weight is None:
         return config

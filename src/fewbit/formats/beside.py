@@ -20,9 +20,9 @@ from fewbit.files import check_regular, read_json_object
 from fewbit.formats.verification import ORIGIN, Origin
 from fewbit.scratch import temporary_directory
 
-_HARMLESS = (".md", ".txt.asc", ".png", ".jpg", ".jpeg", ".svg", ".pdf")
-"""Ends of names of what people put beside a model for other people."""
-_HARMLESS_NAMES = ("LICENSE", "NOTICE", "README", "USE_POLICY")
+_ENDS = (".md", ".txt.asc", ".png", ".jpg", ".jpeg", ".svg", ".pdf")
+_STARTS = (".", "LICENSE", "NOTICE", "README", "USE_POLICY")
+"""Of names of what people put beside a model for other people."""
 
 
 def check_beside(
@@ -32,7 +32,8 @@ def check_beside(
     an export of `run` has. `changes`: fields of config.json that are the export's own."""
     expected = {*origin.files, *weights, ORIGIN}
     for name in _files(directory):
-        if name not in expected and not _is_harmless(name):
+        last = name.rpartition("/")[2]
+        if name not in expected and not last.startswith(_STARTS) and not last.lower().endswith(_ENDS):
             raise VerificationError(f"{directory} holds {printable(name)}, which the export did not write; remove it")
     for name in sorted(expected):
         check_regular(directory / name, VerificationError)
@@ -50,11 +51,10 @@ def check_beside(
 def _compare(found: Path, expected: Path) -> None:
     if filecmp.cmp(found, expected, shallow=False):  # the length first, so that none without end is read
         return
-    if found.suffix == ".json":
-        if fault := difference(read_json_object(found), read_json_object(expected)):
-            raise VerificationError(f"{printable(found)}: {fault}")
-        return
-    raise VerificationError(f"{printable(found)} differs from the run's")
+    if found.suffix != ".json":
+        raise VerificationError(f"{printable(found)} differs from the run's")
+    if fault := difference(read_json_object(found), read_json_object(expected)):
+        raise VerificationError(f"{printable(found)}: {fault}")
 
 
 def difference(found: Any, expected: Any, path: str = "") -> str | None:
@@ -84,8 +84,3 @@ def _files(directory: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in linked)
         for name in sorted([*files, *linked]):
             yield (here / name).relative_to(directory).as_posix()
-
-
-def _is_harmless(name: str) -> bool:
-    last = name.rpartition("/")[2]
-    return last.startswith((".", *_HARMLESS_NAMES)) or last.lower().endswith(_HARMLESS)

@@ -10,7 +10,7 @@ from fewbit.checkpoint.side_files import is_weight
 from fewbit.errors import CheckpointError, ConfigError, RunError
 from fewbit.files import replacing_directory
 from fewbit.formats.table import EXPORTERS, exporter
-from fewbit.formats.verification import ORIGIN, Verification, is_complete, read_origin, write_origin
+from fewbit.formats.verification import ORIGIN, Verification, read_origin, write_origin
 from fewbit.scratch import is_scratch
 
 
@@ -38,11 +38,12 @@ def already_there(run: str | Path, format: str, finished: bool = True) -> bool:
         return False
     advice = "move it away or remove it, and run the command again"
     try:
-        if not is_complete(directory):
-            raise CheckpointError("files are missing")
+        origin = read_origin(directory)
     except CheckpointError:
-        raise RunError(f"{directory} is no complete export of this run; {advice}") from None
-    if finished and read_origin(directory).fingerprint != NativeCheckpoint(run).fingerprint():
+        origin = None
+    if origin is None or not origin.is_complete(directory):
+        raise RunError(f"{directory} is no complete export of this run; {advice}")
+    if finished and origin.fingerprint != NativeCheckpoint(run).fingerprint():
         raise RunError(f"{directory} was made from what the run was before; {advice}")
     return True
 
@@ -62,12 +63,9 @@ def verify(directory: str | Path, run: str | Path | None = None) -> list[Verific
     if (directory / MANIFEST).exists():
         if run is not None and Path(run).resolve() != directory.resolve():
             raise ConfigError(f"{directory} is a run itself, whose exports are verified; leave --run {run} out")
-        exports = _exports(directory / "exports")
-        if not exports:
-            raise CheckpointError(
-                f"{directory} has no exports yet; make one with: fewbit export {directory} --format …"
-            )
-        return [_verify_export(export, directory) for export in exports]
+        if exports := _exports(directory / "exports"):
+            return [_verify_export(export, directory) for export in exports]
+        raise CheckpointError(f"{directory} has no exports yet; make one with: fewbit export {directory} --format …")
     return [_verify_export(directory, Path(run) if run is not None else None)]
 
 

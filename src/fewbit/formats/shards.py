@@ -49,9 +49,8 @@ def check_shards(directory: Path, count: int) -> None:
             if opened.metadata() != METADATA:
                 raise VerificationError(f"{directory / shard}: metadata are {opened.metadata()}, not {METADATA}")
     if fault := difference(read_json_object(directory / INDEX_FILE), _index(weight_map, total)):
-        raise VerificationError(
-            f"{directory / INDEX_FILE} does not fit the shards: {fault}".replace("in the run", "in them")
-        )
+        fault = fault.replace("in the run", "in them")
+        raise VerificationError(f"{directory / INDEX_FILE} does not fit the shards: {fault}")
 
 
 def _index(weight_map: Mapping[str, str], total: int) -> dict[str, object]:

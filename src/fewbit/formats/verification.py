@@ -48,6 +48,12 @@ class Origin:
     run: Path = Path()
     """Where the run was then."""
 
+    def is_complete(self, directory: Path) -> bool:
+        """Whether every file that the export was written with is in `directory`."""
+        sizes = {directory / name: size for name, size in self.weights.items()}
+        whole = all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
+        return whole and all((directory / name).is_file() for name in self.files)
+
 
 def write_origin(directory: Path, final: Path, run: Path, format: str, notes: Sequence[str], fingerprint: str) -> None:
     """Note in an export, now in `directory` and soon in `final`, which run it was made from."""
@@ -76,19 +82,6 @@ def _digest(noted: Mapping[str, Any]) -> str:
     return fields_digest({name: value for name, value in noted.items() if name != "run"})
 
 
-def is_complete(directory: Path) -> bool:
-    """Whether every file that an export was written with is there. CheckpointError if it says not which."""
-    origin = read_origin(directory)
-    sizes = ((directory / name, size) for name, size in origin.weights.items())
-    return all((directory / name).is_file() for name in origin.files) and all(
-        file.is_file() and file.stat().st_size == size for file, size in sizes
-    )
-
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes: what compares bits."""
-
-
 def compare(what: str, found: Tensor, expected: Tensor, bits: bool = True) -> None:
     """VerificationError unless two tensors are equal in shape, dtype and every bit (0.0 is not −0.0), or with
     `bits=False` in every value."""
@@ -97,7 +90,7 @@ def compare(what: str, found: Tensor, expected: Tensor, bits: bool = True) -> No
             f"{what}: found {found.dtype} {tuple(found.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
         )
     if bits and found.dtype != torch.bool:
-        words = _WORDS[found.dtype.itemsize]
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.dtype.itemsize]
         found, expected = (tensor.contiguous().flatten().view(words) for tensor in (found, expected))
     if not torch.equal(found, expected):
         different = int((found != expected).sum())

@@ -42,20 +42,13 @@ class Inspection:
 def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -> Inspection:
     """Look at a model's structure and headers; no weight is read unless its family has to be detected."""
     blockwise = open_model(model)
-    info = blockwise.source.info()
+    info, linears, prefix = blockwise.source.info(), blockwise.linears(), blockwise.prefix(0)
     sizes = {name: math.prod(entry.shape) for name, entry in info.items()}
-    linears = blockwise.linears()
-    grouped = [name for group in blockwise.full_groups() for name in group]
+    stored = {name: size * info[name].dtype.itemsize for name, size in sizes.items()}
     plan = make_plan(blockwise, config) if config is not None else None
-    stored = sum(size * info[name].dtype.itemsize for name, size in sizes.items())
-    quantized = None
-    if plan is not None:
-        quantized = stored
-        for linear in plan.contents.weights:
-            dtype = info[linear.weight_name].dtype
-            quantized -= sizes[linear.weight_name] * dtype.itemsize
-            quantized += math.ceil(linear.stored_bits(dtype) / 8)
-    prefix = blockwise.prefix(0)
+    quantized = dict(stored)
+    for linear in plan.contents.weights if plan is not None else ():
+        quantized[linear.weight_name] = math.ceil(linear.stored_bits(info[linear.weight_name].dtype) / 8)
     return Inspection(
         architecture=blockwise.architecture,
         blocks=len(blockwise),
@@ -64,10 +57,10 @@ def inspect(model: str | Path | PreTrainedModel, config: Config | None = None) -
             for group in blockwise.groups(0)
         ],
         parameters=sum(sizes.values()),
-        parameters_in_linears=sum(sizes[weight_of(name)] for name in grouped),
-        bytes_stored=stored,
+        parameters_in_linears=sum(sizes[weight_of(name)] for group in blockwise.full_groups() for name in group),
+        bytes_stored=sum(stored.values()),
         bytes_largest_block=max(4 * sum(sizes[n] for n in blockwise.block_tensors(i)) for i in range(len(blockwise))),
-        bytes_quantized=quantized,
+        bytes_quantized=sum(quantized.values()) if plan is not None else None,
         plan=plan,
         untouched=tuple(untouched(blockwise.skeleton, linears)),
     )

@@ -92,8 +92,7 @@ def _siblings(groups: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
     """What engines fuse: of the linears that share an input those that lie in one module."""
     for group in groups:
         for _, members in groupby(sorted(group, key=_owner), key=_owner):
-            found = tuple(members)
-            if len(found) > 1:
+            if len(found := tuple(members)) > 1:
                 yield found
 
 
@@ -105,9 +104,8 @@ def _owner(name: str) -> str:
 def _attention(model: BlockwiseModel, config: AttentionConfig | None) -> dict[str, AttentionEntry]:
     """All attention modules: those that can be reached, and those with linears of their own that cannot. An error if
     `config` cannot be honoured."""
-    reached = set(attention.attention_modules(model.skeleton))
-    if config is not None:
-        reached = set(attention.check(model.skeleton, config))
+    find = attention.attention_modules(model.skeleton) if config is None else attention.check(model.skeleton, config)
+    reached = set(find)
     specs = {slot: spec for slot, spec in (config.specs if config else {}).items() if spec is not None}
     return {
         name: AttentionEntry(name, type(module).__name__, specs if name in reached else {})

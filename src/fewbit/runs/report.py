@@ -3,6 +3,7 @@ environment; the recipe."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 from fewbit.config.recipe import Config
-from fewbit.contents import LINEAR_SLOTS, Contents, LinearEntry
+from fewbit.contents import LINEAR_SLOTS, Contents
 from fewbit.engine.stage_quantizer import LinearResult
 from fewbit.errors import CheckpointError
 from fewbit.files import read_json_object
@@ -28,29 +29,15 @@ REPORT = "report.json"
 
 def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
     """The report's line of a quantized linear; also what the journal keeps."""
+    taken = ("tokens", "loss", "error", "energy", "damping", "fallback")
     return {
         "name": name,
         "block": block,
         "status": "quantized",
-        "tokens": result.tokens,
-        "loss": result.loss,
-        "error": result.error,
-        "energy": result.energy,
-        "damping": result.damping,
-        "fallback": result.fallback,
+        **{field: getattr(result, field) for field in taken},
         "seconds": round(result.seconds, 4),
         "bits_per_weight": result.weight.bits_per_weight,
         "weights": result.weight.codes.numel(),
-    }
-
-
-def untouched_row(linear: LinearEntry) -> dict[str, Any]:
-    """The report's line of a linear that stays as it is."""
-    return {
-        "name": linear.name,
-        "status": linear.status,
-        "reason": linear.reason,
-        "weights": linear.shape[0] * linear.shape[1],
     }
 
 
@@ -59,7 +46,11 @@ def build_report(
 ) -> dict[str, Any]:
     """The whole report. `rows` are the quantized linears; `run` says what was quantized, with which data and how."""
     contents = plan.contents
-    untouched = [untouched_row(linear) for linear in contents.linears.values() if linear.weight is None]
+    left = [linear for linear in contents.linears.values() if linear.weight is None]
+    untouched: list[dict[str, Any]] = [
+        {"name": linear.name, "status": linear.status, "reason": linear.reason, "weights": math.prod(linear.shape)}
+        for linear in left
+    ]
     for row in rows + untouched:
         if (linear := contents.linears.get(row["name"])) is not None:
             row |= {slot: spec.summary for slot in LINEAR_SLOTS if (spec := getattr(linear, slot)) is not None}
@@ -79,36 +70,29 @@ def build_report(
         "linears": rows + untouched,
         "untouched": [tensor.row for tensor in plan.untouched],
         "attention": attention_row(contents),
-        "environment": environment(),
+        "environment": {
+            "fewbit": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+        },
         "recipe": config.to_dict(),
     }
 
 
 def attention_row(contents: Contents) -> dict[str, Any] | None:
     """The report's line of what is quantized inside attention; None if nothing is."""
-    quantized = [known for known in contents.attention.values() if known.specs]
-    if not quantized:
-        return None
-    return {"modules": len(quantized)} | {slot: spec.summary for slot, spec in quantized[0].specs.items()}
+    found = [known.specs for known in contents.attention.values() if known.specs]
+    return {"modules": len(found)} | {slot: spec.summary for slot, spec in found[0].items()} if found else None
 
 
 def bits_per_weight(rows: Iterable[Mapping[str, Any]]) -> float | None:
     """Stored bits per weight of the quantized linears with these rows; None if there are none."""
-    sizes = [(row["bits_per_weight"], row["weights"]) for row in rows]
-    weights = sum(size for _, size in sizes)
-    return sum(bits * size for bits, size in sizes) / weights if weights else None
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, as far as they can matter for the result."""
-    return {
-        "fewbit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-    }
+    rows = list(rows)
+    weights = sum(row["weights"] for row in rows)
+    return sum(row["bits_per_weight"] * row["weights"] for row in rows) / weights if weights else None
 
 
 def peak_memory() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,10 @@ class Identity:
         if manifest.get("calibration") != self.calibration:
             found.append("other calibration data or another seed")
         then = {"fewbit": manifest.get("version")} | (manifest.get("libraries") or {})
-        now = {"fewbit": self.version} | self.libraries
-        for name in sorted(then.keys() | now.keys()):
-            if then.get(name) != now.get(name):
-                found.append(f"{name} {then.get(name)} before, {now.get(name)} now")
-        before = manifest.get("recipe") or {}
-        for key in sorted(set(before) | set(self.recipe)):
-            if before.get(key) != self.recipe.get(key):
-                found.append(
-                    f"recipe field {key!r}: {_short(before.get(key))} before, {_short(self.recipe.get(key))} now"
-                )
+        for name, before, now in _changes(then, {"fewbit": self.version} | self.libraries):
+            found.append(f"{name} {before} before, {now} now")
+        for key, before, now in _changes(manifest.get("recipe") or {}, self.recipe):
+            found.append(f"recipe field {key!r}: {_short(before)} before, {_short(now)} now")
         if manifest.get("num_blocks") != self.num_blocks:
             found.append(f"{manifest.get('num_blocks')} blocks before, {self.num_blocks} now")
         if manifest.get("contents") != self.contents and not found:
@@ -71,7 +65,6 @@ class RunDirectory:
         self._created = False
         self._journal = Journal(self._place)
         self._before: dict[int, FinishedBlock] = {}
-        self._changed: set[int] = set()
         self.damaged: list[str] = []
         """Blocks that were damaged and are quantized again, for the progress view and the report."""
 
@@ -102,7 +95,11 @@ class RunDirectory:
             sweep(place)
         if (self._place / MANIFEST).exists():
             self.refuse(resume)  # another run may have begun while this one waited for the lock
-            if differences := identity.differences(self._manifest()):
+            try:
+                manifest = read_manifest(self._place)
+            except CheckpointError as error:
+                raise RunError(str(error)) from None
+            if differences := identity.differences(manifest):
                 raise RunError(
                     f"{self.path} cannot be resumed: {'; '.join(differences)}; "
                     "use the original settings or a new directory"
@@ -139,15 +136,11 @@ class RunDirectory:
                 finished[number] = block.linears
         return finished
 
-    def record(self, number: int, linears: list[dict[str, Any]], digest: str) -> None:
-        """Journal a block whose file is in place."""
+    def record(self, number: int, linears: list[dict[str, Any]], digest: str) -> bool:
+        """Journal a block whose file is in place. True for one that was made again and differs from before, which
+        invalidates the blocks after it."""
         self._journal.add_block(number, digest, linears)
-        if number in self._before and self._before[number].digest != digest:
-            self._changed.add(number)
-
-    def changed(self, number: int) -> bool:
-        """Whether a block that was made again differs from before, which invalidates the blocks after it."""
-        return number in self._changed
+        return number in self._before and self._before[number].digest != digest
 
     def record_files(self, known: Mapping[str, str]) -> None:
         """Journal every file but the blocks and those that describe the run; some digests are `known`."""
@@ -175,17 +168,18 @@ class RunDirectory:
         self._lock.close()
         self._lock = None
 
-    def _manifest(self) -> dict[str, Any]:
-        try:
-            return read_manifest(self._place)
-        except CheckpointError as error:
-            raise RunError(str(error)) from None
-
     def _foreign_files(self) -> list[Path]:
         try:
             return [path for path in self._place.iterdir() if path.name != LOCK and not is_scratch(path.name)]
         except OSError as error:
             raise RunError(f"{self.path} cannot be read: {error.strerror}") from None
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Names of fields that differ, with the values of both."""
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield name, before.get(name), now.get(name)
 
 
 def _short(value: Any) -> str:

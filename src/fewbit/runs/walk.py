@@ -21,7 +21,6 @@ from fewbit.engine.block_work import BlockWork
 from fewbit.engine.staged import Strategy
 from fewbit.models.architecture import members_of
 from fewbit.models.blockwise import BlockwiseModel
-from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attach import attach, quantizers
 from fewbit.runs.plan import Plan
 from fewbit.runs.progress import ProgressView
@@ -104,28 +103,29 @@ class Walk:
                 rows += finished[index]
                 self.progress.block_done(index, None)
                 continue
-            rows += self._write(quantize(index))
-            if self.directory.changed(index) and finished:
+            made, differs = self._write(quantize(index))
+            rows += made
+            if differs and finished:
                 self.progress.warn(f"block {index} came out otherwise than before, so what follows was made anew")
                 finished = {}
         return rows
 
-    def _write(self, work: BlockWork) -> Rows:
-        """Write a finished block, then journal it."""
+    def _write(self, work: BlockWork) -> tuple[Rows, bool]:
+        """Write a finished block, then journal it; whether it came out otherwise than in an earlier run."""
         index, results = work.index, work.results
         quantized = {weight_of(name): result.weight for name, result in results.items()}
         rest = [name for name in self.model.block_tensors(index) if name not in quantized]
         dense = self.model.source.read(rest) | work.dense
-        activations = {name: quantizer.state() for name, quantizer in self._quantizers(work.prefix).items()}
+        activations = {name: found.state() for name, found in quantizers(self.model.skeleton, work.prefix).items()}
         file = block_file(self.directory.path, index)
         digest = write_part(file, quantized, dense, activations, work.steps, work.folded)
         rows = [linear_row(name, index, result) for name, result in results.items()]
         for row in rows:
             row["scaling"] = work.alpha_of(row["name"])
-        self.directory.record(index, rows, digest)
+        differs = self.directory.record(index, rows, digest)
         energy = sum(result.energy for result in results.values())
         self.progress.block_done(index, sum(r.error for r in results.values()) / energy if energy else 0.0)
-        return rows
+        return rows, differs
 
     def _pass_through(self, index: int, passage: Passage) -> None:
         """The batches through a block that an earlier run finished, computed as it did."""
@@ -138,7 +138,7 @@ class Walk:
             return tensors | self.model.source.read(part.folded, torch.float32)
 
         known = part.activations()
-        for name, quantizer in self._quantizers(prefix).items():
+        for name, quantizer in quantizers(self.model.skeleton, prefix).items():
             quantizer.load(known[name])
         linears = {name: linear for name, linear in self.model.linears().items() if name.startswith(prefix)}
         for name, steps in part.steps().items():
@@ -159,7 +159,3 @@ class Walk:
         attach(self.model.skeleton, self.plan.contents.activations, groups=self.model.full_groups(), dtype=dtype)
         for quantizer in quantizers(self.model.skeleton).values():
             quantizer.passive = not self.config.calibration.quantized_activations
-
-    def _quantizers(self, prefix: str) -> dict[str, ActivationQuantizer]:
-        """Those of one block's activations, by module and slot."""
-        return quantizers(self.model.skeleton, prefix)

@@ -130,13 +130,9 @@ def _args(spec: QuantizationSpec) -> Args:
     kind = "int" if spec.format.is_integer else "float"
     args: Args = {"num_bits": spec.bits, "type": kind, "symmetric": spec.symmetric, "dynamic": spec.is_dynamic}
     args["strategy"] = STRATEGIES[spec.qscheme] if spec.scale_type != "e4m3" else "tensor_group"
-    if spec.group_size is not None:
-        args["group_size"] = spec.group_size
-    if spec.block_size is not None:
-        args["block_structure"] = list(spec.block_size)
-    if spec.scale_type in SCALE_DTYPES:
-        args["scale_dtype"] = SCALE_DTYPES[spec.scale_type]
-    return args
+    args |= {"group_size": spec.group_size, "scale_dtype": SCALE_DTYPES.get(spec.scale_type)}
+    args["block_structure"] = None if spec.block_size is None else list(spec.block_size)
+    return {name: value for name, value in args.items() if value is not None}
 
 
 def _byte_scaled(spec: QuantizationSpec) -> str:

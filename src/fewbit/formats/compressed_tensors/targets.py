@@ -37,20 +37,17 @@ def patterns(names: Iterable[str]) -> list[str]:
     for owner, found in leaves.items():
         parts = owner.split(".") if owner else []
         indices = tuple(int(part) for part in parts if _is_index(part))
-        by_leaves[tuple("#" if _is_index(part) else part for part in parts), _with_fused(found)].add(indices)
-    made = []
-    for (template, last), numbers in by_leaves.items():
-        for choice in _products(numbers):
-            made.append(_pattern(template, choice, sorted(last)))
-    return sorted(made)
+        fused = {whole for whole, members in FUSED.items() if found.issuperset(members)}
+        by_leaves[tuple("#" if _is_index(part) else part for part in parts), frozenset(found | fused)].add(indices)
+    return sorted(
+        _pattern(template, choice, sorted(last))
+        for (template, last), numbers in by_leaves.items()
+        for choice in _products(numbers)
+    )
 
 
 def _is_index(part: str) -> bool:
     return part.isdecimal() and part.isascii() and str(int(part)) == part
-
-
-def _with_fused(leaves: set[str]) -> frozenset[str]:
-    return frozenset(leaves | {fused for fused, parts in FUSED.items() if leaves.issuperset(parts)})
 
 
 def _products(numbers: set[tuple[int, ...]]) -> list[list[list[int]]]:
@@ -68,17 +65,15 @@ def _products(numbers: set[tuple[int, ...]]) -> list[list[list[int]]]:
 
 def _pattern(template: Sequence[str], choice: list[list[int]], last: list[str]) -> str:
     numbers = iter(choice)
-    owner = "".join(
-        (_any_of([str(number) for number in next(numbers)]) if part == "#" else re.escape(part)) + r"\."
-        for part in template
-    )
+    parts = (_any_of(map(str, next(numbers))) if part == "#" else re.escape(part) for part in template)
+    owner = "".join(rf"{part}\." for part in parts)
     for stored, elsewhere in _WRAPPED.items():
         if owner.startswith(re.escape(stored)):
             owner = _any_of([stored, elsewhere]) + owner.removeprefix(re.escape(stored))
     return f"re:{owner}{_any_of(last)}$"
 
 
-def _any_of(words: list[str]) -> str:
+def _any_of(words: Iterable[str]) -> str:
     """A pattern of one of some words."""
     escaped = [re.escape(word) for word in words]
     return escaped[0] if len(escaped) == 1 else f"(?:{'|'.join(escaped)})"

@@ -1,9 +1,9 @@
 """Proof that a compressed-tensors export is right: the format's own library decodes it, and all must equal the run.
 
 Of every weight: the config group that the library picks for it, each stored tensor, the codes (decoded with all scales
-set to one) and the weight. Of every activation: its arguments and its tensors. Then all other tensors, that none is
-left over, that linears which stay as they are are ignored, and that fused linears share their scales. Before all that,
-the files beside the weights and the index.
+set to one) and the weight. Of every activation its tensors; what the config says of attention is compared with all
+else that lies beside the weights, before all that. Then all other tensors, that none is left over, that linears which
+stay as they are are ignored, and that fused linears share their scales.
 """
 
 from __future__ import annotations
@@ -18,19 +18,11 @@ from torch import Tensor, nn
 from fewbit.checkpoint.configuration import quantization_of, read_config
 from fewbit.checkpoint.native import NativeCheckpoint
 from fewbit.checkpoint.source import INDEX_FILE, SafetensorsSource
-from fewbit.contents import Contents, LinearEntry
+from fewbit.contents import LinearEntry
 from fewbit.errors import FewbitError, VerificationError, first_line
 from fewbit.formats.beside import check_beside
 from fewbit.formats.compressed_tensors.activations import encode_activation
-from fewbit.formats.compressed_tensors.config import (
-    DENSE,
-    NAME,
-    group_entry,
-    kv_cache,
-    layout_of,
-    left_alone,
-    query_classes,
-)
+from fewbit.formats.compressed_tensors.config import NAME, group_entry, layout_of, left_alone
 from fewbit.formats.compressed_tensors.layouts import Layout
 from fewbit.formats.compressed_tensors.scheme import Args
 from fewbit.formats.compressed_tensors.write import config_changes, unshared
@@ -49,7 +41,6 @@ def verify(directory: Path, checkpoint: NativeCheckpoint) -> Verification:
     checked = _Export(directory)
     for linear in contents.weights:
         checked.weight(linear, checkpoint.read_quantized(linear.weight_name), checked.scheme(linear))
-    checked.attention(contents)
     for name, activation in checkpoint.activations().items():
         for stored, expected in encode_activation(name, activation).items():
             checked.tensor(stored, expected)
@@ -135,19 +126,6 @@ class _Export:
         compare(what, found, expected)
         self.left.discard(name)
         return found
-
-    def attention(self, contents: Contents) -> None:
-        """The entries of the KV cache and of queries, which are said by class."""
-        cache, classes = kv_cache(contents), query_classes(contents)
-        self.args("kv_cache_scheme", self.config.kv_cache_scheme, cache)
-        for kind in classes:
-            scheme = self.schemes.get(kind)
-            if scheme is None or scheme.weights is not None or len(scheme.targets) != 1 or scheme.format != DENSE:
-                raise VerificationError(f"{self.directory}: the config has no group for the queries of {kind}")
-            self.args(f"{kind} query", scheme.input_activations, cache)
-        for target, scheme in self.schemes.items():
-            if scheme.weights is None and target not in classes:
-                raise VerificationError(f"{self.directory}: the config quantizes {target!r} without weights")
 
     def nothing_left(self, unquantized: list[str]) -> None:
         """No tensor that was not compared, and no linear that a reader would quantize although the run did not."""
