@@ -12,7 +12,6 @@ larger than memory see `fewbit.quantize`. Modules are exchanged in place for tho
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from fewbit.errors import CalibrationError, ConfigError, nearest
 from fewbit.models.untouched import Untouched, untouched
 from fewbit.nn import in_memory
 from fewbit.nn.activation import ActivationQuantizer
-from fewbit.nn.exchange import INSTANCES, Exchange, carry_over
+from fewbit.nn.exchange import Exchange, carry_over
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantConv1d, FakeQuantConv2d, FakeQuantLinear
 from fewbit.nn.in_memory import check_plain
 from fewbit.nn.linear import Linear
@@ -224,7 +223,7 @@ def freeze(model: nn.Module) -> nn.Module:
     for name, module in inside.named_modules():
         if isinstance(module, FakeQuant):
             check_plain(module, name, known=module.slots)
-            made[module] = _packed(module) if isinstance(module, FakeQuantLinear) else _baked(module)
+            made[module] = _frozen(module)
     if not made:
         raise ConfigError(f"{type(model).__name__} has nothing to freeze; call quantize_(model) first")
     changes = Exchange()
@@ -292,27 +291,19 @@ def _observer(quantizer: ActivationQuantizer, momentum: float | None) -> Observe
     return make_observer(quantizer.spec, quantizer.dtype)
 
 
-def _packed(module: FakeQuantLinear) -> nn.Module:
-    """The linear with packed codes; the module itself if its weight is not quantized."""
-    weight = module.quantized_weight()
-    if weight is None:
+def _frozen(module: FakeQuant) -> nn.Module:
+    """A linear with packed codes, a convolution whose weight has its quantized values; a linear whose weight is not
+    quantized stays."""
+    made: Any
+    if not isinstance(module, FakeQuantLinear):
+        bias = module.fake_bias()
+        made = module.like(module, replace(module.config, weight=None, bias=None))
+        made.weight = nn.Parameter(module.fake_weight().clone(), requires_grad=False)
+        made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    elif (weight := module.quantized_weight()) is None:
         return module
-    packed = QuantLinear(weight, module.fake_bias())
-    packed.input_steps, packed.output_quantizer = module.input_steps, module.output_quantizer
-    carry_over(module, packed)
-    return packed
-
-
-def _baked(module: FakeQuant) -> FakeQuant:
-    """The convolution with its quantized values as weight, for which nothing is left to quantize."""
-    weight, bias = module.fake_weight().clone(), module.fake_bias()
-    made = copy.copy(module)  # the same quantizers and hooks
-    for name in ("_parameters", "_modules"):
-        vars(made)[name] = dict(vars(module)[name])
-    for name in INSTANCES:  # bound to the old one
-        vars(made).pop(name, None)
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    made.config = replace(module.config, weight=None, bias=None)
-    carry_over(module, made)
-    return made
+    else:
+        made = QuantLinear(weight, module.fake_bias())
+        carry_over(module, made)
+    made.input_steps, made.output_quantizer = module.input_steps, module.output_quantizer
+    return made  # type: ignore[no-any-return]

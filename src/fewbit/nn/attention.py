@@ -41,7 +41,8 @@ OWN_WAYS = {
 """Attention classes of transformers that do something else under some implementations: those."""
 
 _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in modeling files that have the interface
-_CACHED = "_fewbit_quantized_by_cache"
+CACHED = "_fewbit_quantized_by_cache"
+"""Attribute of keys and values that a cache has quantized, so that attention can refuse to do it again."""
 _GUARDED = "_fewbit_attention_guarded"
 _PREVIOUS = {name: previous for previous, name in IMPLEMENTATION_OVER.items()}
 
@@ -197,12 +198,6 @@ def states_of(module: str, states: Mapping[str, QuantizedActivation] | None) -> 
     return {slot: states[f"{module}.{slot}"] for slot in ATTENTION_SLOTS if states and f"{module}.{slot}" in states}
 
 
-def mark_as_cached(x: Tensor) -> Tensor:
-    """Note on keys or values that a cache has quantized them, so that attention can refuse to do it again."""
-    setattr(x, _CACHED, True)
-    return x
-
-
 def _attention(
     previous: str,
     module: nn.Module,
@@ -218,7 +213,7 @@ def _attention(
     if quantizers is None:
         return _previous(module, previous)(module, query, key, value, attention_mask, **kwargs)
     for slot, x in (("key", key), ("value", value)):
-        if slot in quantizers and hasattr(x, _CACHED):
+        if slot in quantizers and hasattr(x, CACHED):
             raise ConfigError(
                 f"the cache has quantized {slot}s already and attention is set to do it again; "
                 "use QuantizedCache on a model without quantized keys and values (detach), or a plain cache"

@@ -25,11 +25,10 @@ from fewbit.errors import ConfigError
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
-from fewbit.nn.linear import multiplies
+from fewbit.nn.linear import multiplies, product
 from fewbit.nn.quantizer import quantize_matrix, round_matrix
 from fewbit.nn.steps import Stepped
 from fewbit.nn.words import METHODS, WORDS, Granularity, linear_config, with_methods
-from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
 
@@ -104,7 +103,7 @@ class FakeQuant(Stepped):
         if group_size is not None:
             resolved = with_group_size(resolved, group_size)
         cls._check_kind(module)
-        return cls._of(module, resolved)
+        return cls.like(module, resolved)
 
     @classmethod
     def _check_kind(cls, module: nn.Module) -> None:
@@ -122,7 +121,7 @@ class FakeQuant(Stepped):
             )
 
     @classmethod
-    def _of(cls, module: Any, config: QuantizationConfig) -> Self:
+    def like(cls, module: Any, config: QuantizationConfig) -> Self:
         """One with the parameters and hooks of `module`; finds the quantized weight, so that errors come now."""
         sizes = {name: getattr(module, name) for name in cls.sizes}
         for spec, name in zip((config.input_tensors, config.output_tensors), cls.sizes, strict=False):
@@ -193,10 +192,7 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
         super().__init__(in_features, out_features, bias, **dict(zip(WORDS, words, strict=False)), **kwargs)
 
     def multiply(self, seen: Tensor) -> Tensor:
-        product = matmul.linear(seen.reshape(-1, self.in_features), self.fake_weight().to(seen.dtype))
-        if (bias := self.fake_bias()) is not None:
-            product = product + bias.to(seen.dtype)
-        return product.view(*seen.shape[:-1], self.out_features)
+        return product(seen, self.fake_weight().to(seen.dtype), self.fake_bias())
 
 
 class FakeQuantConv(FakeQuant):

@@ -32,7 +32,7 @@ class IntegerLinear(nn.Module):
     """int8 codes [..., in] → codes [..., out] (int8) with integer additions, multiplications and shifts.
 
     codes: int8 [out, in]. bias: int32 [out], in units of s_x · s_w. shift: int32 [out]. sign: int32 [out], ±1.
-    input_scale, output_scale: the powers of two that in- and output codes are multiplied with.
+    scales, bits: of in- and output codes; scales are powers of two.
     """
 
     codes: Tensor
@@ -46,16 +46,14 @@ class IntegerLinear(nn.Module):
         bias: Tensor,
         shift: Tensor,
         sign: Tensor,
-        input_scale: float,
-        output_scale: float,
-        input_bits: int = 8,
-        output_bits: int = 8,
+        scales: tuple[float, float],
+        bits: tuple[int, int],
     ) -> None:
         super().__init__()
         for name, tensor in (("codes", codes), ("bias", bias), ("shift", shift), ("sign", sign)):
             self.register_buffer(name, tensor)
-        self.input_scale, self.output_scale = input_scale, output_scale
-        self.input_bits, self.output_bits = input_bits, output_bits
+        self.input_scale, self.output_scale = scales
+        self.input_bits, self.output_bits = bits
 
     @classmethod
     def from_module(cls, module: FakeQuantLinear) -> Self:
@@ -86,8 +84,8 @@ class IntegerLinear(nn.Module):
             units = torch.ldexp(floats.double(), -exponent).round()
             bias = units.clamp(-LARGEST_SUM, LARGEST_SUM - 1).to(torch.int32)
         shift, sign = (output_exponent - exponent).to(torch.int32), scale.sign().to(torch.int32)
-        scales = 2.0**input_exponent, 2.0**output_exponent
-        return cls(weight.codes, bias, shift, sign, *scales, inputs.spec.bits, outputs.spec.bits)
+        scales, bits = (2.0**input_exponent, 2.0**output_exponent), (inputs.spec.bits, outputs.spec.bits)
+        return cls(weight.codes, bias, shift, sign, scales, bits)
 
     def forward(self, codes: Tensor) -> Tensor:
         """int8 [..., in] → int8 [..., out]. CPU: torch multiplies matrices of int32 only there."""

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from fewbit.config.spec import AttentionConfig
 from fewbit.errors import ConfigError
-from fewbit.nn.attention import HeadsQuantizer, attention_modules, mark_as_cached, states_of
+from fewbit.nn.attention import CACHED, HeadsQuantizer, attention_modules, states_of
 from fewbit.numerics.packing import pack, unpack
 from fewbit.tensor import QuantizedActivation, from_unsigned
 
@@ -157,11 +157,9 @@ class _TokenStore:
         """All tokens [batch, heads, tokens, channels] in the dtype they came in."""
         if self.quantizer is None:
             return self.parts["codes"]
-        return mark_as_cached(decode(self.quantizer, self.parts, self.channels, self.dtype))
-
-    def change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every part by change(part); copies, so that nothing keeps what was dropped in memory."""
-        self.parts = {name: change(part).clone() for name, part in self.parts.items()}
+        x = decode(self.quantizer, self.parts, self.channels, self.dtype)
+        setattr(x, CACHED, True)
+        return x
 
     def nbytes(self) -> int:
         scales = () if self.quantizer is None else self.quantizer.buffers()
@@ -213,8 +211,9 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
             self._change(lambda part: part.to(self.device))
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every part by change(part); copies, so that nothing keeps what was dropped in memory."""
         for store in self.stores:
-            store.change(change)
+            store.parts = {name: change(part).clone() for name, part in store.parts.items()}
 
 
 class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]

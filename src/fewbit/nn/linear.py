@@ -29,10 +29,15 @@ class Linear(Stepped, nn.Linear):
         return made
 
     def multiply(self, seen: Tensor) -> Tensor:
-        product = matmul.linear(seen.reshape(-1, seen.shape[-1]), self.weight)
-        if self.bias is not None:
-            product += self.bias
-        return product.view(*seen.shape[:-1], product.shape[-1])  # there may be no token at all
+        return product(seen, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] · weightᵀ [out, in] + bias → [..., out], in x's dtype."""
+    out = matmul.linear(x.reshape(-1, x.shape[-1]), weight)
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return out.view(*x.shape[:-1], out.shape[-1])  # there may be no token at all
 
 
 def adopt(module: nn.Module) -> None:

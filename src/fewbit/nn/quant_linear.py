@@ -14,11 +14,10 @@ from fewbit.config.spec import QuantizationSpec
 from fewbit.errors import ConfigError
 from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
-from fewbit.nn.linear import multiplies
+from fewbit.nn.linear import multiplies, product
 from fewbit.nn.quantizer import quantize_matrix
 from fewbit.nn.steps import KeepsDtypes, Stepped
 from fewbit.nn.words import GROUPED, method_name, weight_spec
-from fewbit.numerics import matmul
 from fewbit.tensor import QuantTensor
 
 CHUNK_ELEMENTS = 2**21  # weights that are dequantized at a time: 8 MB of float32
@@ -95,12 +94,9 @@ class QuantLinear(Stepped, KeepsDtypes):
         return self.quantized.dequantize(dtype)
 
     def multiply(self, seen: Tensor) -> Tensor:
-        matrix = seen.reshape(-1, self.in_features)
         chunks = (self._rows(start, stop).dequantize(seen.dtype) for start, stop in self._chunks())
-        out = torch.cat([matmul.linear(matrix, chunk) for chunk in chunks], dim=1)
-        if self.bias is not None:
-            out = out + self.bias.to(out.dtype)
-        return out.view(*seen.shape[:-1], self.out_features)
+        out = torch.cat([product(seen, chunk) for chunk in chunks], dim=-1)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _chunks(self) -> list[tuple[int, int]]:
         """Ranges of rows of about CHUNK_ELEMENTS weights that cut no tile. (A tile of all rows may be cut: its scale

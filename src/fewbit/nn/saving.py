@@ -22,12 +22,10 @@ _HOME = "fewbit.nn."
 
 def guard() -> None:
     """Called by whatever makes quantized modules; does nothing if transformers has made no model yet, or twice."""
-    module = sys.modules.get("transformers.modeling_utils")
-    kind: Any = getattr(module, "PreTrainedModel", None)
-    if kind is None or hasattr(kind.save_pretrained, _GUARDED):
-        return
-    for name in ("save_pretrained", "push_to_hub"):
-        setattr(kind, name, _guarded(getattr(kind, name)))
+    kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if kind is not None and not hasattr(kind.save_pretrained, _GUARDED):
+        for name in ("save_pretrained", "push_to_hub"):
+            setattr(kind, name, _guarded(getattr(kind, name)))
 
 
 def _guarded(save: Callable[..., Any]) -> Callable[..., Any]:
