@@ -102,16 +102,14 @@ class ModelQuantizer:
             install(model, NativeCheckpoint(directory))
 
     def _by_replacement(self, model: nn.Module, dataloader: Iterable[Any] | None) -> None:
-        config = self.config
+        config, what = self.config, f"{type(model).__name__} is no language model of transformers"
         if config.algo_config != (RTNConfig(),):
             raise ConfigError(
-                f"{type(model).__name__} is no language model of transformers: only round to nearest works here "
-                "(algo_config=RTNConfig()); GPTQ and smoothing of any stack of layers: run_gptq_for_sequential_layers"
+                f"{what}: only round to nearest works here (algo_config=RTNConfig()); GPTQ and smoothing of any stack "
+                "of layers: run_gptq_for_sequential_layers"
             )
         if config.attention is not None:
-            raise ConfigError(
-                f"{type(model).__name__} is no language model of transformers: its attention cannot be quantized"
-            )
+            raise ConfigError(f"{what}: its attention cannot be quantized")
         modules = {name: type(module).__name__ for name, module in ptq.quantizable(model).items()}
         configs = {name: match.config for name, match in resolve(config, modules).items() if match.config is not None}
         if not configs:

@@ -52,13 +52,10 @@ class PTQRow:
 
     name: str
     kind: str
-    weight: str
-    """The weight's spec in words; "" if it stays as it is."""
+    weight: str  # its spec in words; "" if it stays as it is
     activations: str
-    bits_per_weight: float
-    """Stored bits once frozen (linears; a convolution's weight is not packed)."""
-    error: float
-    """‖Ŵ − W‖² / ‖W‖²."""
+    bits_per_weight: float  # once frozen (linears; a convolution's weight is not packed)
+    error: float  # ‖Ŵ − W‖² / ‖W‖²
 
 
 @dataclass(frozen=True)
@@ -217,17 +214,15 @@ def freeze(model: nn.Module) -> nn.Module:
     weight. Scales of activations stay. Returns `model`; ConfigError if nothing in it is fake-quantized.
     """
     inside = in_memory.unwrapped(model)
-    made: dict[nn.Module, nn.Module] = {}
     if isinstance(inside, FakeQuant):
         raise ConfigError(f"the model is itself a {type(inside).__name__}: use QuantLinear.from_module(linear, …)")
-    for name, module in inside.named_modules():
-        if isinstance(module, FakeQuant):
-            check_plain(module, name, known=module.slots)
-            made[module] = _frozen(module)
-    if not made:
+    found = {name: module for name, module in inside.named_modules() if isinstance(module, FakeQuant)}
+    if not found:
         raise ConfigError(f"{type(model).__name__} has nothing to freeze; call quantize_(model) first")
+    for name, module in found.items():
+        check_plain(module, name, known=module.slots)
     changes = Exchange()
-    changes.replace(inside, made)
+    changes.replace(inside, {module: _frozen(module) for module in found.values()})
     changes.commit()
     return model
 

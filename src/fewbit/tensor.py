@@ -118,8 +118,7 @@ class QuantTensor:
         """What is stored: codes and zero_point packed in int32 words along the last axis, scales as they are."""
         codes = self.codes if self.spec.format.is_cast else pack(self.unsigned_codes(), self.spec.bits)
         tensors = {"codes": codes, "scale": self.scale.contiguous()}
-        zero = self.unsigned_zero_point()
-        if zero is not None:
+        if (zero := self.unsigned_zero_point()) is not None:
             tensors["zero_point"] = pack(zero, self.spec.bits)
         if self.spec.stored_as.has_global_scale:
             tensors["global_scale"] = torch.tensor([self.global_scale], dtype=torch.float32)

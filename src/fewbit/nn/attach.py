@@ -42,8 +42,8 @@ def attach(
         linears: by name, those that take others' places when `changes` are committed; what they quantize with is part
             of the state dict. Without them the model's own, and all happens now.
 
-    ArchitectureError or ConfigError, before anything has changed, if the model's attention cannot be reached;
-    CheckpointError for a linear that the model does not have.
+    CheckpointError for a linear that the model does not have; ArchitectureError or ConfigError, before anything has
+    changed, if its attention cannot be reached.
     """
     persistent = linears is not None
     if linears is None:
@@ -97,10 +97,8 @@ def quantizers(model: nn.Module, prefix: str = "") -> dict[str, ActivationQuanti
 
 def refuse_quantized(model: nn.Module) -> None:
     """ConfigError for a model in memory that is quantized already: its float weights would be taken for the model."""
-    if found := quantized_in(model):
-        raise ConfigError(
-            f"the model is quantized in memory already ({found}); give the run's directory, or the original model"
-        )
+    if what := quantized_in(model):
+        raise ConfigError(f"the model is quantized in memory already ({what}); give the run or the original model")
 
 
 def detach(block: nn.Module) -> None:

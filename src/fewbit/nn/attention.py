@@ -31,13 +31,10 @@ IMPLEMENTATION_OVER = {"sdpa": IMPLEMENTATION, "eager": "fewbit-eager"}
 ATTRIBUTE = "attention_quantizers"
 """Where an attention module holds its AttentionQuantizers."""
 
-OWN_WAYS = {
-    **dict.fromkeys(("DecisionTransformerGPT2Attention", "GPT2Attention"), ("eager",)),
-    **dict.fromkeys(
-        ("AXK2Attention", "DeepseekV32Attention", "GlmMoeDsaAttention", "HYV4Attention", "MiniMaxM3VLAttention"),
-        ("eager", "sdpa"),
-    ),
-}
+OWN_WAYS = dict.fromkeys(("DecisionTransformerGPT2Attention", "GPT2Attention"), ("eager",)) | dict.fromkeys(
+    ("AXK2Attention", "DeepseekV32Attention", "GlmMoeDsaAttention", "HYV4Attention", "MiniMaxM3VLAttention"),
+    ("eager", "sdpa"),
+)
 """Attention classes of transformers that do something else under some implementations: those."""
 
 _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in modeling files that have the interface

@@ -42,10 +42,9 @@ class Exchange:
 
     def item(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
         """mapping[key] becomes value. Attributes are items of `vars(module)`, children of `module._modules`."""
-        self._steps.append(partial(operator.setitem, mapping, key, value))
-        there = key in mapping
-        back = partial(operator.setitem, mapping, key, mapping[key]) if there else partial(mapping.pop, key, None)
-        self._back.append(back)
+        write = partial(operator.setitem, mapping, key)
+        self._steps.append(partial(write, value))
+        self._back.append(partial(write, mapping[key]) if key in mapping else partial(mapping.pop, key, None))
 
     def include(self, other: Exchange) -> None:
         """The changes of another one, too."""

@@ -96,10 +96,7 @@ class FakeQuant(Stepped):
         resolved = _resolve(config or cls.preset, {name: value for name, value in words.items() if value is not None})
         resolved = replace(resolved, **{name: spec for name, spec in specs.items() if spec is not None})
         if not resolved.quantizes:
-            raise ConfigError(
-                "nothing to quantize: name a scheme, bits (w_bits, a_bits), or a spec for weight, input_tensors or "
-                "output_tensors"
-            )
+            raise ConfigError("nothing to quantize: name a scheme, bits (w_bits, a_bits), or a spec for a tensor")
         if group_size is not None:
             resolved = with_group_size(resolved, group_size)
         cls._check_kind(module)

@@ -90,22 +90,17 @@ def check_plain(module: nn.Module, name: str = "", known: Collection[str] = ()) 
     its own, a parametrization, a weight that is computed anew in every forward, and whatever it holds besides weight,
     bias and what `known` names."""
     what = check_weight(module, name)
-    if _has_own_forward(module):
-        raise ConfigError(
-            f"{what} has a forward of its own, which its quantized counterpart would not run; take it off "
-            "(del module.forward), or exclude the module"
-        )
     held = module._parameters | module._buffers | module._modules
     extra = sorted({key for key, value in held.items() if value is not None} - {"weight", "bias", *known})
-    if extra:
-        raise ConfigError(
-            f"{what} holds {extra[0]!r} beside weight and bias, which its quantized counterpart would drop; take it "
-            "off, or exclude the module"
-        )
-    if any(getattr(module, hooks, None) for hooks in _OF_STATE):
-        raise ConfigError(
-            f"{what} has hooks on its state dict, which fit no quantized one; take them off, or exclude the module"
-        )
+    if _has_own_forward(module):
+        lost = "has a forward of its own (del module.forward takes it off)"
+    elif extra:
+        lost = f"holds {extra[0]!r} beside weight and bias"
+    elif any(getattr(module, hooks, None) for hooks in _OF_STATE):
+        lost = "has a hook on its state dict"
+    else:
+        return
+    raise ConfigError(f"{what} {lost}, which its quantized counterpart would drop; take it off, or exclude the module")
 
 
 def check_weight(module: nn.Module, name: str = "") -> str:

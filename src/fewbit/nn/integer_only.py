@@ -16,6 +16,7 @@ data), rotary embeddings (sines). An LLM's block is islands of integers; a netwo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -41,13 +42,7 @@ class IntegerLinear(nn.Module):
     sign: Tensor
 
     def __init__(
-        self,
-        codes: Tensor,
-        bias: Tensor,
-        shift: Tensor,
-        sign: Tensor,
-        scales: tuple[float, float],
-        bits: tuple[int, int],
+        self, codes: Tensor, bias: Tensor, shift: Tensor, sign: Tensor, scales: Sequence[float], bits: Sequence[int]
     ) -> None:
         super().__init__()
         for name, tensor in (("codes", codes), ("bias", bias), ("shift", shift), ("sign", sign)):

@@ -45,11 +45,8 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         states: Sequence[Mapping[str, QuantizedActivation]] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        for slot in ("query", "probabilities"):
-            if getattr(attention, slot) is not None:
-                raise ConfigError(
-                    f"a cache holds no {slot}; quantize it inside attention (fewbit.nn.attention.attach)"
-                )
+        for slot in sorted(attention.specs.keys() - {"key", "value"}):
+            raise ConfigError(f"a cache holds no {slot}; quantize it inside attention (fewbit.nn.attention.attach)")
         known, layers = dict(enumerate(states or ())), []
         for index, plain in enumerate(DynamicCache(config=config).layers):
             stores = [

@@ -67,9 +67,8 @@ class QuantLinear(Stepped, KeepsDtypes):
             options: other fields of QuantizationSpec, e.g. observer="minmax", dtype="e4m3".
         """
         if not multiplies(linear):
-            raise ConfigError(
-                f"a QuantLinear stands for nn.Linear, not for {type(linear).__name__}, which computes in another way"
-            )
+            kind = type(linear).__name__
+            raise ConfigError(f"a QuantLinear stands for nn.Linear, not for {kind}, which computes in another way")
         check_plain(linear)
         if spec is None:
             if group_size is None and method_name(method) in GROUPED:

@@ -133,12 +133,11 @@ def _checked(weight: Tensor, spec: QuantizationSpec, name: str) -> tuple[Tensor,
     matrix = weight.detach().float()
     if not bool(torch.isfinite(matrix).all()):
         raise ConfigError(f"{name} holds NaN or infinity; is the model damaged?")
-    for stage in (spec, spec.first_stage):
-        if stage is not None:
-            try:
-                stage.tiling.tile(*matrix.shape)
-            except ValueError as error:
-                raise ConfigError(f"{name} cannot be quantized {stage.summary}: {error}") from None
+    for stage in (spec,) if spec.first_stage is None else (spec, spec.first_stage):
+        try:
+            stage.tiling.tile(*matrix.shape)
+        except ValueError as error:
+            raise ConfigError(f"{name} cannot be quantized {stage.summary}: {error}") from None
     if spec.first_stage is not None:
         spec.first_stage.check_stored(name)
     format = spec.scale_format(weight.dtype, spec.global_scale(matrix))
