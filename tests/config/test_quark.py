@@ -245,7 +245,7 @@ class TestModuleConfig:
         )
         assert (config.weight, config.bias) == (UINT4_PER_GROUP, INT8_PER_TENSOR)
         assert config.activations == {"input_tensors": INT8_PER_TENSOR, "output_tensors": FP8_PER_TENSOR}
-        assert QuantizationConfig().activations == {"input_tensors": None, "output_tensors": None}
+        assert QuantizationConfig().activations == {}
 
     def test_a_list_of_two_is_a_first_and_a_second_stage(self):
         second = QuantizationSpec(dtype=Dtype.int4, observer_cls=PerChannelMinMaxObserver, ch_axis=0)

@@ -37,7 +37,7 @@ class Factor:
     @property
     def cost(self) -> Tensor:
         """`precision` in the order of the weight's columns."""
-        return torch.empty_like(self.precision).index_copy_(0, self.order, self.precision)
+        return self.precision[self.order.argsort()]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def solve(problem: Problem, factor: Factor, grid: Grid, block_size: int) -> Solu
         _run_columns(w[block], levels[block], factor.update[block, block], here)
         w[block.stop :].addmm_(factor.update[block, block.stop :].T, w[block], alpha=-1)
     loss = torch.mv(w.square_().T, factor.precision)
-    return Solution(_in_original_order(levels, factor.order), grid, loss)
+    return Solution(levels[factor.order.argsort()].T.contiguous(), grid, loss)
 
 
 def solve_greedily(problem: Problem, factor: Factor) -> Solution:
@@ -139,7 +139,7 @@ def solve_greedily(problem: Problem, factor: Factor) -> Solution:
         chosen[int(factor.order[start]) // size] = grids.map(lambda x: x.gather(0, best))  # noqa: B023
         w[block.stop :].addmm_(factor.update[block, block.stop :].T, error, alpha=-1)
     grid = Grid.joined([chosen[number] for number in range(columns // size)])
-    return Solution(_in_original_order(levels, factor.order), grid, total)
+    return Solution(levels[factor.order.argsort()].T.contiguous(), grid, total)
 
 
 def refit(problem: Problem, factor: Factor, solution: Solution, config: GPTQConfig) -> Solution:
@@ -194,15 +194,13 @@ def _fitted_scale(problem: Problem, projected: Tensor, levels: Tensor, scale: Te
     lower, info = torch.linalg.cholesky_ex(quadratic + torch.diag_embed(tiny))
     image = (quadratic @ scale.T.unsqueeze(-1)).squeeze(-1)
     fitted = scale.T + torch.cholesky_solve((linear - image).unsqueeze(-1), lower).squeeze(-1)
-    fitted = torch.where(empty | ~torch.isfinite(fitted), scale.T, fitted)
-    fitted = problem.rule.scale.round(fitted)
+    fitted = problem.rule.scale.round(torch.where(empty | ~torch.isfinite(fitted), scale.T, fitted))
 
     def loss(s: Tensor, image: Tensor) -> Tensor:
         return (image - 2 * linear).mul_(s).sum(-1)
 
     lower_loss = loss(fitted, (quadratic @ fitted.unsqueeze(-1)).squeeze(-1)) < loss(scale.T, image)
-    better = lower_loss & (info == 0)
-    return torch.where(better, fitted.T, scale)
+    return torch.where(lower_loss & (info == 0), fitted.T, scale)
 
 
 def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
@@ -220,10 +218,3 @@ def _run_columns(w: Tensor, levels: Tensor, update: Tensor, grid: Grid) -> None:
                 w[j + 1 : stop].addr_(update[j, j + 1 : stop], w[j], alpha=-1)
         if stop < columns:
             w[stop:].addmm_(update[leaf:stop, stop:].T, w[leaf:stop], alpha=-1)
-
-
-def _in_original_order(levels: Tensor, order: Tensor) -> Tensor:
-    """[in, rows] in loop order → [rows, in]."""
-    restored = torch.empty_like(levels)
-    restored[order] = levels
-    return restored.T.contiguous()

@@ -25,10 +25,9 @@ MIX = -7046029254386353131  # odd: spreads the sums of bit patterns over all bit
 
 @dataclass(frozen=True)
 class Scored:
-    """Tokens whose error is measured, and those that a static range is found on."""
+    """Tokens [tokens, in] whose error is measured, and those that a static range is found on."""
 
     tokens: Tensor
-    """[tokens, in]."""
     stands_for: Tensor
     """[tokens] weight of each token's squared error."""
     spec: QuantizationSpec
@@ -37,14 +36,14 @@ class Scored:
 
     def deviation(self, scale: Tensor) -> Tensor:
         """e = Q(x/s) − x/s of the tokens [tokens, in], s [in]."""
-        scaled = self.tokens / scale
+        scaled, known = self.tokens / scale, QuantizedActivation(self.spec)
         if self.fitted is not None:
             observer = make_observer(self.spec)
             observer(self.fitted / scale)
-            return _fake_quantized(scaled, observer.result()).sub_(scaled)
-        quantized = _fake_quantized(scaled, QuantizedActivation(self.spec))
+            known = observer.result()
+        quantized = _fake_quantized(scaled, known)
         if self.spec.residual:
-            quantized = quantized + _fake_quantized(scaled - quantized, QuantizedActivation(self.spec))
+            quantized = quantized + _fake_quantized(scaled - quantized, known)
         return quantized.sub_(scaled)
 
 

@@ -70,10 +70,9 @@ class Objective:
 
 @dataclass(frozen=True)
 class Target:
-    """Rows of one linear that stand for all of it."""
+    """Rows [rows, in] of one linear that stand for all of it."""
 
     rows: Tensor
-    """[rows, in]."""
     low: Tensor
     """[tiles along out, in]: least of each column over the rows of a tile."""
     high: Tensor
@@ -81,8 +80,7 @@ class Target:
     """[rows] index into `low`; None where rows are tiles of their own."""
     extreme: Tensor
     """[in]: largest magnitude of each column of the whole weight."""
-    columns: int
-    """Of a tile."""
+    tile_columns: int
     spec: QuantizationSpec
     dtype: torch.dtype
     stands_for: float
@@ -93,10 +91,10 @@ class Target:
         fmt = self.spec.format
         format = self.spec.scale_format(self.dtype, self.spec.global_scale(self.extreme * scale))
         rule = self.spec.grid_rule(format)
-        scaled = (self.rows * scale).unflatten(1, (-1, self.columns))  # [rows, groups, columns]
-        weights = (costs / scale.square()).view(-1, self.columns)
-        low = (self.low * scale).unflatten(1, (-1, self.columns)).amin(-1)
-        high = (self.high * scale).unflatten(1, (-1, self.columns)).amax(-1)
+        scaled = (self.rows * scale).unflatten(1, (-1, self.tile_columns))  # [rows, groups, columns]
+        weights = (costs / scale.square()).view(-1, self.tile_columns)
+        low = (self.low * scale).unflatten(1, (-1, self.tile_columns)).amin(-1)
+        high = (self.high * scale).unflatten(1, (-1, self.tile_columns)).amax(-1)
         best = Best()
         for value, zero in self._grids(rule, low, high):
             if self.tile_of_row is not None:

@@ -30,7 +30,7 @@ from fewbit.numerics.scale_format import nearest_power_of_two
 
 ROWS = 128  # of all members together that the error is measured on
 WORTH_IT = 0.98  # of the loss before: what gains less is within the estimate's own error, …
-WORTH_IT_COMPENSATED = 0.9  # … which is larger where GPTQ follows: it wins back most of what scales gain by itself
+WORTH_IT_COMPENSATED = 0.9  # … which is larger where GPTQ follows: alone it wins back most of what scales gain
 DISTORTED = 1.05  # of the loss, where storage has spoiled a scale that was asked for: rounding alone stays far below
 NEARLY_DEAD = 2.0**-16  # of what channels carry on average
 
@@ -91,11 +91,10 @@ def search_scales(
     bar = _Bar.of(objective, config, compensated)
     best = none = ScaleSearch(torch.ones_like(moment[0]), bar.before, bar.before)
     for alpha, duo in _exponents(config):
-        scales = [curve.at(alpha, duo) for curve in curves]
-        scale = scales[0]
+        scale, *others = (curve.at(alpha, duo) for curve in curves)
         if scale is None:
             return best
-        candidate = [none.scale if each is None else each for each in scales]
+        candidate = [scale, *(none.scale if each is None else each for each in others)]
         loss = bar.loss(candidate)
         if loss < bar.enough and stored is not None and not torch.equal(taken := stored(scale), scale):
             loss, wanted = bar.loss([taken, *(stored(each) for each in candidate[1:])]), loss
@@ -129,8 +128,7 @@ class _Bar:
         both = of_weights + objective.inputs([none] * len(objective.scored))
         smooth, fixed = isinstance(config, SmoothQuantConfig), config.alpha is not None
         before = both if smooth else of_weights
-        worth_it = WORTH_IT_COMPENSATED if compensated else WORTH_IT
-        enough = math.inf if fixed else worth_it * before
+        enough = math.inf if fixed else (WORTH_IT_COMPENSATED if compensated else WORTH_IT) * before
         return cls(objective, smooth, before, math.inf if smooth or fixed else both, enough)
 
     def loss(self, scales: Sequence[Tensor]) -> float:

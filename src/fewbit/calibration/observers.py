@@ -83,8 +83,7 @@ class Observer(ABC):
         if self.spec.is_dynamic:
             return QuantizedActivation(self.spec, global_scale=global_scale)
         rule = self.spec.grid_rule(self.spec.scale_format(self.dtype, global_scale))
-        scale, zero_point = self.find(rule, low, high)
-        return QuantizedActivation(self.spec, scale, zero_point, global_scale)
+        return QuantizedActivation(self.spec, *self.find(rule, low, high), global_scale)
 
     @abstractmethod
     def find(self, rule: GridRule, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:

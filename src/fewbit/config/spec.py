@@ -33,10 +33,8 @@ PLAIN = {
 
 @config_class
 class QuantizationSpec:
-    """How one tensor is quantized: element format, what shares a scale, how the scale is found and stored.
-
-    Weights are [out, in], activations [..., tokens, channels].
-    """
+    """How one tensor is quantized: element format, what shares a scale, how the scale is found and stored. Weights are
+    [out, in], activations [..., tokens, channels]."""
 
     dtype: str = "int4"
     """Element format: int2 … int8, uint2 … uint8 (with a zero point), e4m3, e5m2, e3m2, e2m3, e2m1; bfloat16 and
@@ -164,12 +162,11 @@ class QuantizationSpec:
             return Tiling(*self.block_size, partial=True)
         if self.qscheme == "per_tensor":
             return Tiling(rows=0, columns=0)
-        size = self.group_size or 0
-        along_rows = self.ch_axis in (0, -2)
+        size, block = self.group_size or 0, self.stored_as.block
         if self.qscheme == "per_group":
-            return Tiling(size, 1) if along_rows else Tiling(1, size, block=self.stored_as.block)
+            return Tiling(size, 1) if self.ch_axis in (0, -2) else Tiling(1, size, block=block)
         if self.qscheme == "per_channel" and self.ch_axis in (1, -1):
-            return Tiling(rows=0, columns=1, block=self.stored_as.block)
+            return Tiling(rows=0, columns=1, block=block)
         return Tiling(rows=1, columns=0)
 
     @property
@@ -191,8 +188,7 @@ class QuantizationSpec:
         return SCALE_TYPES[self.scale_type]
 
     def stored_scale_dtype(self, weight_dtype: torch.dtype) -> torch.dtype:
-        """Dtype of the stored scales of a weight that the checkpoint holds in `weight_dtype`; float32 where
-        that is none for scales (8-bit floats, float64)."""
+        """Dtype of the scales of a weight that is stored in `weight_dtype`; float32 for 8-bit floats and float64."""
         if self.stored_as.own_dtype is not None:
             return self.stored_as.own_dtype
         if self.scale_dtype != "checkpoint":
@@ -204,8 +200,7 @@ class QuantizationSpec:
         return self.stored_as(self.stored_scale_dtype(weight_dtype), global_scale)
 
     def global_scale(self, *tensors: Tensor) -> float:
-        """The global scale that the largest magnitude of some tensors asks for, one for all of them; 1.0 where the
-        scale type has none."""
+        """One for all of some tensors, by their largest magnitude; 1.0 where the scale type has none."""
         if not self.stored_as.has_global_scale:
             return 1.0
         largest = max((float(x.abs().max()) for x in tensors if x.numel()), default=0.0)
@@ -214,21 +209,12 @@ class QuantizationSpec:
     def grid_rule(self, scale: ScaleFormat) -> GridRule:
         """The rule that finds this spec's scales."""
         return GridRule(
-            fmt=self.format,
-            scale=scale,
-            symmetric=self.symmetric,
-            rule=self.observer,
-            mode=self.exponent_mode,
-            percentile=self.percentile,
-            clip_ratio=self.clip_ratio,
-            rounding=self.round_method,
-        )
+            fmt=self.format, scale=scale, symmetric=self.symmetric, rule=self.observer, mode=self.exponent_mode,
+            percentile=self.percentile, clip_ratio=self.clip_ratio, rounding=self.round_method,
+        )  # fmt: skip
 
     def stored_bits(self, shape: tuple[int, int], weight_dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bits that a weight of `shape` [out, in] takes: packed codes, scales and zero points.
-
-        `weight_dtype` is what the checkpoint holds it in, which decides the scales' dtype unless the spec does.
-        """
+        """Bits of a weight of `shape` [out, in], read in `weight_dtype`: codes, scales and zero points."""
         elements = self.bits * math.prod(shape)
         if self.format.is_cast:
             return elements
@@ -252,8 +238,6 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         for name, spec in self.activations.items():
-            if spec is None:
-                continue
             _check_activation(name, spec, spec.tiling.rows == 0, "per_tensor")
             if spec.is_dynamic and spec.qscheme != "per_tensor" and (spec.block_size or spec.tiling.rows != 1):
                 raise ConfigError(
@@ -271,17 +255,19 @@ class QuantizationConfig:
 
     @property
     def quantizes(self) -> bool:
-        """Whether it names anything at all."""
+        """Whether it names anything."""
         return any((self.weight, self.input_tensors, self.output_tensors, self.bias))
 
     @property
-    def activations(self) -> dict[str, QuantizationSpec | None]:
-        return {"input_tensors": self.input_tensors, "output_tensors": self.output_tensors}
+    def activations(self) -> dict[str, QuantizationSpec]:
+        """By field, those that are not None."""
+        found = {"input_tensors": self.input_tensors, "output_tensors": self.output_tensors}
+        return {name: spec for name, spec in found.items() if spec is not None}
 
     @property
     def needs_data(self) -> bool:
         """Whether an activation has a scale that only calibration can find."""
-        return any(spec is not None and spec.needs_data for spec in self.activations.values())
+        return any(spec.needs_data for spec in self.activations.values())
 
 
 def _check_weight(name: str, spec: QuantizationSpec) -> None:

@@ -16,10 +16,8 @@ LEAF = 192  # rows up to which LAPACK is as fast
 
 
 def inverse_cholesky(matrix: Tensor) -> Tensor | None:
-    """L⁻¹ [n, n], lower triangular, of a symmetric positive definite matrix, in its dtype; None if it is not definite.
-
-    Only the lower triangle of `matrix` is read.
-    """
+    """L⁻¹ [n, n], lower triangular, in the matrix's dtype; None if it is not positive definite. Only its lower triangle
+    is read."""
     n = matrix.shape[0]
     if n <= LEAF or matrix.dtype != torch.float32:
         lower, info = torch.linalg.cholesky_ex(matrix)

@@ -148,7 +148,7 @@ def format_of(name: str) -> NumberFormat | None:
     wide = re.fullmatch(r"(u?)int([1-9]\d?)", name)
     if wide is None or not CODE_BITS < int(wide[2]) <= WIDEST:
         return None
-    return _unsigned(int(wide[2])) if wide[1] else _signed(int(wide[2]))
+    return _integer(int(wide[2]), signed=not wide[1])
 
 
 @cache
@@ -163,12 +163,9 @@ def _code_table(name: str) -> Tensor:
     return torch.cat([positive, -positive])
 
 
-def _signed(bits: int) -> NumberFormat:
-    return NumberFormat(f"int{bits}", bits, "int", -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1)
-
-
-def _unsigned(bits: int) -> NumberFormat:
-    return NumberFormat(f"uint{bits}", bits, "int", 0.0, 2.0**bits - 1)
+def _integer(bits: int, signed: bool) -> NumberFormat:
+    name, smallest = ("int", -(2.0 ** (bits - 1))) if signed else ("uint", 0.0)
+    return NumberFormat(f"{name}{bits}", bits, "int", smallest, 2.0 ** (bits - signed) - 1)
 
 
 def _float(exponent: int, mantissa: int, largest: float, nan: int | None = None) -> NumberFormat:
@@ -179,8 +176,7 @@ def _float(exponent: int, mantissa: int, largest: float, nan: int | None = None)
 FORMATS: dict[str, NumberFormat] = {
     fmt.name: fmt
     for fmt in (
-        *(_signed(bits) for bits in range(2, 9)),
-        *(_unsigned(bits) for bits in range(2, 9)),
+        *(_integer(bits, signed) for signed in (True, False) for bits in range(2, 9)),
         _float(4, 3, 448.0, nan=0x7F),
         _float(5, 2, 57344.0, nan=0x7F),
         _float(3, 2, 28.0),

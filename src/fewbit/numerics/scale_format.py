@@ -34,16 +34,12 @@ E8M0_SMALLEST_EXPONENT = -127  # subnormal in float32
 # e4m3 codes around that of the covering scale, 1.75× and back: 4 instead of 6 for the largest element, too
 E4M3_STEPS, E4M3_STEPS_IN_OCTAVE = 6, 8
 PAIRS = 8  # of elements that share a microexponent's byte
-BINADES = (-1, 0, 1)  # around that of the covering scales, for a microexponent's byte
 
 
 @dataclass(frozen=True)
 class ScaleFormat(ABC):
-    """How the scales of one tensor are stored; each subclass is a scale type.
-
-    Scales are [..., tiles], the last axis running along a row. A stored scale is one element of `dtype`, whatever its
-    bits mean: only `value` reads them. Storing the value of a stored scale gives that value again.
-    """
+    """How the scales of one tensor are stored: [..., tiles], the last axis running along a row. A stored scale is one
+    element of `dtype`, whatever its bits mean: only `value` reads them. Storing its value gives that value again."""
 
     dtype: torch.dtype = torch.float32
     global_scale: float = 1.0
@@ -218,8 +214,8 @@ class Microexponent(E8M0):
 
     def alternatives(self, covering: Tensor) -> Iterator[Iterable[Tensor]]:
         top = self.round(covering).unflatten(-1, (-1, PAIRS)).amax(-1).repeat_interleave(PAIRS, -1)
-        for step in BINADES:
-            upper = self.round(2.0**step * top)
+        for binade in (0.5, 1.0, 2.0):
+            upper = self.round(binade * top)
             yield upper, upper / 2
 
     @classmethod

@@ -173,8 +173,8 @@ def unless_zero(low: Tensor, high: Tensor, least: Tensor, largest: Tensor) -> tu
 
 
 def percentile_range(tiles: Tensor, percentile: float, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Ends [...] of the range that holds `percentile` percent of the values of tiles [..., n], those of all values
-    where that leaves zeros alone; ± a magnitude if symmetric."""
+    """Ends [...] of the range that holds `percentile` percent of the values of tiles [..., n]; of all values where
+    that leaves zeros alone; ± a magnitude if symmetric."""
     first, last = kept_ranks(tiles.shape[-1], percentile, symmetric)
     order = (tiles.float().abs() if symmetric else tiles.float()).sort(dim=-1).values
     low, high = unless_zero(order[..., first], order[..., last], order[..., 0], order[..., -1])

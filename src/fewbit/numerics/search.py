@@ -114,8 +114,7 @@ def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> 
     smallest, largest = rule.fmt.smallest, rule.fmt.largest
     stored, zero_point = rule.from_range(low, high)
     assert zero_point is not None
-    whole, zero = rule.scale.value(stored), zero_point.float()
-    best = Best()
+    whole, zero, best = rule.scale.value(stored), zero_point.float(), Best()
     best.consider(rule.error(tiles, whole, zero, importance), whole, zero)
 
     def follow(scale: Tensor, zero: Tensor) -> Tensor:
@@ -156,10 +155,9 @@ def _search_jointly(rule: GridRule, tiles: Tensor, importance: Tensor | None) ->
 
 def _steps(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[float, tuple[float, ...]]:
     """How coarse a search begins, and how it is refined. The error is jagged where few elements decide it."""
-    if importance is not None and not rule.fmt.is_integer:
-        return FINE
-    few = tiles.shape[-1] <= FEW or importance is not None or not rule.fmt.is_integer
-    return COARSE_OF_FEW if few else COARSE
+    if rule.fmt.is_integer and importance is None and tiles.shape[-1] > FEW:
+        return COARSE
+    return COARSE_OF_FEW if rule.fmt.is_integer or importance is None else FINE
 
 
 def shares(ratio: float, floor: Tensor, start: float = 1.0) -> Iterator[Tensor]:
@@ -203,8 +201,7 @@ class RangeSearch(Best):
     ) -> None:
         self._rule, self._cost = rule, cost
         self.low, self.high = low, high
-        self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)
-        """Of each end, in the best range."""
+        self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)  # of the ends, in the best range
         self.shrink(1.0, 1.0)
 
     def shrink(self, share_low: Tensor | float, share_high: Tensor | float) -> None:

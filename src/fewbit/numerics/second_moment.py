@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fewbit.numerics import matmul
 
-# Columns of one tile of H. XᵀX is symmetric, so only tiles on and above the diagonal are computed: with t tiles a
-# share of (t+1)/2t of the full product. Narrower tiles save more but multiply less efficiently.
+# XᵀX is symmetric, so only tiles on and above the diagonal are computed: of t tiles a share of (t+1)/2t of the full
+# product. Narrower tiles save more but multiply less efficiently.
 TILES = 8
 NARROWEST, WIDEST = 192, 768
 
