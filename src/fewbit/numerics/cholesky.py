@@ -16,8 +16,7 @@ LEAF = 192  # rows up to which LAPACK is as fast
 
 
 def inverse_cholesky(matrix: Tensor) -> Tensor | None:
-    """L⁻¹ [n, n], lower triangular, in the matrix's dtype; None if it is not positive definite. Only its lower triangle
-    is read."""
+    """L⁻¹ [n, n] of a matrix, of which the lower triangle is read, in its dtype; None if it is not definite."""
     n = matrix.shape[0]
     if n <= LEAF or matrix.dtype != torch.float32:
         lower, info = torch.linalg.cholesky_ex(matrix)
