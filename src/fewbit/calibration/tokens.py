@@ -140,7 +140,9 @@ def stream_of(
     if tokenizer is None and load_tokenizer is not None:
         tokenizer = load_tokenizer()
     if tokenizer is None:
-        raise CalibrationError("a text needs a tokenizer, and there is none beside the model; pass one, or token ids")
+        raise CalibrationError(
+            "a text needs a tokenizer, and there is no tokenizer beside the model; pass one, or token ids"
+        )
     if not hasattr(tokenizer, "eos_token_id"):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
