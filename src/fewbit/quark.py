@@ -20,22 +20,7 @@ from fewbit.config.algorithms import AWQConfig as AWQConfig
 from fewbit.config.algorithms import GPTQConfig as GPTQConfig
 from fewbit.config.algorithms import ScalingLayer as ScalingLayer
 from fewbit.config.algorithms import SmoothQuantConfig as SmoothQuantConfig
-from fewbit.config.quark import Dtype as Dtype
-from fewbit.config.quark import PerBlockMXDiffsObserver as PerBlockMXDiffsObserver
-from fewbit.config.quark import PerBlockMXObserver as PerBlockMXObserver
-from fewbit.config.quark import PerChannelMinMaxObserver as PerChannelMinMaxObserver
-from fewbit.config.quark import PerGroupMinMaxObserver as PerGroupMinMaxObserver
-from fewbit.config.quark import PerTensorHistogramObserver as PerTensorHistogramObserver
-from fewbit.config.quark import PerTensorHistogramObserverPro as PerTensorHistogramObserverPro
-from fewbit.config.quark import PerTensorMinMaxObserver as PerTensorMinMaxObserver
-from fewbit.config.quark import PerTensorMSEObserver as PerTensorMSEObserver
-from fewbit.config.quark import PerTensorPercentileObserver as PerTensorPercentileObserver
-from fewbit.config.quark import PlaceholderObserver as PlaceholderObserver
-from fewbit.config.quark import QSchemeType as QSchemeType
-from fewbit.config.quark import QuantizationMode as QuantizationMode
-from fewbit.config.quark import RoundType as RoundType
-from fewbit.config.quark import ScaleType as ScaleType
-from fewbit.config.quark import ZeroPointType as ZeroPointType
+from fewbit.config.quark import *  # noqa: F403  (the enumerations and observers)
 from fewbit.config.recipe import Config as Config
 from fewbit.config.spec import QuantizationConfig as QuantizationConfig
 from fewbit.config.spec import QuantizationSpec as QuantizationSpec
@@ -46,13 +31,8 @@ QConfig, QLayerConfig, QTensorConfig = Config, QuantizationConfig, QuantizationS
 """As Quark 0.11 calls them."""
 AlgoConfig = AlgorithmConfig
 
-_OBSERVERS = {
-    "min_max": PerTensorMinMaxObserver,
-    "histogram": PerTensorHistogramObserver,
-    "histogrampro": PerTensorHistogramObserver,
-    "MSE": PerTensorMSEObserver,
-    "percentile": PerTensorPercentileObserver,
-}
+_OBSERVERS = {"min_max": "MinMax", "MSE": "MSE", "percentile": "Percentile"}
+_OBSERVERS |= dict.fromkeys(("histogram", "histogrampro"), "Histogram")
 
 
 class DataTypeSpec:
@@ -79,11 +59,10 @@ class DataTypeSpec:
     def to_quantization_spec(self) -> QuantizationSpec:
         """The spec. ConfigError for what contradicts itself."""
         fields = {name: value for name, value in self.fields.items() if value is not None}
-        if "observer_method" in fields:
-            method = fields.pop("observer_method")
+        if (method := fields.pop("observer_method", None)) is not None:
             if method not in _OBSERVERS:
                 raise ConfigError(f"unknown observer_method {method!r}{nearest(method, _OBSERVERS)}")
-            fields["observer_cls"] = _OBSERVERS[method]
+            fields["observer_cls"] = f"PerTensor{_OBSERVERS[method]}Observer"
         if fields.get("scale_type") == "power_of_2":
             fields["scale_type"] = "pof2"
         if "block_size" in fields:
@@ -136,33 +115,27 @@ def _class(
 
 
 _INTEGER = ("symmetric", "scale_type", "round_method", "is_dynamic", "zero_point_type")
+_TAKES = {"Tensor": ("observer_method",), "Channel": ("ch_axis",), "Group": ("ch_axis", "group_size")}
 
 
-def _tensor(name: str, dtype: str) -> type[DataTypeSpec]:
-    takes = ("observer_method", *_INTEGER)
-    means = {"dtype": dtype, "qscheme": "per_tensor", "observer_cls": PerTensorMinMaxObserver}
-    return _class(name, takes, means)
-
-
-def _channel(name: str, dtype: str) -> type[DataTypeSpec]:
-    means = {"dtype": dtype, "qscheme": "per_channel", "observer_cls": PerChannelMinMaxObserver}
-    return _class(name, ("ch_axis", *_INTEGER), means)
-
-
-def _group(name: str, dtype: str) -> type[DataTypeSpec]:
-    means = {"dtype": dtype, "qscheme": "per_group", "observer_cls": PerGroupMinMaxObserver}
-    defaults = {"symmetric": not dtype.startswith("uint")}
-    return _class(name, ("ch_axis", "group_size", *_INTEGER), means, defaults)
+def _classes(name: str, dtype: str, *granularities: str) -> list[type[DataTypeSpec]]:
+    """Int4PerTensorSpec, Int4PerChannelSpec … of "Int4"."""
+    made = []
+    for one in granularities or _TAKES:
+        means = {"dtype": dtype, "qscheme": f"per_{one.lower()}", "observer_cls": f"Per{one}MinMaxObserver"}
+        defaults = {"symmetric": not dtype.startswith("uint")} if one == "Group" else {}
+        made.append(_class(f"{name}Per{one}Spec", (*_TAKES[one], *_INTEGER), means, defaults))
+    return made
 
 
 def _float_group(name: str, dtype: str) -> type[DataTypeSpec]:
     takes = ("scale_format", "scale_calculation_mode", "ch_axis", "is_dynamic", "group_size")
-    means = {"dtype": dtype, "qscheme": "per_group", "observer_cls": PerBlockMXObserver}
+    means = {"dtype": dtype, "qscheme": "per_group", "observer_cls": "PerBlockMXObserver"}
     return _class(name, takes, means, {"scale_format": "float32", "ch_axis": -1})
 
 
 def _mx(name: str, dtype: str) -> type[DataTypeSpec]:
-    means = {"dtype": "mx", "mx_element_dtype": dtype, "observer_cls": PerBlockMXObserver}
+    means = {"dtype": "mx", "mx_element_dtype": dtype, "observer_cls": "PerBlockMXObserver"}
     defaults = {"is_dynamic": True, "ch_axis": -1, "scale_calculation_mode": "even"}
     return _class(name, tuple(defaults), means, defaults)
 
@@ -172,26 +145,15 @@ def _block(name: str, dtype: str, size: int) -> type[DataTypeSpec]:
     return _class(name, takes, {"dtype": dtype, "observer": "minmax"}, {"ch_axis": -1, "block_size": size})
 
 
-Uint4PerTensorSpec = _tensor("Uint4PerTensorSpec", "uint4")
-Uint4PerChannelSpec = _channel("Uint4PerChannelSpec", "uint4")
-Uint4PerGroupSpec = _group("Uint4PerGroupSpec", "uint4")
-Int4PerTensorSpec = _tensor("Int4PerTensorSpec", "int4")
-Int4PerChannelSpec = _channel("Int4PerChannelSpec", "int4")
-Int4PerGroupSpec = _group("Int4PerGroupSpec", "int4")
-Int3PerChannelSpec = _channel("Int3PerChannelSpec", "int3")
-Int3PerGroupSpec = _group("Int3PerGroupSpec", "int3")
-Int2PerGroupSpec = _group("Int2PerGroupSpec", "int2")
-Uint8PerTensorSpec = _tensor("Uint8PerTensorSpec", "uint8")
-Uint8PerChannelSpec = _channel("Uint8PerChannelSpec", "uint8")
-Uint8PerGroupSpec = _group("Uint8PerGroupSpec", "uint8")
-Int8PerTensorSpec = _tensor("Int8PerTensorSpec", "int8")
-Int8PerChannelSpec = _channel("Int8PerChannelSpec", "int8")
-Int8PerGroupSpec = _group("Int8PerGroupSpec", "int8")
-FP8E4M3PerTensorSpec = _tensor("FP8E4M3PerTensorSpec", "fp8_e4m3")
-FP8E4M3PerChannelSpec = _channel("FP8E4M3PerChannelSpec", "fp8_e4m3")
+Uint4PerTensorSpec, Uint4PerChannelSpec, Uint4PerGroupSpec = _classes("Uint4", "uint4")
+Uint8PerTensorSpec, Uint8PerChannelSpec, Uint8PerGroupSpec = _classes("Uint8", "uint8")
+Int4PerTensorSpec, Int4PerChannelSpec, Int4PerGroupSpec = _classes("Int4", "int4")
+Int8PerTensorSpec, Int8PerChannelSpec, Int8PerGroupSpec = _classes("Int8", "int8")
+Int3PerChannelSpec, Int3PerGroupSpec = _classes("Int3", "int3", "Channel", "Group")
+(Int2PerGroupSpec,) = _classes("Int2", "int2", "Group")
+FP8E4M3PerTensorSpec, FP8E4M3PerChannelSpec = _classes("FP8E4M3", "fp8_e4m3", "Tensor", "Channel")
+FP8E5M2PerTensorSpec, FP8E5M2PerChannelSpec = _classes("FP8E5M2", "fp8_e5m2", "Tensor", "Channel")
 FP8E4M3PerGroupSpec = _float_group("FP8E4M3PerGroupSpec", "fp8_e4m3")
-FP8E5M2PerTensorSpec = _tensor("FP8E5M2PerTensorSpec", "fp8_e5m2")
-FP8E5M2PerChannelSpec = _channel("FP8E5M2PerChannelSpec", "fp8_e5m2")
 FP8E5M2PerGroupSpec = _float_group("FP8E5M2PerGroupSpec", "fp8_e5m2")
 FP6E2M3PerGroupSpec = _float_group("FP6E2M3PerGroupSpec", "fp6_e2m3")
 FP6E3M2PerGroupSpec = _float_group("FP6E3M2PerGroupSpec", "fp6_e3m2")

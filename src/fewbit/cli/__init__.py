@@ -58,25 +58,25 @@ def main() -> None:
     """Entry point. An error that the user can fix is one sentence on stderr, with exit code 2."""
     _print_what_the_terminal_can()
     try:
-        if not _has_working_directory():
+        try:
+            os.getcwd()
+        except OSError:
             _fail("the working directory does not exist any more; change into another one")
         build_app()()
     except FewbitError as error:
         _fail(str(error))
     except OSError as error:
-        where = error.filename or "a file"
         if is_disk_full(error):
+            where = error.filename or "a file"
             _fail(f"the disk is full: {where} could not be written; free some space and try again")
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
             raise
         _fail("out of memory; close other programs, or use a machine with more memory")
-    except SystemExit as left:
-        if left.code == INTERRUPTED:
-            _say(_interrupted(sys.argv[1:]))
-        raise
-    except KeyboardInterrupt:
+    except (SystemExit, KeyboardInterrupt) as left:
+        if isinstance(left, SystemExit) and left.code != INTERRUPTED:
+            raise
         _say(_interrupted(sys.argv[1:]))
         sys.exit(INTERRUPTED)
 
@@ -97,17 +97,6 @@ def _print_what_the_terminal_can() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-def _has_working_directory() -> bool:
-    try:
-        return bool(os.getcwd())
-    except OSError:
-        return False
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _fail(sentence: str) -> NoReturn:

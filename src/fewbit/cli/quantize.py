@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,16 +76,14 @@ def interrupted(arguments: list[str]) -> str:
     given = [value for value in again if value.startswith("--output=")]
     after = [again[at + 1] for at, value in enumerate(again[:-1]) if value == "--output"]
     output = Path(after[-1] if after else given[-1].removeprefix("--output=") if given else ".")
-    try:
-        blocks = len(Journal(output).blocks()) if (output / "fewbit.json").exists() else 0
-    except (FewbitError, OSError):
-        blocks = 0
-    if blocks == 0 and "--resume" not in again:
-        again += ["--resume"] * (output / "fewbit.json").exists()
-        return f"interrupted before a block was finished; start again with: {shlex.join(again)}"
+    begun, resumed, blocks = (output / "fewbit.json").exists(), "--resume" in again, 0
+    with suppress(FewbitError, OSError):
+        blocks = len(Journal(output).blocks()) if begun else 0
+    command = shlex.join(again if resumed or not begun else [*again, "--resume"])
+    if blocks == 0 and not resumed:
+        return f"interrupted before a block was finished; start again with: {command}"
     kept = "1 finished block is" if blocks == 1 else f"{blocks} finished blocks are"
-    go_on = again if "--resume" in again else [*again, "--resume"]
-    return f"interrupted; {kept} kept in {output}; go on with: {shlex.join(go_on)}"
+    return f"interrupted; {kept} kept in {output}; go on with: {command}"
 
 
 def _print_summary(report: dict[str, Any]) -> None:
@@ -100,9 +99,10 @@ def _print_summary(report: dict[str, Any]) -> None:
     for column in ("linear", "count", "loss mean", "loss worst", "worst in block", "bits/weight", "seconds"):
         table.add_column(column, justify="left" if column == "linear" else "right")
     quantized = [row for row in report["linears"] if row["status"] == "quantized"]
-    kinds = dict.fromkeys(row["name"].rpartition(".")[2] for row in quantized)
-    for kind in kinds:
-        rows = [row for row in quantized if row["name"].rpartition(".")[2] == kind]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in quantized:
+        kinds.setdefault(row["name"].rpartition(".")[2], []).append(row)
+    for kind, rows in kinds.items():
         worst = max(rows, key=lambda row: row["loss"])
         table.add_row(
             escape(kind),
@@ -118,14 +118,11 @@ def _print_summary(report: dict[str, Any]) -> None:
     if (attention := report["attention"]) is not None:
         inside = ", ".join(f"{slot} {words}" for slot, words in attention.items() if slot != "modules")
         typer.echo(f"attention  {attention['modules']} modules ({inside})")
-    for row in report["linears"]:
-        if row["status"] != "quantized":
-            typer.echo(f"{row['status']:10} {row['name']} ({row['reason']})")
-    for row in quantized:
-        if row["fallback"]:
-            typer.echo(f"fallback   {row['name']} ({row['fallback']})")
-    for warning in report["warnings"]:
-        typer.echo(f"warning    {warning}")
+    others = [row for row in report["linears"] if row["status"] != "quantized"]
+    lines = [f"{row['status']:10} {row['name']} ({row['reason']})" for row in others]
+    lines += [f"fallback   {row['name']} ({row['fallback']})" for row in quantized if row["fallback"]]
+    for line in [*lines, *(f"warning    {warning}" for warning in report["warnings"])]:
+        typer.echo(line)
     counts = ", ".join(f"{count} {status}" for status, count in totals["linears"].items())
     seconds, peak = totals["seconds"]["total"], totals["peak_memory_bytes"] / 2**30
     bits = totals["bits_per_weight"]

@@ -16,6 +16,8 @@ from fewbit.config.validation import config_class
 from fewbit.config.yaml_text import parse_yaml
 from fewbit.errors import ConfigError, nearest, shown
 
+_WHERE_TO_MEASURE = ("inp", "module2inspect", "has_kwargs", "condition", "help")  # Quark's; here it follows from H
+
 
 @config_class
 class ScalingLayer:
@@ -27,12 +29,7 @@ class ScalingLayer:
     """The linears, by their names inside a block."""
 
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = staticmethod(
-        lambda fields: {
-            name: value
-            for name, value in fields.items()
-            # Quark says here where to measure the loss; here it follows from H
-            if name not in ("inp", "module2inspect", "has_kwargs", "condition", "help")
-        }
+        lambda fields: {name: value for name, value in fields.items() if name not in _WHERE_TO_MEASURE}
     )
 
 
@@ -206,7 +203,7 @@ class ScaleSearchConfig(AlgorithmConfig):
     @property
     def clips(self) -> bool:
         """Whether weights are clipped after they are scaled."""
-        return False
+        return bool(getattr(self, "clip", False))
 
 
 @config_class
@@ -218,10 +215,6 @@ class AWQConfig(ScaleSearchConfig):
     clip: bool = False
     """Also search the range of each group by the same loss, before codes are found. (The observer "search" of a spec
     and GPTQ do that anyway.)"""
-
-    @property
-    def clips(self) -> bool:
-        return self.clip
 
 
 @config_class

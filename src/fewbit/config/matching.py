@@ -84,29 +84,20 @@ def resolve(config: Config, modules: Mapping[str, str]) -> dict[str, Match]:
     """
     excluded = _covered(config.exclude, modules, "exclude")
     named = _covered(config.layer_quant_config, modules, "layer_quant_config")
+    exact = [name for name in config.layer_quant_config if name in modules]
     types = set(modules.values())
-    for layer_type in config.layer_type_quant_config:
-        if layer_type not in types:
-            raise ConfigError(
-                f"layer_type_quant_config: no module is of class {layer_type!r}{nearest(layer_type, types)}"
-            )
-    return {name: _resolve_one(config, name, kind, excluded, named) for name, kind in modules.items()}
-
-
-def _resolve_one(
-    config: Config, name: str, layer_type: str, excluded: Mapping[str, set[str]], named: Mapping[str, set[str]]
-) -> Match:
-    for pattern, names in excluded.items():
-        if name in names:
-            return Match(None, f"exclude {pattern!r}")
-    if name in config.layer_quant_config:
-        return Match(config.layer_quant_config[name], "exact name")
+    rules = [(names, Match(None, f"exclude {pattern!r}")) for pattern, names in excluded.items()]
+    rules += [({name}, Match(config.layer_quant_config[name], "exact name")) for name in exact]
     for pattern, names in named.items():
-        if name in names:
-            return Match(config.layer_quant_config[pattern], f"pattern {pattern!r}")
-    if layer_type in config.layer_type_quant_config:
-        return Match(config.layer_type_quant_config[layer_type], f"type {layer_type}")
-    return Match(config.global_quant_config, "global")
+        rules.append((names, Match(config.layer_quant_config[pattern], f"pattern {pattern!r}")))
+    for kind, found in config.layer_type_quant_config.items():
+        if kind not in types:
+            raise ConfigError(f"layer_type_quant_config: no module is of class {kind!r}{nearest(kind, types)}")
+        rules.append(({name for name in modules if modules[name] == kind}, Match(found, f"type {kind}")))
+    matches = dict.fromkeys(modules, Match(config.global_quant_config, "global"))
+    for names, match in reversed(rules):
+        matches |= dict.fromkeys(names, match)
+    return matches
 
 
 def _covered(patterns: Iterable[str], modules: Mapping[str, str], field: str) -> dict[str, set[str]]:

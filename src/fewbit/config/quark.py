@@ -41,15 +41,6 @@ class Dtype(StrEnum):
     bfp16 = "bfp16"
 
 
-class QSchemeType(StrEnum):
-    """What shares a scale."""
-
-    per_tensor = "per_tensor"
-    per_channel = "per_channel"
-    per_group = "per_group"
-    per_block = "per_block"
-
-
 class ScaleType(StrEnum):
     """How scales are stored."""
 
@@ -61,26 +52,14 @@ class ScaleType(StrEnum):
     float8_e8m0fnu = "e8m0"
 
 
-class QuantizationMode(StrEnum):
-    """Only eager mode is supported: no graph is traced."""
-
-    eager_mode = "eager_mode"
-    fx_graph_mode = "fx_graph_mode"
-
-
-class ZeroPointType(StrEnum):
-    """Only int32 is supported: zero points are codes."""
-
-    int32 = "int32"
-    float32 = "float32"
-
-
-class RoundType(StrEnum):
-    """How elements are rounded."""
-
-    round = "round"
-    floor = "floor"
-    half_even = "half_even"
+QuantizationMode = StrEnum("QuantizationMode", "eager_mode fx_graph_mode")
+"""Only eager mode is supported: no graph is traced."""
+ZeroPointType = StrEnum("ZeroPointType", "int32 float32")
+"""Only int32 is supported: zero points are codes."""
+RoundType = StrEnum("RoundType", "round floor half_even")
+"""How elements are rounded."""
+QSchemeType = StrEnum("QSchemeType", "per_tensor per_channel per_group per_block")
+"""What shares a scale."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +83,10 @@ PerTensorHistogramObserverPro = ObserverClass("PerTensorHistogramObserverPro", "
 PerBlockMXDiffsObserver = ObserverClass("PerBlockMXDiffsObserver", "mse", "per_group")
 
 
-@dataclass(frozen=True)
-class BlockDtype:
-    """A dtype of Quark that implies its blocks."""
-
-    element: str
-    sizes: tuple[int, ...]
-    """Accepted values of `group_size`: elements per block, or per innermost scale."""
-    implied: dict[str, Any]
-
-
 _PAIRS = {"qscheme": "per_group", "group_size": 2, "scale_type": "microexponent", "exponent_mode": "floor"}
-_BLOCK_DTYPES = {
-    "mx6": BlockDtype("int5", (16, 2), _PAIRS),
-    "mx9": BlockDtype("int8", (16, 2), _PAIRS),
-    "bfp16": BlockDtype(
-        "int8", (8,), {"qscheme": "per_group", "group_size": 8, "scale_type": "e8m0", "exponent_mode": "even"}
-    ),
-}
+_EIGHTS = {"qscheme": "per_group", "group_size": 8, "scale_type": "e8m0", "exponent_mode": "even"}
+_BLOCK_DTYPES = {"mx6": ("int5", (16, 2), _PAIRS), "mx9": ("int8", (16, 2), _PAIRS), "bfp16": ("int8", (8,), _EIGHTS)}
+"""Elements, accepted values of `group_size` (per block, or per innermost scale), and what the dtype implies."""
 _FLOAT_SCALES = ("float32", "float16", "bfloat16")
 
 
@@ -142,12 +107,11 @@ def translate_spec(fields: dict[str, Any]) -> dict[str, Any]:
         _imply(fields, dtype, {"scale_type": "e8m0", "qscheme": "per_group"})
         fields |= {"dtype": str(element), "group_size": fields.get("group_size", 32)}
     elif dtype in _BLOCK_DTYPES:
-        block = _BLOCK_DTYPES[dtype]
-        size = fields.pop("group_size", block.sizes[0])
-        if size not in block.sizes:
-            raise ConfigError(f"group_size {size} contradicts dtype {dtype}, whose blocks are {block.sizes[0]}")
-        _imply(fields, dtype, block.implied)
-        fields["dtype"] = block.element
+        element, sizes, implied = _BLOCK_DTYPES[dtype]
+        if (size := fields.pop("group_size", sizes[0])) not in sizes:
+            raise ConfigError(f"group_size {size} contradicts dtype {dtype}, whose blocks are {sizes[0]}")
+        _imply(fields, dtype, implied)
+        fields["dtype"] = element
     elif "mx_element_dtype" in fields:
         raise ConfigError("mx_element_dtype needs dtype mx")
     if "dtype" in fields:
@@ -228,14 +192,8 @@ def _joined(name: str, specs: Sequence[Any]) -> Any:
 
 
 _EMPTY = ("layer_type_quant_config", "layer_quant_config", "exclude", "calibration", "seed")  # None: the default
-_UNUSED = (
-    "version",
-    "quant_method",
-    "log_severity_level",
-    "keep_prequantized_layers",
-    "quant_flow",
-    "gpu_resident_blocks",
-)
+_UNUSED: tuple[str, ...] = ("version", "quant_method", "log_severity_level", "keep_prequantized_layers")
+_UNUSED += ("quant_flow", "gpu_resident_blocks")
 _ELSEWHERE = {
     "kv_cache_group": "give the granularity in attention=AttentionConfig(…)",
     "min_kv_scale": "give clip_ratio or the observer in attention=AttentionConfig(…)",
@@ -253,11 +211,9 @@ def translate_recipe(fields: Mapping[str, Any]) -> dict[str, Any]:
     `layer_quant_config`, as there. ConfigError, which says what to write instead, for what is not offered.
     """
     fields = dict(fields)
-    for name in _EMPTY:
-        if name in fields and fields[name] is None:
+    for name in list(fields):
+        if name in _UNUSED or (name in _EMPTY and fields[name] is None):
             del fields[name]
-    for name in _UNUSED:
-        fields.pop(name, None)
     mode = fields.pop("quant_mode", None)
     if mode is not None and str(mode).rpartition(".")[2] not in ("eager", "eager_mode"):
         raise ConfigError("quant_mode must be eager: fewbit runs the model's own code and traces no graph")
@@ -267,13 +223,10 @@ def translate_recipe(fields: Mapping[str, Any]) -> dict[str, Any]:
     if before := fields.pop("pre_quant_opt_config", None):
         fields["algo_config"] = [*_listed(before), *_listed(fields.get("algo_config"))]
     if cache := fields.pop("kv_cache_quant_config", None):
-        fields["layer_quant_config"] = {**cache, **_without(fields.get("layer_quant_config") or {}, cache)}
+        # the cache's entries come first and win
+        fields["layer_quant_config"] = {**cache, **(fields.get("layer_quant_config") or {}), **cache}
     return fields
 
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _without(table: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in table.items() if name not in names}

@@ -12,13 +12,7 @@ import yaml
 from pydantic import Field, InstanceOf
 
 from fewbit.config import quark
-from fewbit.config.algorithms import (
-    AlgorithmConfig,
-    CodeConfig,
-    GPTQConfig,
-    ScaleSearchConfig,
-    algorithm_configs,
-)
+from fewbit.config.algorithms import AlgorithmConfig, CodeConfig, GPTQConfig, ScaleSearchConfig, algorithm_configs
 from fewbit.config.schemes import parse_scheme, scheme_config, takes_group_size, with_group_size
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
 from fewbit.config.validation import config_class
@@ -51,26 +45,41 @@ class CalibrationConfig:
     found either way."""
 
 
-def _written_out(fields: Mapping[str, Any], group_size: int | None = None) -> dict[str, Any]:
-    """Fields of a Config, with configs for schemes' names and for None, and tuples for single values.
+def _written_out(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a Config for those, Quark's and ShortForms, with configs for schemes' names and for None.
 
     Groups get `group_size` in the global config and in schemes by name; a layer's spec written out has its own.
     """
+    fields = dict(given)
+    group_size = fields.pop("group_size", None)
+    if not isinstance(group_size, int | None) or isinstance(group_size, bool):
+        raise ConfigError(f"group_size must be a whole number, not {shown(group_size)}")
+    for short, field in (("scheme", "global_quant_config"), ("algorithm", "algo_config")):
+        if short in fields:
+            if field in fields:
+                raise ConfigError(f"a recipe gives either {short} or {field}, not both")
+            fields[field] = fields.pop(short)
     fields = quark.translate_recipe(fields)
-    whole, sized = fields.get("global_quant_config"), False
+    whole = fields.get("global_quant_config")
     if isinstance(whole, str) and (cache := parse_scheme(whole)[1]) is not None:
         if fields.get("attention") is not None:
             raise ConfigError("a recipe names the KV cache either in the scheme or in attention, not in both")
         fields["attention"] = cache
     if whole is not None:
-        fields["global_quant_config"], sized = _sized(whole, group_size)
+        fields["global_quant_config"] = whole = _sized(whole, group_size)
+    sized: list[Any] = [whole]
     for table in ("layer_type_quant_config", "layer_quant_config"):
         if table in fields:
-            rules = {key: _of_layers(value, group_size) for key, value in _mapping(fields[table], table).items()}
-            fields[table] = {key: config for key, (config, _) in rules.items()}
-            sized = sized or any(reached for _, reached in rules.values())
-    if group_size is not None and not sized:
-        with_group_size(fields["global_quant_config"], group_size)  # says why it has none
+            rules = fields[table] = _mapping(fields[table], table)
+            for key, value in rules.items():
+                if isinstance(value, str):
+                    scheme_config(value)  # refuses one that names a KV cache
+                    sized.append(_sized(value, group_size))
+                    rules[key] = sized[-1]
+                elif value is None:
+                    rules[key] = QuantizationConfig()
+    if group_size is not None and isinstance(whole, QuantizationConfig) and not any(map(takes_group_size, sized)):
+        with_group_size(whole, group_size)  # says why it has none
     if isinstance(fields.get("exclude"), str):
         fields["exclude"] = (fields["exclude"],)
     if "algo_config" in fields:
@@ -128,18 +137,10 @@ class Config:
     def from_dict(cls, data: Mapping[str, Any]) -> Config:
         """Build a Config from plain data (YAML, JSON): its fields and ShortForms."""
         fields = _mapping(data, "a recipe")
-        group_size = fields.pop("group_size", None)
-        if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
-            raise ConfigError(f"group_size must be a whole number, not {shown(group_size)}")
-        for short, field in (("scheme", "global_quant_config"), ("algorithm", "algo_config")):
-            if short in fields:
-                if field in fields:
-                    raise ConfigError(f"a recipe gives either {short} or {field}, not both")
-                fields[field] = fields.pop(short)
-        if fields.get("global_quant_config") is not None:
-            return cls(**_written_out(fields, group_size))
-        cls(**_written_out(fields | {"global_quant_config": {}}, group_size))  # a misspelt name is said first
-        raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
+        if fields.get("scheme") is None and fields.get("global_quant_config") is None:
+            cls(**{name: fields[name] for name in fields if name != "scheme"} | {"global_quant_config": {}})
+            raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
+        return cls(**fields)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Config:
@@ -191,26 +192,15 @@ def _check_stored(what: str, spec: QuantizationSpec | None) -> None:
         _check_stored(f"{what} first_stage", spec.first_stage)
 
 
-def _sized(value: Any, group_size: int | None) -> tuple[Any, bool]:
-    """The config that a scheme's name stands for, or `value`, with groups of that size if it has groups; whether it
-    has."""
+def _sized(value: Any, group_size: int | None) -> Any:
+    """The config that a scheme's name stands for, or `value`, with groups of that size if it may have some."""
     if isinstance(value, str):
         config = parse_scheme(value)[0]
-        if group_size is not None and takes_group_size(config):
-            return parse_scheme(value, group_size)[0], True
-        return config, False
-    if group_size is None:
-        return value, False
+        return parse_scheme(value, group_size)[0] if group_size is not None and takes_group_size(config) else config
+    if group_size is None or not isinstance(value, Mapping | QuantizationConfig):
+        return value
     config = QuantizationConfig(**value) if isinstance(value, Mapping) else value
-    return (with_group_size(config, group_size), True) if takes_group_size(config) else (config, False)
-
-
-def _of_layers(value: Any, group_size: int | None) -> tuple[Any, bool]:
-    """The same for a rule of some layers, where None leaves them as they are."""
-    if isinstance(value, str):
-        scheme_config(value)  # refuses one that names a KV cache
-        return _sized(value, group_size)
-    return QuantizationConfig() if value is None else value, False
+    return with_group_size(config, group_size) if takes_group_size(config) else config
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -107,13 +108,10 @@ def evaluate(
     target = choose_device(options.device)
     budget = parse_size(options.activation_memory) // len(models)
     with temporary_directory("evaluate") as scratch:
-        hidden = last_hidden_states(blockwise, ids, target, budget, scratch / "states")
-        if reference is None:
-            found = _score(blockwise, hidden, ids, target)
-        else:
-            expected = reference.last_hidden_states(ids, target, budget)
-            found = _compare(blockwise, hidden, reference.model, expected, ids, target)
-    return replace(found, warnings=warnings)
+        states = [last_hidden_states(blockwise, ids, target, budget, scratch / "states")]
+        if reference is not None:
+            states.append(reference.last_hidden_states(ids, target, budget))
+        return replace(_score(models, states, ids, target), warnings=warnings)
 
 
 def _check(models: list[BlockwiseModel], ids: Tensor) -> tuple[str, ...]:
@@ -156,46 +154,33 @@ def _stacked(rows: list[Any]) -> Tensor:
     return torch.cat([batch["input_ids"] for batch in batches])
 
 
-def _pieces(states: HiddenStates, ids: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """(window, its rows, hidden [1, rows, channels], next tokens [rows]) a few rows at a time, over all windows."""
-    for index in range(len(states)):
-        hidden = states.get(index)
-        for start in range(0, ids.shape[1] - 1, LOGIT_ROWS):
-            rows = slice(start, min(start + LOGIT_ROWS, ids.shape[1] - 1))
-            yield index, rows, hidden[:, rows], ids[index, 1:][rows]
-
-
-def _score(model: BlockwiseModel, states: HiddenStates, ids: Tensor, device: torch.device) -> Evaluation:
-    losses = torch.empty(ids.shape[0], ids.shape[1] - 1)
-    with model.head_loaded(device) as head:
-        for window, rows, hidden, targets in _pieces(states, ids):
-            logits = _logits(head, hidden, "the model", window, rows)
-            losses[window, rows] = metrics.token_losses(logits, targets.to(device))
-    return _evaluation(losses, ids)
-
-
-def _compare(
-    model: BlockwiseModel,
-    states: HiddenStates,
-    reference: BlockwiseModel,
-    reference_states: HiddenStates,
-    ids: Tensor,
-    device: torch.device,
-) -> Evaluation:
-    losses, reference_losses, divergence, agreement = torch.empty(4, ids.shape[0], ids.shape[1] - 1).unbind()
-    with model.head_loaded(device) as head, reference.head_loaded(device) as reference_head:
-        for window, rows, hidden, targets in _pieces(states, ids):
-            logits = _logits(head, hidden, "the model", window, rows)
-            reference_hidden = reference_states.get(window)[:, rows]
-            expected = _logits(reference_head, reference_hidden, "the reference", window, rows)
-            losses[window, rows] = metrics.token_losses(logits, targets.to(device))
-            reference_losses[window, rows] = metrics.token_losses(expected, targets.to(device))
-            divergence[window, rows] = metrics.kl_divergence(expected, logits)
-            agreement[window, rows] = metrics.same_top1(expected, logits).float()
+def _score(models: list[BlockwiseModel], states: list[HiddenStates], ids: Tensor, device: torch.device) -> Evaluation:
+    """From the last hidden states of a model and, if there is one, of the reference, a few logits at a time."""
+    windows, length = ids.shape
+    losses = torch.empty(len(models), windows, length - 1)
+    divergence, agreement = torch.empty(2, windows, length - 1)
+    with ExitStack() as stack:
+        heads = [stack.enter_context(model.head_loaded(device)) for model in models]
+        for window in range(windows):
+            hidden = [of_one.get(window) for of_one in states]
+            for start in range(0, length - 1, LOGIT_ROWS):
+                rows = slice(start, min(start + LOGIT_ROWS, length - 1))
+                logits = [
+                    _logits(head, one[:, rows], whose, window, rows)
+                    for head, one, whose in zip(heads, hidden, ("the model", "the reference"), strict=False)
+                ]
+                for at, found in enumerate(logits):
+                    losses[at, window, rows] = metrics.token_losses(found, ids[window, 1:][rows].to(device))
+                if len(logits) > 1:
+                    divergence[window, rows] = metrics.kl_divergence(logits[1], logits[0])
+                    agreement[window, rows] = metrics.same_top1(logits[1], logits[0]).float()
+    result = Evaluation(_perplexity(losses[0]), windows=windows, sequence_length=length, tokens=losses[0].numel())
+    if len(models) == 1:
+        return result
     kl = divergence.flatten()
     return replace(
-        _evaluation(losses, ids),
-        reference_perplexity=_perplexity(reference_losses),
+        result,
+        reference_perplexity=_perplexity(losses[1]),
         kl_mean=kl.mean(dtype=torch.float64).item(),
         kl_p99=kl.quantile(0.99).item() if kl.numel() < 2**24 else kl.kthvalue(int(0.99 * kl.numel())).values.item(),
         top1_agreement=agreement.double().mean().item(),
@@ -207,11 +192,6 @@ def _logits(head: Head, hidden: Tensor, whose: str, window: int, rows: slice) ->
     logits = head(hidden)
     check_finite(logits, f"the head of {whose}", window, first_token=rows.start)
     return logits[0]
-
-
-def _evaluation(losses: Tensor, ids: Tensor) -> Evaluation:
-    """From the losses [windows, tokens − 1]."""
-    return Evaluation(_perplexity(losses), windows=ids.shape[0], sequence_length=ids.shape[1], tokens=losses.numel())
 
 
 def _perplexity(losses: Tensor) -> float:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -112,8 +111,7 @@ class LayerForwardManager:
             for key in (base, base.__name__):
                 if key in self._table:
                     return self._table[key]
-        name = type(layer).__name__
-        patterns = [key for key in self._table if isinstance(key, str) and fnmatchcase(name, key)]
+        patterns = [key for key in self._table if isinstance(key, str) and fnmatchcase(type(layer).__name__, key)]
         return self._table[patterns[-1]] if patterns else None
 
     def forward(self, layer: nn.Module, inputs: Tensor, **kwargs: Any) -> Tensor:
@@ -124,37 +122,26 @@ class LayerForwardManager:
         fn = self.find(layer)
         if fn is None:
             fn = default_forward
+            name = type(layer).__name__
             if type(layer) not in self._warned:
                 self._warned.add(type(layer))
-                name = type(layer).__name__
                 warnings.warn(
                     f"{name} is no layer that is known, so it is called plainly with its input; if that is not right, "
                     f"forward_manager.register({name!r}, fn)",
                     stacklevel=2,
                 )
-        with _last_output(layer) as own:
+        given: list[Any] = []
+        with removed_at_the_end() as hooks:
+            hooks.append(layer.register_forward_hook(lambda _layer, _args, output: given.append(output)))
             output = first_tensor(fn(layer, inputs, **kwargs))
-        if own and _is_first_row(output, own[0]):
-            return own[0]
+        if given and isinstance(whole := given[-1], Tensor) and _is_first_row(output, whole):
+            return whole
         if _lost_batch(inputs, output):
             raise ArchitectureError(
                 f"the forward of {type(layer).__name__} gave back {list(output.shape)} for {list(inputs.shape)}: the "
                 "batch is gone, as when output[0] is taken where the layer returns a tensor; return the output itself"
             )
         return output
-
-
-@contextmanager
-def _last_output(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """The tensor that a layer, called in here, gives back as it is: not in a tuple or the like."""
-    found: list[Tensor] = []
-
-    def note(_layer: nn.Module, _args: Any, output: Any) -> None:
-        found[:] = [output] if isinstance(output, Tensor) else []
-
-    with removed_at_the_end() as hooks:
-        hooks.append(layer.register_forward_hook(note))
-        yield found
 
 
 def _is_first_row(output: Tensor, whole: Tensor) -> bool:
@@ -179,9 +166,8 @@ def _lost_batch(inputs: Tensor, output: Tensor) -> bool:
 
 def _same(one: LayerForward, other: LayerForward) -> bool:
     """Whether two functions are one and the same, or the same place of a module defined twice."""
-    places = [(getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)) for fn in (one, other)]
-    known = None not in places[0] and "<lambda>" not in str(places[0][1])
-    return one is other or (known and places[0] == places[1])
+    place, again = ((getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)) for fn in (one, other))
+    return one is other or (place == again and None not in place and "<lambda>" not in str(place[1]))
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -212,11 +198,8 @@ def _mask(attention: nn.Module, inputs: Tensor, kwargs: Mapping[str, Any]) -> An
     if mask is not None and mask.ndim != 2:
         return mask
     if not attention.is_causal:
-        if mask is None:
-            return None
-        return create_bidirectional_mask(attention.config, inputs, mask.bool())
-    positions = kwargs.get("position_ids")
-    masks = create_masks_for_generate(attention.config, inputs, mask, None, positions)
+        return None if mask is None else create_bidirectional_mask(attention.config, inputs, mask.bool())
+    masks = create_masks_for_generate(attention.config, inputs, mask, None, kwargs.get("position_ids"))
     return masks[layer_type(attention)] if isinstance(masks, dict) else masks
 
 

@@ -7,11 +7,14 @@ parameters can then be compared with what is stored, and those of buffers looked
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -23,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from fewbit import process
 from fewbit.errors import ArchitectureError, CheckpointError, first_line
-from fewbit.models.empty import empty_parameters
 
+_thread = threading.local()
 MOST_BUFFERS = 2**31  # bytes of what is computed instead of stored (rotary frequencies, masks)
 
 
@@ -113,3 +116,28 @@ def _building() -> Iterator[None]:
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Parameters of modules that this thread makes inside are on the meta device, while buffers are computed.
+
+    accelerate's init_empty_weights replaces a method of nn.Module for that, and so takes the weights of modules that
+    other threads make meanwhile. Here torch's own hook is told which thread wants it.
+    """
+    before = getattr(_thread, "wanted", False)
+    _thread.wanted = True
+    try:
+        yield
+    finally:
+        _thread.wanted = before
+
+
+def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta or not getattr(_thread, "wanted", False):
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+# Never removed: removing a hook while another thread iterates over the hooks would raise there.
+register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]

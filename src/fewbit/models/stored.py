@@ -44,11 +44,13 @@ def untied(skeleton: PreTrainedModel, source: TensorSource) -> list[str]:
     """Tensors that the configuration ties to others, though other values are stored for them: transformers then keeps
     both, and so must whatever is written."""
     stored = source.info()
-    return [
-        one
-        for one, other in tied_pairs(skeleton).items()
-        if one in stored and other in stored and not _equal(source, one, other)
-    ]
+    found = []
+    for one, other in tied_pairs(skeleton).items():
+        if one in stored and other in stored:
+            values = source.read([one, other])
+            if not torch.equal(values[one], values[other]):
+                found.append(one)
+    return found
 
 
 def check(skeleton: PreTrainedModel, stored: Stored, family: str) -> None:
@@ -96,23 +98,16 @@ def unexpected(skeleton: PreTrainedModel, stored: Stored) -> list[str]:
 
 
 def _missing(skeleton: PreTrainedModel, name: str, family: str) -> str:
+    why = f", which {family} needs; if transformers loads it (it renames the tensors of some families), give the "
+    why += "loaded model instead"
     if is_composite(skeleton.config):
-        return (
-            f"the checkpoint holds no tensor {name!r}: it is a vision-language model whose tensors transformers "
-            f"renames; load it with transformers' {type(skeleton).__name__}.from_pretrained(…) and give the loaded "
-            "model, whose text blocks are quantized"
+        why = (
+            ": it is a vision-language model whose tensors transformers renames; load it with transformers' "
+            f"{type(skeleton).__name__}.from_pretrained(…) and give the loaded model, whose text blocks are quantized"
         )
-    return (
-        f"the checkpoint holds no tensor {name!r}, which {family} needs; if transformers loads it (it renames the "
-        "tensors of some families), give the loaded model instead"
-    )
+    return f"the checkpoint holds no tensor {name!r}{why}"
 
 
 def _is_parameter(skeleton: PreTrainedModel, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     return leaf in skeleton.get_submodule(path)._parameters
-
-
-def _equal(source: TensorSource, one: str, other: str) -> bool:
-    tensors = source.read([one, other])
-    return torch.equal(tensors[one], tensors[other])

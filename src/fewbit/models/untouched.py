@@ -32,13 +32,7 @@ class Untouched:
     @property
     def row(self) -> dict[str, Any]:
         """The report's line."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "weights": self.weights,
-            "share": self.share,
-        }
+        return {name: value for name, value in vars(self).items() if name != "module"}
 
 
 def untouched(model: nn.Module, handled: Collection[str]) -> list[Untouched]:
@@ -73,18 +67,14 @@ def sentence(found: Collection[Untouched]) -> str:
     for one in found:
         alike.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", one.name), one.kind, one.shape), []).append(one)
     largest = sorted(alike.items(), key=lambda item: -sum(one.share for one in item[1]))
-    kinds = [
-        f"{members[0].name if len(members) == 1 else pattern} ({kind}, "
-        f"{'' if len(members) == 1 else f'{len(members)} of '}{' × '.join(map(str, shape))}, "
-        f"{sum(one.share for one in members):.1%})"
-        for (pattern, kind, shape), members in largest
-    ]
+    kinds = []
+    for (pattern, kind, shape), members in largest:
+        name, count = (members[0].name, "") if len(members) == 1 else (pattern, f"{len(members)} of ")
+        share = sum(one.share for one in members)
+        kinds.append(f"{name} ({kind}, {count}{' × '.join(map(str, shape))}, {share:.1%})")
     more = f" and {len(kinds) - 8} more kinds" if len(kinds) > 8 else ""
-    what = (
-        "1 tensor that is no linear stays as it is"
-        if len(found) == 1
-        else (f"{len(found)} tensors that are no linears stay as they are")
-    )
+    one_only = "1 tensor that is no linear stays as it is"
+    what = one_only if len(found) == 1 else f"{len(found)} tensors that are no linears stay as they are"
     return f"{what}, {sum(one.share for one in found):.1%} of the parameters: {', '.join(kinds[:8])}{more}"
 
 

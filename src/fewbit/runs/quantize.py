@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -227,15 +227,12 @@ def _identity(model: BlockwiseModel, config: Config, data: CalibrationSet | None
     )
 
 
-@contextmanager
-def _side_files(model: BlockwiseModel, tokenizer: Any) -> Iterator[tuple[Path, list[str]]]:
+def _side_files(model: BlockwiseModel, tokenizer: Any) -> AbstractContextManager[tuple[Path, list[str]]]:
     """The directory of configuration, tokenizer and other files beside the weights, and notes on what was mended."""
     if model.module is not None:
-        with saved_side_files(model.module, model.config, tokenizer) as saved:
-            yield saved
-    else:
-        assert model.source.directory is not None
-        yield model.source.directory, []
+        return saved_side_files(model.module, model.config, tokenizer)
+    assert model.source.directory is not None
+    return nullcontext((model.source.directory, []))
 
 
 def _described(
@@ -246,6 +243,9 @@ def _described(
     forward: str,
 ) -> dict[str, Any]:
     """The run, for the report."""
+    used: dict[str, Any] = {"source": NO_CALIBRATION, "sequences": 0, "tokens": 0}
+    if data is not None:
+        used = {name: getattr(data, name) for name in ("source", "sequences", "requested", "tokens")}
     return {
         "model": str(model) if isinstance(model, str | Path) else type(model).__name__,
         "architecture": blockwise.architecture.name,
@@ -253,11 +253,5 @@ def _described(
         "device": str(device),
         "compute_dtype": "float32",
         "forward": forward,
-        "calibration": _describe(data),
+        "calibration": used,
     }
-
-
-def _describe(data: CalibrationSet | None) -> dict[str, Any]:
-    if data is None:
-        return {"source": NO_CALIBRATION, "sequences": 0, "tokens": 0}
-    return {"source": data.source, "sequences": data.sequences, "requested": data.requested, "tokens": data.tokens}

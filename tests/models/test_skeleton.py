@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import nn
 
-from fewbit.models.empty import empty_parameters
+from fewbit.models.skeleton import empty_parameters
 
 
 class _WithBuffer(nn.Linear):
