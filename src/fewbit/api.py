@@ -60,7 +60,7 @@ def quantize(
     device: str = RunOptions.device,
     activation_memory: str | int = RunOptions.activation_memory,
     resume: bool = RunOptions.resume,
-    export: Sequence[str] = RunOptions.export,
+    export: str | Sequence[str] = RunOptions.export,
     progress: bool = RunOptions.progress,
 ) -> Run:
     """Quantize a checkpoint directory, a hub id or a transformers model into the directory `output`.
@@ -82,7 +82,8 @@ def quantize(
         sequence_length=sequence_length,
         seed=seed,
     )
-    options = RunOptions(device, activation_memory, resume, tuple(export), progress)
+    formats = (export,) if isinstance(export, str) else tuple(export)
+    options = RunOptions(device, activation_memory, resume, formats, progress)
     return Run(quantize_model(model, recipe, output, calibration=calibration, tokenizer=tokenizer, options=options))
 
 

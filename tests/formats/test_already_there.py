@@ -20,8 +20,8 @@ def again(finished_run, checkpoint, quick, tmp_path):
     """again(): the finished run continued, with an export."""
     shutil.copytree(finished_run("llama"), tmp_path / "run")
 
-    def resume():
-        return fewbit.quantize(checkpoint("llama"), output=tmp_path / "run", resume=True, export=[FORMAT], **quick)
+    def resume(export=(FORMAT,)):
+        return fewbit.quantize(checkpoint("llama"), output=tmp_path / "run", resume=True, export=export, **quick)
 
     return resume
 
@@ -38,11 +38,11 @@ def test_an_export_that_is_complete_stays(again, tmp_path):
     assert run.verify()
 
 
-@pytest.mark.parametrize("empty", [True, False])
-def test_one_that_is_not_there_is_made(again, empty, tmp_path):
+@pytest.mark.parametrize(("empty", "export"), [(True, [FORMAT]), (False, FORMAT)])
+def test_one_that_is_not_there_is_made(again, empty, export, tmp_path):
     if empty:
         place(tmp_path / "run").mkdir(parents=True)
-    assert again().verify()
+    assert again(export).verify()
 
 
 @pytest.mark.parametrize("lost", [ORIGIN, "config.json", "model-00002-of-00003.safetensors", "tokenizer.json"])

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -40,23 +40,24 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _options(
-    version: bool = typer.Option(
-        False, "--version", help="Print the version and leave.", callback=lambda v: _version(v), is_eager=True
-    ),
-) -> None:
-    pass
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
 
 
+_VERSION = typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+
+
+def _options(version: Annotated[bool, _VERSION] = False) -> None:
+    pass
+
+
 def main() -> None:
     """Entry point. An error that the user can fix is one sentence on stderr, with exit code 2."""
-    _print_what_the_terminal_can()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a question mark for what its encoding lacks, instead of failing
     try:
         try:
             os.getcwd()
@@ -90,13 +91,6 @@ def _interrupted(arguments: list[str]) -> str:
     from fewbit.cli.quantize import interrupted
 
     return interrupted(arguments)
-
-
-def _print_what_the_terminal_can() -> None:
-    """Print a question mark for what the terminal's encoding lacks or what is not text, instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def _fail(sentence: str) -> NoReturn:

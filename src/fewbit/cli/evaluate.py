@@ -37,12 +37,10 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return
-    typer.echo(
-        f"perplexity         {result.perplexity:.4f}   ({result.windows} windows of {result.sequence_length} tokens)"
-    )
+    windows = f"{result.windows} windows of {result.sequence_length} tokens"
+    typer.echo(f"perplexity         {result.perplexity:.4f}   ({windows})")
     if result.reference_perplexity is not None:
         typer.echo(f"reference          {result.reference_perplexity:.4f}")
-        typer.echo(
-            f"KL divergence      {result.kl_mean:.5f} mean, {result.kl_p99:.5f} 99th percentile (nats per token)"
-        )
+        kl = f"{result.kl_mean:.5f} mean, {result.kl_p99:.5f} 99th percentile"
+        typer.echo(f"KL divergence      {kl} (nats per token)")
         typer.echo(f"top-1 agreement    {result.top1_agreement:.2%}")

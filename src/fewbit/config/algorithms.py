@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fewbit.config.validation import config_class
+from fewbit.config.validation import config_class, table
 from fewbit.config.yaml_text import parse_yaml
 from fewbit.errors import ConfigError, nearest, shown
 
@@ -252,20 +252,15 @@ def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
 def _algorithm(value: Any) -> AlgorithmConfig:
     if isinstance(value, AlgorithmConfig):
         return value
-    if isinstance(value, str):
-        options: dict[str, Any] = _written_out(value)
-    elif isinstance(value, Mapping):
-        options = dict(value)
-    else:
+    if not isinstance(value, str | Mapping):
         raise ConfigError(f"algorithm must be a name or a table of fields, not {shown(value)}")
+    options: dict[str, Any] = _written_out(value) if isinstance(value, str) else dict(value)
     name = options.get("name")
     if name == _QUARK_SMOOTH:
         name = options["name"] = "smoothquant"
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(f"unknown algorithm {shown(name)}{nearest(name, ALGORITHMS)}")
-    if strange := [key for key in options if not isinstance(key, str)]:
-        raise ConfigError(f"algorithm {name} has no field {shown(strange[0])}: names are text")
-    config: AlgorithmConfig = ALGORITHMS[name](**options)
+    config: AlgorithmConfig = ALGORITHMS[name](**table(options, f"algorithm {name}"))
     return config
 
 

@@ -15,7 +15,7 @@ from fewbit.config import quark
 from fewbit.config.algorithms import AlgorithmConfig, CodeConfig, GPTQConfig, ScaleSearchConfig, algorithm_configs
 from fewbit.config.schemes import parse_scheme, scheme_config, takes_group_size, with_group_size
 from fewbit.config.spec import AttentionConfig, QuantizationConfig, QuantizationSpec
-from fewbit.config.validation import config_class
+from fewbit.config.validation import config_class, table
 from fewbit.config.yaml_text import read_yaml
 from fewbit.errors import ConfigError, shown
 
@@ -68,9 +68,9 @@ def _written_out(given: Mapping[str, Any]) -> dict[str, Any]:
     if whole is not None:
         fields["global_quant_config"] = whole = _sized(whole, group_size)
     sized: list[Any] = [whole]
-    for table in ("layer_type_quant_config", "layer_quant_config"):
-        if table in fields:
-            rules = fields[table] = _mapping(fields[table], table)
+    for name in ("layer_type_quant_config", "layer_quant_config"):
+        if name in fields:
+            rules = fields[name] = table(fields[name], name)
             for key, value in rules.items():
                 if isinstance(value, str):
                     scheme_config(value)  # refuses one that names a KV cache
@@ -78,6 +78,8 @@ def _written_out(given: Mapping[str, Any]) -> dict[str, Any]:
                     rules[key] = sized[-1]
                 elif value is None:
                     rules[key] = QuantizationConfig()
+    if group_size is not None and whole is None:
+        raise ConfigError("group_size needs a scheme or a global_quant_config by its name")
     if group_size is not None and isinstance(whole, QuantizationConfig) and not any(map(takes_group_size, sized)):
         with_group_size(whole, group_size)  # says why it has none
     if isinstance(fields.get("exclude"), str):
@@ -111,13 +113,13 @@ class Config:
     also_known: ClassVar[tuple[str, ...]] = tuple(ShortForms.__annotations__)
 
     def __post_init__(self) -> None:
-        configs = {"global_quant_config": self.global_quant_config, **self.layer_type_quant_config}
-        for name, config in {**configs, **self.layer_quant_config}.items():
+        rules = [*self.layer_type_quant_config.items(), *self.layer_quant_config.items()]
+        configs: list[tuple[str, Any]] = [("global_quant_config", self.global_quant_config), *rules]
+        if self.attention is not None:
+            configs.append(("attention", self.attention))
+        for name, config in configs:
             for field in dataclasses.fields(config):
                 _check_stored(f"{name} {field.name}", getattr(config, field.name))
-        if self.attention is not None:
-            for slot, spec in self.attention.specs.items():
-                _check_stored(f"attention {slot}", spec)
 
     @property
     def codes(self) -> CodeConfig:
@@ -136,7 +138,7 @@ class Config:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Config:
         """Build a Config from plain data (YAML, JSON): its fields and ShortForms."""
-        fields = _mapping(data, "a recipe")
+        fields = table(data, "a recipe")
         if fields.get("scheme") is None and fields.get("global_quant_config") is None:
             cls(**{name: fields[name] for name in fields if name != "scheme"} | {"global_quant_config": {}})
             raise ConfigError("a recipe needs a scheme (scheme: W4A16) or a global_quant_config")
@@ -150,7 +152,7 @@ class Config:
     @staticmethod
     def read_yaml(path: str | Path) -> dict[str, Any]:
         """A recipe file as plain data, short forms and all."""
-        return _mapping(read_yaml(Path(path)), f"recipe {path}")
+        return table(read_yaml(Path(path)), f"recipe {path}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `Config.from_dict(config.to_dict()) == config`."""
@@ -199,16 +201,5 @@ def _sized(value: Any, group_size: int | None) -> Any:
         return parse_scheme(value, group_size)[0] if group_size is not None and takes_group_size(config) else config
     if group_size is None or not isinstance(value, Mapping | QuantizationConfig):
         return value
-    config = QuantizationConfig(**value) if isinstance(value, Mapping) else value
+    config = QuantizationConfig(**table(value, "a config")) if isinstance(value, Mapping) else value
     return with_group_size(config, group_size) if takes_group_size(config) else config
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any]:
-    """A table by names; classes stand for their names."""
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{what} must be a table of fields, not {shown(value)}")
-    table = {key.__name__ if isinstance(key, type) else key: item for key, item in value.items()}
-    for key in table:
-        if not isinstance(key, str):
-            raise ConfigError(f"{what} has no field {shown(key)}: names are text")
-    return table

@@ -51,6 +51,17 @@ def config_class(cls: type[T]) -> type[T]:
     return made  # type: ignore[no-any-return]
 
 
+def table(value: Any, what: str) -> dict[str, Any]:
+    """A table by names; classes stand for their names."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} must be a table of fields, not {shown(value)}")
+    found = {key.__name__ if isinstance(key, type) else key: item for key, item in value.items()}
+    for key in found:
+        if not isinstance(key, str):
+            raise ConfigError(f"{what} has no field {shown(key)}: names are text")
+    return found
+
+
 def _sentence(name: str, error: ValidationError) -> str:
     problems = []
     for detail in error.errors(include_url=False):

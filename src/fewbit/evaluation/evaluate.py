@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,16 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbit import process
+from fewbit.calibration import tokens
 from fewbit.calibration.hidden_states import HiddenStates, check_finite
-from fewbit.calibration.tokens import (
-    CalibrationData,
-    all_ids,
-    begin_with,
-    checked_ids,
-    rows_of,
-    stream_of,
-    token_batch,
-)
 from fewbit.checkpoint.tokenizer import load_tokenizer
 from fewbit.config.run_options import EvaluationOptions, choose_device, parse_size
 from fewbit.errors import CalibrationError, CheckpointError
@@ -41,7 +32,6 @@ from fewbit.models.limits import check_length, check_tokens
 from fewbit.scratch import temporary_directory
 
 logger = logging.getLogger("fewbit")
-Head = Callable[[Tensor], Tensor]
 
 LARGEST_LOSS = 700.0  # a guess among all tokens of a vocabulary costs 12; e^710 is no number
 LOGIT_ROWS = 128  # tokens whose logits are in memory at a time: with a vocabulary of 256k, 128 MB
@@ -73,7 +63,7 @@ class Evaluation:
 @process.neutral()
 def evaluate(
     model: str | os.PathLike[str] | PreTrainedModel,
-    text: CalibrationData,
+    text: tokens.CalibrationData,
     *,
     sequence_length: int = EvaluationOptions.sequence_length,
     max_windows: int | None = EvaluationOptions.max_windows,
@@ -104,7 +94,11 @@ def evaluate(
             "be compared"
         )
     ids = _windows(text, tokenizer, blockwise, options)
-    warnings = _check(models, ids)
+    for found in models:
+        check_tokens(found, [{"input_ids": ids}])
+    warnings = tuple(dict.fromkeys(said for found in models for said in check_length(found, ids.shape[1])))
+    for warning in warnings:
+        logger.warning(warning)
     target = choose_device(options.device)
     budget = parse_size(options.activation_memory) // len(models)
     with temporary_directory("evaluate") as scratch:
@@ -114,39 +108,29 @@ def evaluate(
         return replace(_score(models, states, ids, target), warnings=warnings)
 
 
-def _check(models: list[BlockwiseModel], ids: Tensor) -> tuple[str, ...]:
-    """CalibrationError if the models cannot take `ids` [windows, tokens]; warnings if results will suffer."""
-    for model in models:
-        check_tokens(model, [{"input_ids": ids}])
-    warnings = tuple(dict.fromkeys(said for model in models for said in check_length(model, ids.shape[1])))
-    for warning in warnings:
-        logger.warning(warning)
-    return warnings
-
-
 def _windows(text: Any, tokenizer: Any, model: BlockwiseModel, options: EvaluationOptions) -> Tensor:
     """Token ids [windows, tokens]: as given, or of the text cut into windows; at most `max_windows`."""
     most = options.max_windows
-    found, source = rows_of(text)
-    if not isinstance(found, Tensor) and all_ids(found, source):
+    found, source = tokens.rows_of(text)
+    if not isinstance(found, Tensor) and tokens.all_ids(found, source):
         found = _stacked(found)
     if isinstance(found, Tensor):
-        ids = checked_ids(found)[:most]
+        ids = tokens.checked_ids(found)[:most]
         if ids.shape[1] < 2:
             raise CalibrationError("windows of one token have no next token to predict; give at least two")
         return ids
-    tokens, first = stream_of(found, source, tokenizer, partial(load_tokenizer, model.source.directory))
+    stream, first = tokens.stream_of(found, source, tokenizer, partial(load_tokenizer, model.source.directory))
     length = max(1, options.sequence_length - first.numel())
-    count = tokens.numel() // length
+    count = stream.numel() // length
     if count == 0:
-        raise CalibrationError(f"text {source} has {tokens.numel()} tokens, less than one window of {length}")
+        raise CalibrationError(f"text {source} has {stream.numel()} tokens, less than one window of {length}")
     count = min(count, most or count)
-    return begin_with(first, tokens[: count * length].view(count, length))
+    return tokens.begin_with(first, stream[: count * length].view(count, length))
 
 
 def _stacked(rows: list[Any]) -> Tensor:
     """Token ids of rows as windows [windows, tokens]."""
-    batches = [token_batch(row) for row in rows]
+    batches = [tokens.token_batch(row) for row in rows]
     if any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches):
         raise CalibrationError("windows of token ids cannot hold padding in an evaluation; cut them to one length")
     if len({batch["input_ids"].shape[1:] for batch in batches}) > 1:
@@ -165,12 +149,12 @@ def _score(models: list[BlockwiseModel], states: list[HiddenStates], ids: Tensor
             hidden = [of_one.get(window) for of_one in states]
             for start in range(0, length - 1, LOGIT_ROWS):
                 rows = slice(start, min(start + LOGIT_ROWS, length - 1))
-                logits = [
-                    _logits(head, one[:, rows], whose, window, rows)
-                    for head, one, whose in zip(heads, hidden, ("the model", "the reference"), strict=False)
-                ]
-                for at, found in enumerate(logits):
-                    losses[at, window, rows] = metrics.token_losses(found, ids[window, 1:][rows].to(device))
+                targets, logits = ids[window, 1:][rows].to(device), list[Tensor]()
+                for head, one, whose in zip(heads, hidden, ("the model", "the reference"), strict=False):
+                    found = head(one[:, rows])  # [1, rows, vocabulary]
+                    check_finite(found, f"the head of {whose}", window, first_token=start)
+                    losses[len(logits), window, rows] = metrics.token_losses(found[0], targets)
+                    logits.append(found[0])
                 if len(logits) > 1:
                     divergence[window, rows] = metrics.kl_divergence(logits[1], logits[0])
                     agreement[window, rows] = metrics.same_top1(logits[1], logits[0]).float()
@@ -185,13 +169,6 @@ def _score(models: list[BlockwiseModel], states: list[HiddenStates], ids: Tensor
         kl_p99=kl.quantile(0.99).item() if kl.numel() < 2**24 else kl.kthvalue(int(0.99 * kl.numel())).values.item(),
         top1_agreement=agreement.double().mean().item(),
     )
-
-
-def _logits(head: Head, hidden: Tensor, whose: str, window: int, rows: slice) -> Tensor:
-    """Logits [rows, vocabulary] of some rows of a window; CalibrationError if they hold NaN or infinity."""
-    logits = head(hidden)
-    check_finite(logits, f"the head of {whose}", window, first_token=rows.start)
-    return logits[0]
 
 
 def _perplexity(losses: Tensor) -> float:

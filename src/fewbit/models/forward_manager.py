@@ -15,7 +15,8 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_masks_for_generate
@@ -25,7 +26,6 @@ from fewbit.models.hooks import removed_at_the_end
 
 LayerForward = Callable[..., Any]
 """fn(layer, inputs, **kwargs) -> the block's output, or something whose first tensor it is."""
-F = TypeVar("F", bound=LayerForward)
 
 
 def input_only(layer: nn.Module, inputs: Tensor, **kwargs: Any) -> Any:
@@ -90,12 +90,7 @@ class LayerForwardManager:
         it is the same function defined anew, as when a notebook's cell runs again.
         """
         if fn is None:
-
-            def decorate(function: F) -> F:
-                self.register(name_or_class, function, override=override)
-                return function
-
-            return decorate
+            return partial(self.register, name_or_class, override=override)
         if not callable(fn):
             raise ConfigError(f"a forward is a function (layer, inputs, **kwargs), not {fn!r}")
         if name_or_class in self._table and not override and not _same(self._table[name_or_class], fn):

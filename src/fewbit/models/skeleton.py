@@ -34,14 +34,14 @@ MOST_BUFFERS = 2**31  # bytes of what is computed instead of stored (rotary freq
 def build(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The model of `config`, by default a causal language model. ArchitectureError if there is none."""
     kind = model_class or class_of(config)
-    with _as_sentence(kind), _building(), empty_parameters():
+    with _building(kind), empty_parameters():
         return _make(kind, config)
 
 
 def outline(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The same on the meta device altogether. ArchitectureError for a configuration that transformers cannot build."""
     kind = model_class or class_of(config)
-    with _as_sentence(kind), _building(), torch.device("meta"):
+    with _building(kind), torch.device("meta"):
         made = _make(kind, config)
     if (size := sum(buffer.nbytes for buffer in made.buffers())) > MOST_BUFFERS:
         raise CheckpointError(
@@ -60,15 +60,11 @@ def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     named = [kind for kind in found if kind.__name__ in (config.architectures or ())]
     if named or found:
         return (named or found)[0]
+    kind = repr(config.model_type)
+    why = f"transformers has no causal language model for {kind}; ModelQuantizer rounds the weights of any network"
     if _classes(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, config):
-        raise ArchitectureError(
-            f"{config.model_type!r} is an encoder-decoder, and fewbit walks decoders; ModelQuantizer rounds its "
-            "weights, run_gptq_for_sequential_layers quantizes any stack of layers in memory"
-        )
-    raise ArchitectureError(
-        f"transformers has no causal language model for {config.model_type!r}; ModelQuantizer rounds the weights of "
-        "any network, run_gptq_for_sequential_layers quantizes any stack of layers in memory"
-    )
+        why = f"{kind} is an encoder-decoder, and fewbit walks decoders; ModelQuantizer rounds its weights"
+    raise ArchitectureError(f"{why}, run_gptq_for_sequential_layers quantizes any stack of layers in memory")
 
 
 def is_composite(config: PretrainedConfig) -> bool:
@@ -97,23 +93,18 @@ def _make(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedMo
 
 
 @contextmanager
-def _as_sentence(kind: type[PreTrainedModel]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # sizes that do not fit each other make modules raise anything
-        raise ArchitectureError(
-            f"config.json describes no model that {kind.__name__} can be built as: {first_line(error)}"
-        ) from None
-
-
-@contextmanager
-def _building() -> Iterator[None]:
-    """transformers is silent; one thread at a time, because verbosity and default dtype are the whole process's."""
+def _building(kind: type[PreTrainedModel]) -> Iterator[None]:
+    """transformers is silent, and its errors are sentences; one thread at a time, because verbosity and default dtype
+    are the whole process's."""
     with process.lock:
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         try:
             yield
+        except Exception as error:  # sizes that do not fit each other make modules raise anything
+            raise ArchitectureError(
+                f"config.json describes no model that {kind.__name__} can be built as: {first_line(error)}"
+            ) from None
         finally:
             transformers_logging.set_verbosity(verbosity)
 

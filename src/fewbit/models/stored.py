@@ -57,9 +57,10 @@ def check(skeleton: PreTrainedModel, stored: Stored, family: str) -> None:
     """CheckpointError for the first tensor that is missing or has another shape or kind of numbers than the model."""
     needed = skeleton.state_dict()
     tied = aliases(skeleton, stored)
+    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
     for name, tensor in needed.items():
         if name not in stored:
-            if name in tied or not (tensor.is_meta or _is_parameter(skeleton, name)):
+            if name in tied or not (tensor.is_meta or name in parameters):
                 continue
             raise CheckpointError(_missing(skeleton, name, family))
         info = stored[name]
@@ -106,8 +107,3 @@ def _missing(skeleton: PreTrainedModel, name: str, family: str) -> str:
             f"{type(skeleton).__name__}.from_pretrained(…) and give the loaded model, whose text blocks are quantized"
         )
     return f"the checkpoint holds no tensor {name!r}{why}"
-
-
-def _is_parameter(skeleton: PreTrainedModel, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf in skeleton.get_submodule(path)._parameters

@@ -81,9 +81,6 @@ class PlainProgress(ShownProgress):
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        self._started = time.monotonic()
-        self._blocks = 0
-        self._kept = 0
 
     def start(self, blocks: int, done: int) -> None:
         self._blocks, self._kept, self._started = blocks, 0, time.monotonic()
@@ -100,13 +97,11 @@ class PlainProgress(ShownProgress):
         )
 
     def note(self, text: str) -> None:
-        stream = self._stream
-        if stream is None:
-            return
-        encoding = stream.encoding or "utf-8"
-        with suppress(OSError, ValueError):  # a closed pipe must not end the run
-            stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-            stream.flush()
+        if (stream := self._stream) is not None:
+            encoding = stream.encoding or "utf-8"
+            with suppress(OSError, ValueError):  # a closed pipe must not end the run
+                stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+                stream.flush()
 
 
 def progress_view(show: bool) -> ProgressView:
@@ -122,8 +117,7 @@ def setup_logging(path: str | Path, level: int = logging.INFO) -> None:
 
     RunError if the file cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if (path := Path(path)).exists() and not path.is_file():  # a pipe would be waited for
         raise RunError(f"the log cannot be written: {path} is {kind(path)}, not a file; choose another place")
     with disk_errors_as_sentences(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -146,27 +146,12 @@ def _quantizer(model: BlockwiseModel, plan: Plan, config: Config, device: torch.
     configs = {name: linear.config for name, linear in plan.contents.linears.items() if linear.config is not None}
     codes = config.codes
     turned = {name for name, linear in model.linears().items() if linear.scales_at > 0}
-    scalers = [
-        ChannelScaler(
-            search,
-            model.source,
-            configs,
-            plan.contents.activations,
-            scalings(model, search.scaling_layers),
-            head_dim(model),
-            codes.compensates,
-            turned,
-        )
-        for search in config.scale_searches
-    ]
-    return BlockQuantizer(
-        model,
-        Targets(configs, plan.contents.activations),
-        codes,
-        device,
-        scalers=scalers,
-        refinements=config.at("block"),
-    )
+    inputs, scalers = plan.contents.activations, []
+    for search in config.scale_searches:
+        where, head = scalings(model, search.scaling_layers), head_dim(model)
+        scalers.append(ChannelScaler(search, model.source, configs, inputs, where, head, codes.compensates, turned))
+    targets = Targets(configs, inputs)
+    return BlockQuantizer(model, targets, codes, device, scalers=scalers, refinements=config.at("block"))
 
 
 def _calibration(
@@ -194,13 +179,12 @@ def _check(data: CalibrationSet | None, model: BlockwiseModel, plan: Plan, confi
     check_tokens(model, data.batches)
     warnings = check_length(model, max(batch["input_ids"].shape[1] for batch in data.batches))
     widths = [linear.shape[1] for linear in plan.contents.weights]
-    if not config.codes.needs.moment or not widths or data.tokens >= max(widths):
-        return warnings
-    return [
-        *warnings,
-        f"{data.tokens} calibration tokens are fewer than the {max(widths)} inputs of the widest linear, so "
-        f"{config.codes.name} fits weights to this text; give more (--num-samples, --sequence-length)",
-    ]
+    if config.codes.needs.moment and widths and data.tokens < max(widths):
+        warnings.append(
+            f"{data.tokens} calibration tokens are fewer than the {max(widths)} inputs of the widest linear, so "
+            f"{config.codes.name} fits weights to this text; give more (--num-samples, --sequence-length)"
+        )
+    return warnings
 
 
 def _check_weights(model: BlockwiseModel) -> None:
