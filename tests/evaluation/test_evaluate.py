@@ -156,7 +156,7 @@ def test_text_shorter_than_a_window_is_refused_with_both_numbers(checkpoint, tok
 
 
 def test_text_for_a_module_without_tokenizer_is_refused(random_model, evaluation_file):
-    with pytest.raises(CalibrationError, match="no tokenizer"):
+    with pytest.raises(CalibrationError, match="a text needs a tokenizer"):
         fewbit.evaluate(random_model("llama"), evaluation_file)
 
 
