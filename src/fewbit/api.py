@@ -73,15 +73,8 @@ def quantize(
 
     Raises FewbitError for input that cannot be used; its text says what to do.
     """
-    recipe = merge_recipe(
-        config,
-        scheme=scheme,
-        group_size=group_size,
-        algorithm=algorithm,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        seed=seed,
-    )
+    data = {"num_samples": num_samples, "sequence_length": sequence_length, "seed": seed}
+    recipe = merge_recipe(config, scheme=scheme, group_size=group_size, algorithm=algorithm, **data)
     formats = (export,) if isinstance(export, str) else tuple(export)
     options = RunOptions(device, activation_memory, resume, formats, progress)
     return Run(quantize_model(model, recipe, output, calibration=calibration, tokenizer=tokenizer, options=options))

@@ -350,12 +350,21 @@ class TestShorthands:
         pytest.param({"seed": "x"}, "seed", id="seed-text"),
         pytest.param({3: "x"}, "no field 3", id="field-number"),
         pytest.param({"scheme": {3: "x"}}, "3", id="config-field-number"),
+        pytest.param({"scheme": {3: "x"}, "group_size": 32}, "no field 3", id="sized-config-field-number"),
+        pytest.param({"scheme": 3, "group_size": 32}, "must be a table", id="sized-scheme-number"),
     ],
 )
 def test_a_recipe_that_cannot_be_honoured_is_one_sentence(fields, message):
     with pytest.raises(ConfigError, match=message) as caught:
         Config.from_dict({"scheme": "W4A16"} | fields)
     assert "\n" not in str(caught.value)
+
+
+def test_short_forms_are_read_the_same_wherever_they_stand():
+    short = {"scheme": "W4A16KV8", "group_size": 32, "algorithm": "rtn"}
+    assert Config(**short) == Config.from_dict(short)
+    with pytest.raises(ConfigError, match="group_size needs a scheme"):
+        Config(scheme_config("W4A16"), group_size=32)
 
 
 SHORT = [

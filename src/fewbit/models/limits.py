@@ -60,11 +60,9 @@ def positions(skeleton: PreTrainedModel, decoder: str) -> Positions | None:
 
     `decoder` is the name of the module that holds the blocks: tables elsewhere are those of pictures or sounds.
     """
-    tables = list(_tables(skeleton, decoder))
-    if tables:
+    if tables := list(_tables(skeleton, decoder)):
         return Positions(min(tables), hard=True)
-    config: Any = skeleton.config
-    config = config.get_text_config()
+    config: Any = skeleton.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1 or getattr(config, "alibi", False):
         return None
@@ -82,8 +80,7 @@ def _tables(skeleton: PreTrainedModel, decoder: str) -> Iterable[int]:
                 offset = getattr(module, "offset", 0)  # OPT and its kin leave the first rows to padding
                 yield module.num_embeddings - (offset if isinstance(offset, int) else 0)
         for table in _TABLES:
-            buffer = module._buffers.get(table)
-            if buffer is not None and buffer.ndim == 2:
+            if (buffer := module._buffers.get(table)) is not None and buffer.ndim == 2:
                 yield buffer.shape[0]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from fewbit.errors import RunError, disk_errors_as_sentences
 from fewbit.files import kind
@@ -44,16 +44,8 @@ class TerminalProgress(ShownProgress):
     """A live bar."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        count = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[detail]}")
+        self._bar = Progress(*count, TimeElapsedColumn(), "left", TimeRemainingColumn(), console=console)
         self._task = self._bar.add_task("blocks", detail="", total=None)
         self._loss = ""
 
