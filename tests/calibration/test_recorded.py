@@ -243,13 +243,13 @@ def test_other_safetensors_are_no_recordings(tmp_path):
         build_calib_dataset_inputs(tmp_path)
 
 
-def test_steps_that_do_not_belong_together_are_refused():
-    data = {**sequence(0, 4, 3), "model_position_ids": [torch.arange(4).unsqueeze(0)]}
-    with pytest.raises(CalibrationError, match="as many steps of 'model_position_ids' as of 'model_input'"):
-        build_calib_dataset_inputs([data])
-    data = {**sequence(0, 4, 3), "model_input_ids": [torch.ones(1, 4, dtype=torch.int64)]}
-    with pytest.raises(CalibrationError, match="as many steps of 'model_input_ids' as of 'model_input'"):
-        build_calib_dataset_inputs([data])
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("key", ["model_position_ids", "model_input_ids"])
+def test_steps_that_do_not_belong_together_are_refused(tmp_path, key, in_file):
+    data = {**sequence(0, 4, 3), key: [torch.arange(4).unsqueeze(0)]}
+    write_recording(data, tmp_path / "x.safetensors")
+    with pytest.raises(CalibrationError, match=f"as many steps of '{key}' as of 'model_input'"):
+        build_calib_dataset_inputs(tmp_path if in_file else [data])
 
 
 class TestADatasetIsGiven:
