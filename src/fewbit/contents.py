@@ -1,7 +1,4 @@
-"""What is in a run, or will be: the plan makes it before the work, the checkpoint after it, and both say the same.
-
-Formats, reports and whoever else asks what a run holds read this. Nobody else takes names apart or knows families.
-"""
+"""What is in a run, or will be: the plan makes it before the work, the checkpoint after it, and both say the same."""
 
 from __future__ import annotations
 
@@ -166,8 +163,8 @@ class Contents:
     def restored(
         cls, facts: Any, specs: Mapping[str, QuantizationSpec], steps: Mapping[str, tuple[str, ...]]
     ) -> Contents:
-        """From `facts`, the specs of weights by their names and of activations by module and slot, and the steps of
-        linears' inputs. ValueError if the facts are none, or know no module of a spec."""
+        """From `facts`, specs (of weights by their names, of activations by module and slot) and the steps of linears'
+        inputs. ValueError if the facts are none, or know no module of a spec."""
         bare, left = TypeAdapter(cls).validate_python(facts), dict(specs)
         linears, attention = {}, {}
         for name, linear in bare.linears.items():

@@ -121,8 +121,7 @@ class NativePart:
         self.dense = {name: info for name, info in header.items() if name not in stored}
 
     def info(self) -> dict[str, TensorInfo]:
-        quantized = {name: TensorInfo(shape, torch.float32) for name, (_, shape) in self.quantized.items()}
-        return self.dense | quantized
+        return self.dense | {name: TensorInfo(shape, torch.float32) for name, (_, shape) in self.quantized.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor; a quantized one is dequantized (to float32 unless `dtype` says otherwise)."""
@@ -190,9 +189,8 @@ class NativeCheckpoint:
         journal = Journal(self.directory)
         digests = {number: block.digest for number, block in journal.blocks().items()}
         self._files = journal.files()
-        self.parts: list[NativePart] = []
-        for index in range(self.manifest["num_blocks"]):  # stops at the first that is missing, whatever the number
-            self.parts.append(self._open(block_file(self.directory, index), digests.get(index)))
+        blocks = range(self.manifest["num_blocks"])  # stops at the first that is missing, whatever the number
+        self.parts = [self._open(block_file(self.directory, index), digests.get(index)) for index in blocks]
         self.parts.append(self._open(self.directory / OUTSIDE, self._files.get(OUTSIDE)))
         self._part_of = {name: part for part in self.parts for name in part.info()}
 

@@ -80,11 +80,8 @@ _NAME = re.compile(r"(?P<base>.{,100}?)" + _GROUP.format("before") + _KV + _GROU
 
 def parse_scheme(name: str, group_size: int | None = None) -> tuple[QuantizationConfig, AttentionConfig | None]:
     """What a scheme's name stands for: a row of SCHEMES, maybe with a KV cache and a group size in either order
-    (W4A8KV4-g128, W4A8-g128+KV4).
-
-    `group_size` replaces the default of 128, −1 means per channel; it must not contradict the name. ConfigError for a
-    scheme whose groups have no free size.
-    """
+    (W4A8KV4-g128, W4A8-g128+KV4). `group_size` replaces the default of 128 (−1: per channel) and must not contradict
+    the name. ConfigError for a scheme whose groups have no free size."""
     match = _NAME.fullmatch(name.upper()) if isinstance(name, str) else None
     if match is None:
         raise ConfigError(f"unknown scheme {shown(name)} ('fewbit schemes' lists them)")
@@ -111,11 +108,8 @@ def scheme_config(name: str, group_size: int | None = None) -> QuantizationConfi
 
 
 def takes_group_size(config: QuantizationConfig) -> bool:
-    """Whether a config's weight may have groups of any size: it has some, or is of integers that are packed.
-
-    8-bit integers that meet integer inputs are summed in one integer product, FP8 has a scale per channel or tensor:
-    engines refuse groups of both.
-    """
+    """Whether a config's weight may have groups of any size: it has some, or is of integers that are packed. Engines
+    refuse groups of FP8, and of 8-bit integers that meet integer inputs: those are summed in one integer product."""
     weight, inputs = config.weight, config.input_tensors
     if weight is None or weight.scale_type not in ("float", "pof2") or weight.qscheme == "per_block":
         return False

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from fewbit.config.matching import resolve
 from fewbit.config.recipe import Config
-from fewbit.config.spec import AttentionConfig, QuantizationSpec
+from fewbit.config.spec import AttentionConfig
 from fewbit.contents import AttentionEntry, Contents, LinearEntry
 from fewbit.errors import ConfigError
 from fewbit.models.blockwise import BlockwiseModel
@@ -24,7 +24,6 @@ class Plan:
 
     contents: Contents
     warnings: list[str]
-    attention: AttentionConfig | None = None
     untouched: tuple[Untouched, ...] = ()
     """Tensors that are no linears and stay as they are."""
 
@@ -57,7 +56,7 @@ def make_plan(model: BlockwiseModel, config: Config) -> Plan:
         str(model.config.model_type),
         model.architecture.blocks,
     )
-    return Plan(contents, list(_warnings(model, contents, left)), config.attention, left)
+    return Plan(contents, list(_warnings(model, contents, left)), left)
 
 
 def _linears(model: BlockwiseModel, config: Config) -> dict[str, LinearEntry]:
@@ -133,25 +132,15 @@ def _check_divides(linears: dict[str, LinearEntry]) -> None:
 def _grouped(linear: LinearEntry) -> Iterator[tuple[int, int, str, bool]]:
     """Group sizes of a linear's tensors, the number of channels that each must divide, which these are, and whether
     --group-size can change it: activations and formats have their own."""
-    config = linear.config
-    assert config is not None
-    inputs, outputs = (linear.shape[1], "inputs"), (linear.shape[0], "outputs")
-    first = config.weight.first_stage if config.weight is not None else None
-    tensors = (
-        (config.weight, outputs if _runs_along_rows(config.weight) else inputs),
-        (first, outputs if _runs_along_rows(first) else inputs),
-        (config.input_tensors, inputs),
-        (config.output_tensors, outputs),
-        (config.bias, outputs),
-    )
-    for spec, (channels, which) in tensors:
+    tensors = {"weight": linear.weight, "first_stage": linear.weight and linear.weight.first_stage}
+    tensors |= {name: getattr(linear.config, name) for name in ("input_tensors", "output_tensors", "bias")}
+    for name, spec in tensors.items():
         if spec is not None and spec.group_size is not None:
-            size = spec.group_size if _runs_along_rows(spec) else spec.tiling.span
-            yield size, channels, which, spec is config.weight and spec.scale_type == "float"
-
-
-def _runs_along_rows(spec: QuantizationSpec | None) -> bool:
-    return spec is not None and spec.ch_axis in (0, -2)
+            turned = spec.ch_axis in (0, -2)
+            of_outputs = name in ("output_tensors", "bias") or (turned and name != "input_tensors")
+            channels, which = (linear.shape[0], "outputs") if of_outputs else (linear.shape[1], "inputs")
+            size = spec.group_size if turned else spec.tiling.span
+            yield size, channels, which, name == "weight" and spec.scale_type == "float"
 
 
 def _warnings(model: BlockwiseModel, contents: Contents, left: Collection[Untouched]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from fewbit.version import __version__
 REPORT = "report.json"
 
 
-def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
+def linear_row(name: str, block: int, result: LinearResult, scaling: float | None) -> dict[str, Any]:
     """The report's line of a quantized linear; also what the journal keeps."""
     taken = ("tokens", "loss", "error", "energy", "damping", "fallback")
     return {
@@ -38,6 +38,7 @@ def linear_row(name: str, block: int, result: LinearResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 4),
         "bits_per_weight": result.weight.bits_per_weight,
         "weights": result.weight.codes.numel(),
+        "scaling": scaling,
     }
 
 

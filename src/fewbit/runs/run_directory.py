@@ -56,7 +56,7 @@ class Identity:
 
 
 class RunDirectory:
-    """Open for one run at a time; a context manager."""
+    """Open for one run at a time."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -113,9 +113,9 @@ class RunDirectory:
         is not overwritten. In an interrupted run it is made again."""
         if not (self._place / REPORT).exists():
             return
-        blocks = {block_file(self._place, number): block.digest for number, block in self._journal.blocks().items()}
-        others = {self._place / name: digest for name, digest in self._journal.files().items()}
-        for file, digest in (blocks | others).items():
+        known = {block_file(self._place, number): block.digest for number, block in self._journal.blocks().items()}
+        known |= {self._place / name: digest for name, digest in self._journal.files().items()}
+        for file, digest in known.items():
             if file.exists() and not has_digest(file, digest):
                 raise RunError(
                     f"{file} is not what the run wrote, though the run was complete: it was damaged or changed; "

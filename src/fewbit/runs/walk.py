@@ -65,13 +65,11 @@ class Walk:
 
     def strategy(self, calibration: CalibrationSet) -> Strategy:
         """`staged` if all suspended forwards of a block fit the activation memory, else `replay`: same result."""
-        widest = max(
-            (linear.shape[1] for linear in self.plan.contents.linears.values() if linear.config is not None), default=0
-        )
-        if any(name.endswith(".input") for name in self.plan.contents.activations):
+        contents = self.plan.contents
+        widest = max((linear.shape[1] for linear in contents.linears.values() if linear.config), default=0)
+        if any(name.endswith(".input") for name in contents.activations):
             widest *= 2  # as it came, and quantized
-        inside = self.plan.attention
-        if inside is not None and inside.probabilities is not None and inside.probabilities.needs_data:
+        if any(spec.needs_data for name, spec in contents.activations.items() if name.endswith(".probabilities")):
             return "replay"  # suspended with their square
         hidden = int(self.model.config.get_text_config().hidden_size)
         per_token = 4 * (3 * hidden + widest)  # residual, hidden states in and out, the suspended input
@@ -90,8 +88,7 @@ class Walk:
 
     def _reference_batches(self, calibration: CalibrationSet) -> list[int]:
         """Numbers of the batches that also pass in full precision."""
-        share = max(algorithm.needs.reference for algorithm in self.config.algo_config)
-        return spread(share, len(calibration.batches))
+        return spread(max(one.needs.reference for one in self.config.algo_config), len(calibration.batches))
 
     def _rows(
         self, finished: dict[int, Rows], quantize: Callable[[int], BlockWork], pass_through: Callable[[int], None]
@@ -119,9 +116,7 @@ class Walk:
         activations = {name: found.state() for name, found in quantizers(self.model.skeleton, work.prefix).items()}
         file = block_file(self.directory.path, index)
         digest = write_part(file, quantized, dense, activations, work.steps, work.folded)
-        rows = [linear_row(name, index, result) for name, result in results.items()]
-        for row in rows:
-            row["scaling"] = work.alpha_of(row["name"])
+        rows = [linear_row(name, index, result, work.alpha_of(name)) for name, result in results.items()]
         differs = self.directory.record(index, rows, digest)
         energy = sum(result.energy for result in results.values())
         self.progress.block_done(index, sum(r.error for r in results.values()) / energy if energy else 0.0)
@@ -137,9 +132,8 @@ class Walk:
             tensors = {name: part.read(name, torch.float32) for name in names if name not in part.folded}
             return tensors | self.model.source.read(part.folded, torch.float32)
 
-        known = part.activations()
         for name, quantizer in quantizers(self.model.skeleton, prefix).items():
-            quantizer.load(known[name])
+            quantizer.load(part.activation(name))
         linears = {name: linear for name, linear in self.model.linears().items() if name.startswith(prefix)}
         for name, steps in part.steps().items():
             linears[name].restore_steps(steps, folded=True)

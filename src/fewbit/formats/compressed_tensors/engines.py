@@ -185,10 +185,8 @@ def loads_in_sglang(kind: Kind) -> bool:
     return (packed_alone(kind) and kind.weight.bits in (4, 8)) or as_engines_multiply(kind)
 
 
-VLLM = (
-    "vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py of 0.32, _get_scheme_from_parts"
-)
-SGLANG = "sglang/srt/layers/quantization/compressed_tensors/compressed_tensors.py of 0.5.23, _get_scheme_from_parts"
+CHOICE = "layers/quantization/compressed_tensors/compressed_tensors.py of {}, _get_scheme_from_parts"
+VLLM, SGLANG = "vllm/model_executor/" + CHOICE.format("0.32"), "sglang/srt/" + CHOICE.format("0.5.23")
 MEASURED = "measured with transformers 5.23 and compressed-tensors 0.20 on tiny models"
 REFUSES, WRONG, OTHERWISE, LIMITED = Effect
 

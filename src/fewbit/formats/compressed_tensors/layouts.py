@@ -153,21 +153,17 @@ def divisor(unit: float) -> Tensor:
 
 _SCALED = ("weight", "weight_scale")
 _PACKED = ("weight_packed", "weight_scale")
-_WORDS = (None, _words, _from_words)
 _BYTES = (8, _bytes, _from_bytes)
 _NIBBLES = (4, _nibbles, _from_nibbles)
-_SEXTETS = (6, _sextets, _from_sextets)
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("pack-quantized", (*_PACKED, "weight_shape"), *_WORDS),
-        Layout("int-quantized", _SCALED, *_BYTES),
-        Layout("float-quantized", _SCALED, *_BYTES),
-        Layout("naive-quantized", _SCALED, *_BYTES),
+        Layout("pack-quantized", (*_PACKED, "weight_shape"), None, _words, _from_words),
+        *(Layout(f"{name}-quantized", _SCALED, *_BYTES) for name in ("int", "float", "naive")),
         Layout("nvfp4-pack-quantized", (*_PACKED, GLOBAL_SCALE), *_NIBBLES),
         Layout("mxfp4-pack-quantized", _PACKED, *_NIBBLES, exponents=True),
-        Layout("mxfp6-pack-quantized", _PACKED, *_SEXTETS, exponents=True),
+        Layout("mxfp6-pack-quantized", _PACKED, 6, _sextets, _from_sextets, exponents=True),
         Layout("mxfp8-quantized", _SCALED, *_BYTES, exponents=True),
     )
 }

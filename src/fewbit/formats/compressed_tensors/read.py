@@ -22,8 +22,6 @@ from fewbit.formats.compressed_tensors.scheme import Args, activation_spec, layo
 from fewbit.formats.format import Opened
 from fewbit.tensor import QuantizedActivation, QuantTensor
 
-ONLINE_ROTATIONS = ("input", "output", "k_cache", "q_attn")
-
 
 def open_export(directory: Path) -> Opened | None:
     """A checkpoint of this format; None if the directory's config.json names no such quantization."""
@@ -58,13 +56,12 @@ class CompressedTensorsSource:
         return {name: info for name, info in self._stored.items() if name not in hidden} | found
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        tensors = {}
-        for name in names:
-            if name.removesuffix(".weight") in self._weights:
-                tensors[name] = self.read_quantized(name).dequantize(dtype or torch.float32)
-            else:
-                tensors |= self._files.read([name], dtype)
-        return tensors
+        return {
+            name: self.read_quantized(name).dequantize(dtype or torch.float32)
+            if name.removesuffix(".weight") in self._weights
+            else self._files.read([name], dtype)[name]
+            for name in names
+        }
 
     def read_quantized(self, name: str) -> QuantTensor:
         """The QuantTensor of one weight."""
@@ -107,7 +104,7 @@ class CompressedTensorsSource:
         return found
 
     def _activation(self, module: str, slot: str, args: Args) -> QuantizedActivation:
-        names = [f"{PREFIXES[slot]}_{part}" for part in PARTS]
+        names = (f"{PREFIXES[slot]}_{part}" for part in PARTS)
         stored = [name for name in names if f"{module}.{name}" in self._stored]
         with naming(f"{self.directory}: '{module}.{slot}': ", CheckpointError):
             return decode_activation(self._tensors(module, stored), activation_spec(args), slot)
@@ -177,6 +174,7 @@ class CompressedTensorsSource:
 
 
 def _quantization_config(directory: Path) -> dict[str, Any]:
+    """CheckpointError for one that cannot be read, or that rotates activations while the model runs."""
     config = quantization_of(read_config(directory), directory) or {}
     if not isinstance(config.get("config_groups"), dict):
         raise CheckpointError(f"{directory}: quantization_config in config.json has no config_groups")
@@ -188,19 +186,14 @@ def _quantization_config(directory: Path) -> dict[str, Any]:
         targets = group.get("targets")
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise CheckpointError(f"{directory}: targets of config group {name!r} are {shown(targets)}, not names")
-    _refuse_rotations(config, directory)
-    return config
-
-
-def _refuse_rotations(config: dict[str, Any], directory: Path) -> None:
-    """CheckpointError for a transform_config that rotates activations while the model runs."""
     try:
         rotations = ((config.get("transform_config") or {}).get("config_groups") or {}).items()
         places = {str(name): {str(apply.get("location")) for apply in by.get("apply", [])} for name, by in rotations}
     except (AttributeError, TypeError):
         raise CheckpointError(f"{directory}: transform_config in config.json is no table of rotations") from None
     for name, found in places.items():
-        if found & set(ONLINE_ROTATIONS):
+        if found.intersection(("input", "output", "k_cache", "q_attn")):
             raise CheckpointError(
                 f"{directory} rotates activations while it runs ({name}), which this fewbit cannot read"
             )
+    return config

@@ -47,9 +47,8 @@ def part_tensors(part: NativePart, contents: Contents) -> Tensors:
 def unshared(checkpoint: NativeCheckpoint) -> str | None:
     """What is wrong with the scales of a run's fused weights and inputs, in a sentence; None if nothing is.
 
-    Linears that engines fuse must have one scale where the scale is one number for a tensor: vLLM takes the largest
-    global scale (NVFP4) for all of them and leaves the groups' scales as they are, and rounds FP8 codes with a scale
-    per tensor anew to the largest.
+    Where the scale is one number for a tensor, fused linears must have the same: vLLM takes the largest global scale
+    (NVFP4) and leaves the groups' scales as they are; FP8 codes with a scale per tensor it rounds anew to the largest.
     """
     for members in checkpoint.contents.fused_linears():
         first: dict[str, tuple[str, float]] = {}
