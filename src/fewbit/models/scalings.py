@@ -9,7 +9,6 @@ offset: each shows in the output. What is found or given is used only if it pass
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -59,15 +58,20 @@ def scalings(model: BlockwiseModel, given: Sequence[ScalingLayer] | None = None)
 
 def _of_kind(model: BlockwiseModel, index: int, given: Sequence[ScalingLayer] | None) -> tuple[Scaling, ...]:
     """What can be scaled in a block and those like it."""
-    if given is not None:
-        with _probe(model, index) as probe:
-            return tuple(_from_recipe(probe, layer) for layer in given if not _lacks(probe.block, layer))
     groups, heads, block = model.groups(index), head_dim(model), model.blocks[index]
-    fitting = tuple(scaling for scaling in model.architecture.scalings(groups) if _fits(block, scaling, heads))
-    if fitting:
-        return fitting
-    with _probe(model, index) as probe:
-        return tuple(_found(probe, groups))
+    if given is not None:
+        given = [layer for layer in given if not _lacks(block, layer)]
+    elif listed := tuple(one for one in model.architecture.scalings(groups) if _fits(block, one, heads)):
+        return listed
+    (inputs,) = model.enter([{"input_ids": probe_tokens(model.vocabulary)[0].unsqueeze(0)}])
+    with model.loaded(index) as loaded, torch.no_grad():
+
+        def forward(changed: Mapping[str, Tensor]) -> Tensor:
+            output = functional_call(loaded, dict(changed), (inputs.hidden,), inputs.calls[index])
+            first: Tensor = output[0] if isinstance(output, tuple) else output
+            return first
+
+        return scalings_of_block(loaded, groups, forward, inputs.hidden, heads, given)
 
 
 def scalings_of_block(
@@ -147,20 +151,6 @@ class _Probe:
                     if self.passes(candidate):
                         return candidate
         return None
-
-
-@contextmanager
-def _probe(model: BlockwiseModel, index: int) -> Iterator[_Probe]:
-    (inputs,) = model.enter([{"input_ids": probe_tokens(model.vocabulary)[0].unsqueeze(0)}])
-    with model.loaded(index) as block, torch.no_grad():
-        tensors = {name: parameter.data for name, parameter in block.named_parameters()}
-
-        def forward(changed: Mapping[str, Tensor]) -> Tensor:
-            output = functional_call(block, dict(changed), (inputs.hidden,), inputs.calls[index])
-            first: Tensor = output[0] if isinstance(output, tuple) else output
-            return first
-
-        yield _Probe(block, tensors, forward, inputs.hidden, head_dim(model))
 
 
 def check_names(blocks: Sequence[nn.Module], given: Sequence[ScalingLayer]) -> None:
