@@ -24,7 +24,7 @@ from torch import Tensor
 from fewbit.algorithms.input_error import Scored, scored_tokens
 from fewbit.algorithms.scale_loss import Objective, column_costs, targets_of
 from fewbit.calibration.statistics import Statistics
-from fewbit.config.algorithms import ScaleSearchConfig, SmoothQuantConfig
+from fewbit.config.algorithms import ScaleSearchConfig
 from fewbit.config.spec import QuantizationSpec
 from fewbit.numerics.scale_format import nearest_power_of_two
 
@@ -126,7 +126,7 @@ class _Bar:
         none = torch.ones_like(objective.moment[0])
         of_weights = objective.weights(none)
         both = of_weights + objective.inputs([none] * len(objective.scored))
-        smooth, fixed = isinstance(config, SmoothQuantConfig), config.alpha is not None
+        smooth, fixed = config.counts_inputs, config.alpha is not None
         before = both if smooth else of_weights
         enough = math.inf if fixed else (WORTH_IT_COMPENSATED if compensated else WORTH_IT) * before
         return cls(objective, smooth, before, math.inf if smooth or fixed else both, enough)
@@ -189,7 +189,7 @@ def _curves(
     power_of_two: bool,
 ) -> list[_Curve]:
     """That of the whole input, and for each set of scored tokens that of the tokens its static range is found on."""
-    smooth = isinstance(config, SmoothQuantConfig)
+    smooth = config.counts_inputs
     x = statistics.moment.diagonal().clamp(min=0).sqrt()
     if smooth and statistics.largest is not None:
         x = statistics.largest

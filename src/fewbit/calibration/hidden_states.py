@@ -19,7 +19,7 @@ from fewbit.safetensors_file import write_tensors
 
 
 class HiddenStates:
-    """One tensor per batch, float32 (float64 stays). A batch that does not fit the budget any more lives in a file.
+    """One tensor per batch, float32. A batch that does not fit the budget any more lives in a file.
 
     What is put is copied, block after block into the same memory: a tensor that was made in the middle of a forward
     and kept would hold the heap's pages around it, so that memory grew with every block.
@@ -45,7 +45,8 @@ class HiddenStates:
             self._memory[index] = hidden.new_empty(0, device=self._device)
         self._shapes[index] = tuple(hidden.shape)
         if (kept := self._memory.get(index)) is not None:
-            dtype = torch.float64 if hidden.dtype == torch.float64 and self._budget is None else torch.float32
+            small = hidden.is_floating_point() and hidden.dtype.itemsize < 4
+            dtype = torch.float32 if small or self._budget is not None else hidden.dtype
             if kept.shape != hidden.shape or kept.dtype != dtype:
                 kept = self._memory[index] = torch.empty(hidden.shape, dtype=dtype, device=kept.device)
             kept.copy_(hidden.detach())

@@ -17,6 +17,8 @@ from fewbit.calibration.hidden_states import HiddenStates, RecordedCalls, check_
 from fewbit.calibration.tokens import padding_mask
 from fewbit.models.block_stack import BlockCall, BlockStack
 from fewbit.models.blockwise import BlockwiseModel
+from fewbit.models.nested import of_kind
+from fewbit.models.token_identity import TokenIdentity
 from fewbit.nn.attach import detach
 
 
@@ -47,13 +49,24 @@ class Passage:
     def __len__(self) -> int:
         return len(self.masks)
 
-    def forward(self, block: nn.Module, index: int, states: HiddenStates | None = None) -> Callable[[int], Tensor]:
-        """Runs a batch, given by its number, through block `index`, which may be replaced by what `block` is."""
+    def forward(
+        self,
+        block: nn.Module,
+        index: int,
+        states: HiddenStates | None = None,
+        identity: TokenIdentity | None = None,
+    ) -> Callable[[int], Tensor]:
+        """Runs a batch, given by its number, through block `index`, which may be replaced by what `block` is; its
+        tokens are followed by `identity`."""
         source = self.states if states is None else states
 
         def forward(batch: int) -> Tensor:
             hidden = source.get(batch)
-            return self.stack.call_block(block, hidden.to(self.device or hidden.device), self.calls.get(batch, index))
+            hidden = hidden.to(self.device or hidden.device)
+            call = self.calls.get(batch, index)
+            if identity is not None:
+                identity.begin(hidden, of_kind(call, Tensor))
+            return self.stack.call_block(block, hidden, call)
 
         return forward
 

@@ -89,11 +89,13 @@ class BlockQuantizer:
         """A block quantized on the batches of `passage`, which go on to the next block."""
         work = BlockWork(index, self.stack.prefix(index))
         with self.stack.loaded(index, self.device) as block:
-            forward = passage.forward(block, index)
-            every = self.stack.groups(index, [partial(forward, batch) for batch in range(len(passage))])
+            probed = passage.forward(block, index)
+            every = self.stack.groups(index, [partial(probed, batch) for batch in range(len(passage))])
             groups = self._quantized(every, work.prefix)
-            reference = self._reference(block, index, groups, passage)
-            identity = TokenIdentity() if any(group.routed for group in groups) else None
+            matters = passage.full is not None or any(mask is not None for mask in passage.masks)
+            identity = TokenIdentity() if matters and any(group.routed for group in groups) else None
+            forward = passage.forward(block, index, identity=identity)
+            reference = self._reference(block, index, groups, passage, identity)
             scalings = self._scalings(groups, work)
 
             def scale(stage: Stage) -> None:
@@ -110,8 +112,7 @@ class BlockQuantizer:
                 samples=self._samples(groups, work.prefix, scalings),
             )
             calibrations = calibration_stops(block, every, work.prefix)
-            blocks = [block] if reference is None else [block, reference.block]
-            with nullcontext() if identity is None else identity.following(*blocks):
+            with nullcontext() if identity is None else identity:
                 staged = StagedForward(stages, passage.masks, forward, reference, calibrations, identity)
                 staged.run(partial(passage.emit, index=index) if not self.refinements else _keep, strategy)
             if self.refinements:
@@ -161,12 +162,14 @@ class BlockQuantizer:
 
         return tuple(replace(group, members=tuple(filter(wanted, group.members))) for group in groups)
 
-    def _reference(self, block: nn.Module, index: int, groups: Groups, passage: Passage) -> ReferenceForward | None:
+    def _reference(
+        self, block: nn.Module, index: int, groups: Groups, passage: Passage, identity: TokenIdentity | None
+    ) -> ReferenceForward | None:
         """The block in full precision, if that is wanted. The block still has its own weights now."""
         if passage.full is None:
             return None
         original = full_precision(block)
-        forward = passage.forward(original, index, passage.full)
+        forward = passage.forward(original, index, passage.full, identity)
         return ReferenceForward(original, groups, passage.reference, forward, passage.full.put)
 
     def _scalings(self, groups: Groups, work: BlockWork) -> dict[int, list[tuple[ChannelScaler, Scaling]]]:
@@ -227,6 +230,8 @@ class BlockQuantizer:
             assert statistics is not None
             members = scaler.clipped(members, statistics.moment)
         for name, result in quantize_stage(members, statistics, self.codes).items():
+            if stage.lost and result.fallback is not None:
+                result = replace(result, fallback="round to nearest: padding could not be told from its tokens")
             linear = self._keep(name, result, stage, work)
             linear.weight = nn.Parameter(result.weight.dequantize(linear.weight.dtype), requires_grad=False)
             logger.info("%s loss %.4e tokens %d seconds %.2f", name, result.loss, result.tokens, result.seconds)

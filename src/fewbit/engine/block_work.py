@@ -49,8 +49,9 @@ class BlockWork:
         """Full names of the linears that divide their input by what a norm was divided by."""
         return {f"{self.prefix}{name}" for found in self.scales if found.folded for name in found.scaling.consumers}
 
-    def alpha_of(self, name: str) -> float | None:
-        """Exponent of the scales that a linear's input was divided by; None if it was not."""
+    def alpha_of(self, name: str) -> float | list[float] | None:
+        """Exponent of the scales that a linear's input was divided by (one for each of several searches); None if it
+        was not."""
         inside = name.removeprefix(self.prefix)
         exponents = [found.alpha for found in self.scales if inside in found.scaling.consumers]
-        return exponents[0] if exponents else None
+        return exponents if len(exponents) > 1 else next(iter(exponents), None)

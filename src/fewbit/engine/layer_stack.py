@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -146,7 +147,9 @@ def pass_through_layers(stack: LayerStack, inputs: Inputs, reference: Callable[[
         states.put(batch, x)
         if batch in chosen:
             full.put(batch, x)
-    return Passage(stack, None, [_mask(call) for call in calls], calls, states, full if chosen else None, chosen)
+    masks = [_mask(call) for call in calls]
+    first = list(accumulate((x.shape[0] for x in hidden), initial=0))
+    return Passage(stack, None, masks, calls, states, full if chosen else None, chosen, first)
 
 
 def _mask(call: BlockCall) -> Tensor | None:

@@ -30,7 +30,6 @@ class ReferenceForward:
         forward: Callable[[int], Tensor],
         emit: Callable[[int, Tensor], None],
     ) -> None:
-        self.block = block
         self._batches = batches
         self._forward = forward
         self._emit = emit

@@ -223,8 +223,9 @@ def _gathered(
         for order, scaling in enumerate(scalings)
     ]
     identity = TokenIdentity() if any(mask is not None for mask in passage.masks) else None
-    with nullcontext() if identity is None else identity.following(layer):
-        staged = StagedForward(stages, passage.masks, passage.forward(layer, index), identity=identity)
+    with nullcontext() if identity is None else identity:
+        forward = passage.forward(layer, index, identity=identity)
+        staged = StagedForward(stages, passage.masks, forward, identity=identity)
         staged.run(partial(passage.emit, index=index), "staged")
     return statistics
 

@@ -158,19 +158,22 @@ class StagedForward:
             rows = x.shape[0] // mask.numel()  # of a token: its heads, or its channels where heads are columns
             return mask.repeat_interleave(rows, int(stop.quantizer.spec.qscheme == "per_channel")).flatten()
         if tokens is not None:
-            return mask.flatten().to(tokens.device)[tokens] | (tokens < 0)
-        if not routed and x.shape[:-1].numel() == mask.numel():
-            return mask.reshape(x.shape[:-1])  # some blocks put the batch's tokens in one row
-        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+            return mask.flatten().to(tokens.device)[tokens % mask.numel()] | (tokens < 0)
+        if routed:
+            return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        # some blocks put the batch's tokens in one row; what is not as many are not the batch's tokens
+        return mask.reshape(x.shape[:-1]) if x.shape[:-1].numel() == mask.numel() else None
 
     def _paired(self, reference: Tensor, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """For each of `tokens` [...] its row of `reference`, and whether it has one there. None if nobody knows."""
         there = None if self._identity is None else self._identity.of(reference)
         if there is None or tokens is None or not there.numel():
             return None, None
-        ordered, place = there.flatten().sort(stable=True)
-        found = torch.searchsorted(ordered, tokens.contiguous()).clamp_(max=ordered.numel() - 1)
-        known = (ordered[found] == tokens) & (tokens >= 0)
+        rows = max(there.numel(), tokens.numel())
+        ordered, place = _numbered(there, rows).sort()
+        wanted = _numbered(tokens, rows).view(tokens.shape)
+        found = torch.searchsorted(ordered, wanted).clamp_(max=ordered.numel() - 1)
+        known = (ordered[found] == wanted) & (tokens >= 0)
         return reference.reshape(-1, reference.shape[-1])[place[found]], known
 
     @contextmanager
@@ -184,6 +187,13 @@ class StagedForward:
             for_now.item(vars(stop.quantizer), "observer", _parking(stop, self._identity))
         with for_now.for_now():
             yield
+
+
+def _numbered(tokens: Tensor, rows: int) -> Tensor:
+    """A number for each of `tokens` [rows]: its own, and how many of its rows (heads, say) came before."""
+    ordered, place = tokens.flatten().sort(stable=True)
+    before = torch.arange(ordered.numel(), device=tokens.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(ordered).scatter_(0, place, ordered * rows + before)
 
 
 def _suspending(

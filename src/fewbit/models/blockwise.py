@@ -124,11 +124,14 @@ class BlockwiseModel:
         block = self.blocks[index]
         kind = kind_of(block)
         if kind not in self._groups:
-            self._groups[kind] = self.architecture.groups(linears_in(block)) or self._probed(index)
+            listed = self.architecture.groups(linears_in(block))
+            self._groups[kind] = listed or self._probed(index, passing)
         return self._groups[kind]
 
-    def _probed(self, index: int) -> Groups:
+    def _probed(self, index: int, passing: Sequence[Callable[[], object]]) -> Groups:
         """Groups of a block that no row describes; many tokens pass where few do not reach all experts."""
+        if passing:  # it is loaded
+            return detect.groups(self.blocks[index], self.architecture.name, passing)
         batches = [{"input_ids": tokens.unsqueeze(0)} for tokens in probe_tokens(self.vocabulary)]
         inputs = list(self.enter(batches))
         with self.loaded(index) as block, torch.no_grad():

@@ -7,7 +7,7 @@ any other operation the tokens are not known, which is never the same as wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,13 +26,14 @@ _MOVING = {
     "chunk", "unbind", "tile",
 }
 """Functions and methods whose result holds the elements of what they are given, elsewhere."""
-_OF_THE_FIRST = {"linear", "matmul", "scaled_dot_product_attention"}
+_OF_THE_FIRST = {"linear", "matmul", "bmm", "scaled_dot_product_attention"}
 """Functions whose result has at every place to do with the first operand's row there."""
 _ROWWISE = _OF_THE_FIRST | {
-    "add", "sub", "mul", "div", "true_divide", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "square", "abs", "clamp",
-    "clip", "where", "sigmoid", "tanh", "relu", "silu", "gelu", "elu", "mish", "softplus", "hardtanh", "hardswish",
-    "relu6", "leaky_relu", "logsigmoid", "glu", "dropout", "layer_norm", "rms_norm", "to", "float", "double", "half",
-    "bfloat16", "type", "type_as", "contiguous", "clone", "detach", "masked_fill", "addcmul", "lerp", "nan_to_num",
+    "abs", "add", "addcmul", "bfloat16", "celu", "clamp", "clip", "clone", "contiguous", "detach", "div", "double",
+    "dropout", "elu", "exp", "float", "gelu", "glu", "half", "hardswish", "hardtanh", "layer_norm", "leaky_relu",
+    "lerp", "log", "logsigmoid", "masked_fill", "maximum", "minimum", "mish", "mul", "nan_to_num", "neg", "pow",
+    "relu", "relu6", "rms_norm", "rsqrt", "selu", "sigmoid", "silu", "softplus", "sqrt", "square", "sub", "tanh", "to",
+    "true_divide", "type", "type_as", "where",
 }
 """Functions that work on each row by itself."""
 _OPERATORS = {
@@ -52,12 +53,11 @@ class TokenIdentity(TorchFunctionMode):
 
     @contextmanager
     def following(self, *blocks: nn.Module) -> Iterator[None]:
-        """Entered, with the first tensor marked that a block is called with."""
+        """Entered, with the first tensor of floats marked that a block is called with."""
 
         def mark(_block: nn.Module, args: Any, kwargs: Any) -> None:
-            if (x := next(_tensors([*args, *kwargs.values()]), None)) is not None:
-                self._total = x.shape[:-1].numel()
-                self.mark(x)
+            if given := [x for x in _tensors([*args, *kwargs.values()]) if x.is_floating_point()]:
+                self.begin(given[0], given[1:])
 
         with self, removed_at_the_end() as hooks:
             for block in blocks:
@@ -67,8 +67,17 @@ class TokenIdentity(TorchFunctionMode):
     def mark(self, x: Tensor, tokens: Tensor | None = None) -> None:
         """`tokens` [...], int64, are those of `x` [..., channels]: by default 0, 1, 2 … in the order of its rows."""
         if tokens is None:
-            tokens = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
-        self._tokens[x] = tokens
+            tokens = torch.arange(x.shape[:-1].numel()).view(x.shape[:-1])
+        self._tokens[x] = tokens.to(x.device)
+
+    def begin(self, x: Tensor, others: Iterable[Tensor] = ()) -> None:
+        """`x` [..., channels] goes into a block: its rows are the tokens. Rows of `others` that are laid out otherwise
+        (what cross-attention reads) are none of them."""
+        self._total = x.shape[:-1].numel()
+        self.mark(x)
+        for other in others:
+            if other.is_floating_point() and other.ndim == x.ndim and other.shape[:-1] != x.shape[:-1]:
+                self.mark(other, torch.full(other.shape[:-1], -1))
 
     def of(self, x: Tensor) -> Tensor | None:
         """The token [...] of each row of `x` [..., channels], −1 for rows of none; None where they are not known."""
@@ -79,7 +88,7 @@ class TokenIdentity(TorchFunctionMode):
         """Whether the rows of `x` [..., channels] are not the tokens that the block was given, one by one in order."""
         tokens = self.of(x)
         if tokens is None:
-            return x.shape[:-1].numel() != self._total
+            return self._total not in (0, x.shape[:-1].numel())  # 0: the block was not called as such
         return not torch.equal(tokens.flatten(), torch.arange(self._total, device=tokens.device))
 
     def __torch_function__(
@@ -112,8 +121,8 @@ class TokenIdentity(TorchFunctionMode):
             return
         for x, numbers in zip(_tensors([result]), _tensors([moved]), strict=False):
             if x.ndim and x.shape == numbers.shape and numbers.dtype == torch.int64:
-                tokens = numbers[..., 0] if x.shape[-1] else numbers.new_zeros(x.shape[:-1])
-                if bool((numbers == tokens.unsqueeze(-1)).all()) and bool((tokens >= 0).any()):
+                tokens = numbers[..., 0].clone() if x.shape[-1] else numbers.new_zeros(x.shape[:-1])
+                if bool((numbers == tokens.unsqueeze(-1)).all()):
                     self.mark(x, tokens)
 
     def _numbers(self, x: Tensor) -> Tensor:
