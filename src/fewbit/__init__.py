@@ -5,14 +5,14 @@ The names that `__init__.pyi` lists are imported when they are first used: `fewb
 
 import ast
 from importlib import import_module
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from fewbit.version import __version__ as __version__
 
 _HOME = {
     name.name: statement.module
-    for statement in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    for statement in ast.parse(files("fewbit").joinpath("__init__.pyi").read_text(encoding="utf-8")).body
     if isinstance(statement, ast.ImportFrom) and statement.module is not None
     for name in statement.names
 }

@@ -25,12 +25,12 @@ from fewbit.runs.report import read_report
 class Run:
     """A finished quantization run in a directory."""
 
-    directory: Path
+    directory: str | Path
 
     @cached_property
     def report(self) -> dict[str, Any]:
         """report.json: every linear, totals, environment, resolved recipe."""
-        return read_report(self.directory)
+        return read_report(Path(self.directory))
 
     def export(self, format: str, output: str | Path | None = None) -> Path:
         """Write the run in another engine's format; by default to RUN/exports/FORMAT."""

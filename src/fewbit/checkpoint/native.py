@@ -275,7 +275,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json_object(file)
     if manifest.get("format_version") != FORMAT_VERSION:
         found = shown(manifest.get("format_version"))
-        raise CheckpointError(f"{directory} was written in format {found}; this fewbit reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{directory} was written in format {found}; this fewbit reads {FORMAT_VERSION}: quantize again, or use "
+            "the fewbit that wrote it (its exports still work)"
+        )
     if manifest.pop("check", None) != fields_digest(manifest):
         raise CheckpointError(f"{file} is damaged: its fields are not those that the run wrote")
     number = manifest.get("num_blocks")

@@ -242,9 +242,11 @@ def algorithm_configs(value: Any) -> tuple[AlgorithmConfig, ...]:
     they are given; without a method for codes they are rounded to nearest."""
     parts = value if isinstance(value, list | tuple) else value.split("+") if isinstance(value, str) else [value]
     found = tuple(_algorithm(part) for part in parts if part is not None)
-    codes = sum(config.level == "codes" for config in found)
+    codes, names = sum(config.level == "codes" for config in found), ", ".join(config.name for config in found)
     if codes > 1:
-        raise ConfigError(f"algorithms {', '.join(config.name for config in found)}: only one can find the codes")
+        raise ConfigError(f"algorithms {names}: only one can find the codes")
+    if len(set(found)) < len(found):
+        raise ConfigError(f"algorithms {names}: one is listed twice; leave it out")
     order = ("model", "channel scales", "codes", "block")
     return tuple(sorted(found if codes else (*found, RTNConfig()), key=lambda config: order.index(config.level)))
 

@@ -33,13 +33,14 @@ _ROWWISE = _OF_THE_FIRST | {
     "dropout", "elu", "exp", "float", "gelu", "glu", "half", "hardswish", "hardtanh", "layer_norm", "leaky_relu",
     "lerp", "log", "logsigmoid", "masked_fill", "maximum", "minimum", "mish", "mul", "nan_to_num", "neg", "pow",
     "relu", "relu6", "rms_norm", "rsqrt", "selu", "sigmoid", "silu", "softplus", "sqrt", "square", "sub", "tanh", "to",
-    "true_divide", "type", "type_as", "where",
+    "true_divide", "type", "type_as",
 }
 """Functions that work on each row by itself."""
 _OPERATORS = {
     "radd": "add", "iadd": "add", "rmul": "mul", "imul": "mul", "rsub": "sub", "isub": "sub",
     "truediv": "div", "rtruediv": "div", "itruediv": "div",
 }
+_WRITING = {"setitem", "iadd", "imul", "isub", "itruediv"}
 # fmt: on
 
 
@@ -99,9 +100,10 @@ class TokenIdentity(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.startswith("__get__") or name in ("size", "dim", "numel"):
             return result
-        name = _plain(name)
-        if name is None:  # writes into its first operand
-            self._tokens.pop(args[0], None)
+        name, writes = _plain(name)
+        if writes or "out" in kwargs:
+            if name not in _ROWWISE or "out" in kwargs or not self._agree(list(_tensors(args))):
+                self._forget(kwargs.get("out", args[0]))
             return result
         given = [x for x in _tensors(args) if self.of(x) is not None]
         if name in _OF_THE_FIRST:
@@ -112,6 +114,17 @@ class TokenIdentity(TorchFunctionMode):
             elif name in _ROWWISE:
                 self._pass_on(given, result)
         return result
+
+    def _agree(self, given: Sequence[Tensor]) -> bool:
+        """Whether the rows of all tensors that are laid out like the first, if known, are of the same tokens."""
+        known = [tokens for x in given if (tokens := self.of(x)) is not None and x.shape[:-1] == given[0].shape[:-1]]
+        return all(torch.equal(known[0], tokens) for tokens in known[1:])
+
+    def _forget(self, written: Tensor) -> None:
+        """Of whatever shares memory with a tensor that was written, the tokens are not known any more."""
+        memory = written.untyped_storage().data_ptr()
+        for x in [x for x in self._tokens if x.untyped_storage().data_ptr() == memory]:
+            del self._tokens[x]
 
     def _move(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Move the tokens' numbers as the elements were moved."""
@@ -134,23 +147,17 @@ class TokenIdentity(TorchFunctionMode):
 
     def _pass_on(self, given: Sequence[Tensor], result: Any) -> None:
         for x in _tensors([result]):
-            fitting = [found for one in given if (found := self.of(one)) is not None and found.shape == x.shape[:-1]]
-            if fitting and all(torch.equal(fitting[0], other) for other in fitting[1:]):
-                self.mark(x, fitting[0])
+            fitting = [one for one in given if one.shape[:-1] == x.shape[:-1]]
+            if fitting and self._agree(fitting):
+                self._tokens[x] = self._tokens[fitting[0]]
 
 
-def _plain(name: str) -> str | None:
-    """A function's name without the marks of operators; None for those that write into their first operand."""
-    if name in ("__setitem__", "copy_", "set_"):
-        return None
-    if name == "__getitem__":
-        return name
+def _plain(name: str) -> tuple[str, bool]:
+    """A function's name without the marks of operators, and whether it writes into its first operand."""
     if name.startswith("__") and name.endswith("__"):
         plain = name.strip("_")
-        return _OPERATORS.get(plain, plain)
-    if name.endswith("_"):
-        return name[:-1] if name[:-1] in _ROWWISE else None
-    return name
+        return ("__getitem__" if plain == "getitem" else _OPERATORS.get(plain, plain)), plain in _WRITING
+    return name.removesuffix("_"), name.endswith("_")
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from fewbit.version import __version__
 REPORT = "report.json"
 
 
-def linear_row(name: str, block: int, result: LinearResult, scaling: float | None) -> dict[str, Any]:
+def linear_row(name: str, block: int, result: LinearResult, scaling: float | list[float] | None) -> dict[str, Any]:
     """The report's line of a quantized linear; also what the journal keeps."""
     taken = ("tokens", "loss", "error", "energy", "damping", "fallback")
     return {
