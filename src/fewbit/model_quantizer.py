@@ -33,7 +33,8 @@ from fewbit.nn.exchange import Exchange, carry_over
 from fewbit.nn.fake_quant import FakeQuant, FakeQuantLinear
 from fewbit.nn.linear import Linear
 from fewbit.nn.quant_linear import QuantLinear
-from fewbit.nn.steps import QUANTIZE, Stepped
+from fewbit.nn.stepped import Stepped
+from fewbit.nn.steps import QUANTIZE
 from fewbit.runs.quantize import quantize_model
 from fewbit.scratch import temporary_directory
 

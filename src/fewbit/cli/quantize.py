@@ -50,7 +50,7 @@ def quantize(
     from fewbit.runs.progress import setup_logging
 
     if recipe is None and scheme is None:
-        raise ConfigError("give --scheme, e.g. W4A16 ('fewbit schemes' lists them), or --recipe FILE")
+        raise ConfigError("give --scheme W4A16 (or another: 'fewbit schemes' lists them), or --recipe FILE")
     if log is not None:
         setup_logging(log)
     given = {name: value for name, value in context.params.items() if value is not None}

@@ -30,7 +30,7 @@ from fewbit.engine.stages import Stage, calibration_stops, stages_of
 from fewbit.models.architecture import Groups, Scaling
 from fewbit.models.block_stack import BlockStack
 from fewbit.models.token_identity import TokenIdentity
-from fewbit.nn.steps import Stepped
+from fewbit.nn.stepped import Stepped
 
 logger = logging.getLogger("fewbit")
 

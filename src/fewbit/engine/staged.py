@@ -27,7 +27,7 @@ from fewbit.engine.stages import ATTENTION, WEIGHTS, CalibrationStop, Stage, Sto
 from fewbit.errors import ArchitectureError
 from fewbit.models.token_identity import TokenIdentity
 from fewbit.nn.exchange import Exchange
-from fewbit.nn.steps import Stepped
+from fewbit.nn.stepped import Stepped
 
 Strategy = Literal["staged", "replay"]
 

@@ -13,7 +13,7 @@ from fewbit.models.architecture import Groups
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.attention import ATTRIBUTE
 from fewbit.nn.linear import linear_of
-from fewbit.nn.steps import Stepped
+from fewbit.nn.stepped import Stepped
 
 Order = tuple[int, int]
 """Group of linears, and what of it: earlier stops are decided first when batches wait at several."""

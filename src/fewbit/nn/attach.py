@@ -18,7 +18,7 @@ from fewbit.nn import attention
 from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.exchange import Exchange
 from fewbit.nn.saving import quantized_in
-from fewbit.nn.steps import Stepped
+from fewbit.nn.stepped import Stepped
 from fewbit.tensor import QuantizedActivation
 
 

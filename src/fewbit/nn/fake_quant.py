@@ -27,7 +27,7 @@ from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
 from fewbit.nn.linear import multiplies, product
 from fewbit.nn.quantizer import quantize_matrix, round_matrix
-from fewbit.nn.steps import Stepped
+from fewbit.nn.stepped import Stepped
 from fewbit.nn.words import METHODS, WORDS, Granularity, linear_config, with_methods
 from fewbit.tensor import QuantTensor
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import ArchitectureError
 from fewbit.nn.exchange import INSTANCES, Exchange, carry_over
-from fewbit.nn.steps import Stepped
+from fewbit.nn.stepped import Stepped
 from fewbit.numerics import matmul
 
 

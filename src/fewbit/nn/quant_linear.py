@@ -16,7 +16,8 @@ from fewbit.nn.exchange import carry_over
 from fewbit.nn.in_memory import check_plain
 from fewbit.nn.linear import multiplies, product
 from fewbit.nn.quantizer import quantize_matrix
-from fewbit.nn.steps import KeepsDtypes, Stepped
+from fewbit.nn.stepped import Stepped
+from fewbit.nn.steps import KeepsDtypes
 from fewbit.nn.words import GROUPED, method_name, weight_spec
 from fewbit.tensor import QuantTensor
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fewbit.numerics.scales import GridRule
+from fewbit.numerics.formats import NumberFormat
+from fewbit.numerics.scale_format import ScaleFormat
 
 PIECE = 2**17  # elements scored at a time: few enough for the cache, whatever the number of candidates
 FEW = 256  # elements, up to which the error is jagged
@@ -58,7 +58,23 @@ class Best:
         return better
 
 
-def search(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+class Rule(Protocol):
+    """What a search has to know of the grid: scales.py."""
+
+    @property
+    def fmt(self) -> NumberFormat: ...
+    @property
+    def scale(self) -> ScaleFormat: ...
+    @property
+    def symmetric(self) -> bool: ...
+    def covering(self, magnitude: Tensor) -> Tensor: ...
+    def ends(self, low: Tensor, high: Tensor) -> list[Tensor]: ...
+    def storable(self, low: Tensor, high: Tensor, floor: Tensor) -> Iterator[Tensor]: ...
+    def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def error(self, tiles: Tensor, scale: Tensor, zero: Tensor | None, importance: Tensor | None) -> Tensor: ...
+
+
+def search(rule: Rule, tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Stored scale [...] and zero point [...] (None when symmetric) of tiles [..., n] with the least squared error,
     each element weighted by `importance` (broadcastable to `tiles`)."""
     weights = None if importance is None else importance.expand_as(tiles)
@@ -79,7 +95,7 @@ def joined(found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tenso
     return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
 
-def _search_symmetric(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
+def _search_symmetric(rule: Rule, tiles: Tensor, importance: Tensor | None) -> Best:
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
     reach = torch.maximum(high, -low)
     best = Best()
@@ -105,7 +121,7 @@ def _search_symmetric(rule: GridRule, tiles: Tensor, importance: Tensor | None) 
     return best
 
 
-def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
+def _search_affine(rule: Rule, tiles: Tensor, importance: Tensor | None) -> Best:
     """The grid's points are multiples of the scale; the zero point says which ones, so for a given scale the error is
     convex in it. The scale is swept from the whole range down, and the zero point follows in single steps."""
     low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
@@ -140,7 +156,7 @@ def _search_affine(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> 
     return best
 
 
-def _search_jointly(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> Best:
+def _search_jointly(rule: Rule, tiles: Tensor, importance: Tensor | None) -> Best:
     """Scales that are stored jointly [..., tiles], tried block by block: for each state of what a block shares, every
     tile takes what suits it best."""
     covering = rule.covering(tiles.abs().amax(-1))
@@ -153,7 +169,7 @@ def _search_jointly(rule: GridRule, tiles: Tensor, importance: Tensor | None) ->
     return best
 
 
-def _steps(rule: GridRule, tiles: Tensor, importance: Tensor | None) -> tuple[float, tuple[float, ...]]:
+def _steps(rule: Rule, tiles: Tensor, importance: Tensor | None) -> tuple[float, tuple[float, ...]]:
     """How coarse a search begins, and how it is refined. The error is jagged where few elements decide it."""
     if rule.fmt.is_integer and importance is None and tiles.shape[-1] > FEW:
         return COARSE
@@ -167,7 +183,7 @@ def shares(ratio: float, floor: Tensor, start: float = 1.0) -> Iterator[Tensor]:
         yield floor.clamp(min=start * ratio**step)
 
 
-def least_share(rule: GridRule, tiles: Tensor, reach: Tensor, importance: Tensor | None) -> Tensor:
+def least_share(rule: Rule, tiles: Tensor, reach: Tensor, importance: Tensor | None) -> Tensor:
     """Share [...] of the largest magnitude `reach` [...] of tiles [..., n] below which no least error is to be
     expected (see the head of this file)."""
     fmt = rule.fmt  # steps of the grid from 0 to its end; of floats, those of the coarsest binade
@@ -196,9 +212,7 @@ class RangeSearch(Best):
     group the one whose grid costs least. `cost` [...] is a function of (scale value [...], zero point [...] or None).
     """
 
-    def __init__(
-        self, rule: GridRule, low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor | None], Tensor]
-    ) -> None:
+    def __init__(self, rule: Rule, low: Tensor, high: Tensor, cost: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         self._rule, self._cost = rule, cost
         self.low, self.high = low, high
         self.share_low, self.share_high = torch.ones_like(low), torch.ones_like(high)  # of the ends, in the best range
