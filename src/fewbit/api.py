@@ -1,7 +1,5 @@
 """The library in four lines: quantize, export, evaluate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

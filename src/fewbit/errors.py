@@ -1,7 +1,5 @@
 """The errors that a user can act on. The CLI prints them as one sentence and exits with code 2."""
 
-from __future__ import annotations
-
 import errno
 import reprlib
 from collections.abc import Iterable, Iterator

@@ -7,8 +7,6 @@ Writing: a reader never sees half of a file or directory, even if the writer was
 destination under a temporary name, locked while its writer lives (`fewbit.scratch`), and renamed when it is complete.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -4,8 +4,6 @@ They are fewbit's own; only two mean something else than in `fewbit`, where GPTQ
 options of the methods alone. The differences are in docs/coming-from.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

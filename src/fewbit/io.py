@@ -10,8 +10,6 @@
 A .pt, .pth or .bin file with other objects is a pickle and needs `allow_pickle` as well.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

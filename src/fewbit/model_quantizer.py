@@ -4,8 +4,6 @@ The name is AMD Quark's. A transformers model goes through the same walk as a ch
 other module gets round-to-nearest linears and convolutions, with static activations calibrated on the data.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Serving code sets a default dtype, training code runs under autocast, notebooks 
 computes for the same input must not depend on any of that, so every entry point runs inside `neutral()`.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterator

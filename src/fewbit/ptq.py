@@ -10,8 +10,6 @@ Weights are rounded to nearest, each on the grid with the least squared error; f
 larger than memory see `fewbit.quantize`. Modules are exchanged in place for those of nn/.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

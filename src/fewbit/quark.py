@@ -9,8 +9,6 @@ Each is a row: the fields of QuantizationSpec that its name implies, and those t
 fewbit's default.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@ can read. The format is a header's length (8 bytes, little-endian), the header (
 the tensors' bytes; larger elements first, so that every tensor is aligned.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ scratch without a living owner is removed there, and nothing else: no file with 
 process, no target of a link.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Methods, one file each. `quantize_weight` hands a stage's weights to the one that the options name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

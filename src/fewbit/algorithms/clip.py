@@ -5,8 +5,6 @@ With Δ = Q(W) − W of a group and its block H_gg of H = XᵀX, the error is Δ
 same output is left out, so all groups are searched at once.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Then scales are fitted to the codes, and codes found again. All of it needs the 
 It works on columns as rows (Wᵀ, contiguous) and on many output channels at once.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import product
 

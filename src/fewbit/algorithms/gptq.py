@@ -24,8 +24,6 @@ In the end each row is compared with itself rounded to nearest, by the true loss
 Scales are always scored as they are stored. The inverse of H, the loop and the fit of the scales are in columns.py.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ Scored on the tokens it was found on, such a scale looks several times better th
 few parts: for each part, channel scale and range are found on the others.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -1,7 +1,5 @@
 """What every weight quantization method gives back."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -4,8 +4,6 @@ The only choice is the grid. The observer "search" takes the one with the least 
 diag(H) = Σ x² of its input, slightly damped (all columns alike without calibration data).
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from fewbit.algorithms.outcome import Outcome

@@ -5,8 +5,6 @@ any order: however data is cut into batches, the histogram is the same, bit for 
 bins when a batch exceeds their range, and depend on the order.)
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Hidden states between blocks, and what blocks are called with: in memory up to a budget, the rest in files."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -16,8 +16,6 @@ activation: 3 % at 4096); the two ends of the range are known exactly.
 A dynamic NVFP4 input has a global scale that calibration must find: for it, every observer is minmax.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

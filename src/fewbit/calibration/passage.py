@@ -1,7 +1,5 @@
 """Batches on their way through a stack of blocks, as the model computes now and in full precision."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence

@@ -6,8 +6,6 @@ say how many there are. The steps of one sequence are joined along its tokens, s
 same whether the tokens came at once or one by one.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

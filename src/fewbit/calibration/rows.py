@@ -1,7 +1,5 @@
 """From rows, as files and datasets have them, to texts: the field `text`, or `messages` through the chat template."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

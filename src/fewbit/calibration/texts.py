@@ -4,8 +4,6 @@ The suffix decides the format. Files that are not text are refused by their name
 fields of a row.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json

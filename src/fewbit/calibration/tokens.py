@@ -1,7 +1,5 @@
 """Calibration data: from text or token ids to batches. Texts are packed into full sequences; none is dropped."""
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence

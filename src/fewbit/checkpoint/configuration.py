@@ -4,8 +4,6 @@ They are untrusted: a file may be a pipe, endless or damaged, or describe a mode
 data; code beside it is not run, and nothing is asked on standard input.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Checkpoints by a directory or a model id of the hub."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

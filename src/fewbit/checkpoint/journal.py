@@ -7,8 +7,6 @@ Lines are only appended; the last one of a block or file counts. `check` is a di
 that was truncated or changed counts as not written, and its block is quantized again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Where a module's tensors lie in a checkpoint: under which names, and in which part of a stored tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,8 +12,6 @@ Each file's metadata says which weights are quantized and how, so a file can be 
 each file against its digest before the first tensor is taken from it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -3,8 +3,6 @@
 Copied is what `save_pretrained` or a copy of the directory would hold besides weights; what is left behind is named.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import re

@@ -3,8 +3,6 @@
 Files are opened for one read and closed again, so that their mapped pages do not stay in the process.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Container, Iterable

@@ -1,7 +1,5 @@
 """The command line: one file per verb. Thin: parse, call the library, print."""
 
-from __future__ import annotations
-
 import importlib
 import io
 import os

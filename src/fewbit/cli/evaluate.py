@@ -1,7 +1,5 @@
 """fewbit evaluate MODEL|RUN|DIR --text FILE"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

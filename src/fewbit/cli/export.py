@@ -1,7 +1,5 @@
 """fewbit export RUN --format F --output DIR"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

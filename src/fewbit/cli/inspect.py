@@ -1,7 +1,5 @@
 """fewbit inspect MODEL"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

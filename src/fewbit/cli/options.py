@@ -3,8 +3,6 @@
 The docstrings are read from the source, because importing these classes imports torch.
 """
 
-from __future__ import annotations
-
 import ast
 from importlib.util import find_spec
 from itertools import pairwise

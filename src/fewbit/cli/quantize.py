@@ -1,7 +1,5 @@
 """fewbit quantize MODEL --output RUN"""
 
-from __future__ import annotations
-
 import shlex
 from contextlib import suppress
 from pathlib import Path

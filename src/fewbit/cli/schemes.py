@@ -1,7 +1,5 @@
 """fewbit schemes"""
 
-from __future__ import annotations
-
 
 def schemes() -> None:
     """List the named schemes: what they are, bits per weight, where they can be exported to."""

@@ -4,8 +4,6 @@ them in order: searches for channel scales first, then one that finds codes.
 Quark's and llm-compressor's names for options are understood (`damp_percent`, `desc_act`, `scaling_layers` …).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

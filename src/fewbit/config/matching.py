@@ -4,8 +4,6 @@ A pattern is a module's name, a shell-style wildcard ("*.v_proj") or a regular e
 the whole name). Matching is strict: what matches nothing is an error, because it is a typing mistake.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time

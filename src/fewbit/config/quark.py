@@ -5,8 +5,6 @@ Quark's users write. There is one implementation: enumerations are strings, obse
 below turn fields into those of config/spec.py before they are checked. Quark 0.13's new class names are aliases.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from enum import StrEnum

@@ -3,8 +3,6 @@
 The docstrings under these fields are the help of the command line.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Names compose: W4A8KV4-g128 is W4A8 with a 4-bit KV cache and groups of 128.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import Any

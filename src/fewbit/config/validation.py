@@ -1,7 +1,5 @@
 """Frozen, validated configuration classes; errors are ConfigErrors of one sentence."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform

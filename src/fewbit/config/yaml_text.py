@@ -5,8 +5,6 @@ recurses, or name Python objects. So the text is first parsed as a stream of eve
 what it expands to is small. A field given twice is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any

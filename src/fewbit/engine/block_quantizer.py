@@ -3,8 +3,6 @@
 It knows blocks, batches and what is to be quantized; not where blocks come from, nor what becomes of a finished one.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """What a block has become so far, from its loading to its writing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

@@ -6,8 +6,6 @@ producer is divided. It computes the same but for rounding, so a resumed run, wh
 the finished blocks as the interrupted one did: the vectors are kept beside the weights.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a user's list of layers holds, checked before anything is changed."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

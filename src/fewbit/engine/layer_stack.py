@@ -1,7 +1,5 @@
 """A user's list of layers as a stack of blocks: each computes in float32 while it is loaded, then is as it was."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate

@@ -1,8 +1,6 @@
 """Methods that work on more than a group of linears, by the name of their options, as `algorithms` has those that do
 not: on the model before anything else, on a block when its groups are done."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The full-precision forward that runs beside the quantized one, in lockstep, to measure the drift of the inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 from greenlet import GreenletExit, getcurrent, greenlet

@@ -5,8 +5,6 @@ quantized together, those behind them see what the quantized ones give, and so d
 of them share an input, are found by looking on while recorded inputs pass the layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Literal

@@ -5,8 +5,6 @@ trying (models/scalings.py). What the layers compute stays the same: a norm or l
 multiplied. Weights stay floats, ready for whatever quantizes them next, `run_gptq_for_sequential_layers` for one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial

@@ -1,7 +1,5 @@
 """From a stage with complete statistics to quantized weights: rows that share an input go through one loop."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass

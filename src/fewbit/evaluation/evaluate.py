@@ -4,8 +4,6 @@ Perplexity as usually quoted: the whole text is tokenized once and cut into disj
 the mean is over all predicted tokens (window length − 1 per window).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Pure functions on logits. All in float32, natural logarithms."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The last block's output for every window, with each block loaded once."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

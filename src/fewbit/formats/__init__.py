@@ -1,7 +1,5 @@
 """Formats: how a quantized model lies in files, one row of `table.FORMATS` each."""
 
-from __future__ import annotations
-
 from fewbit.formats.exports import already_there, export, export_directory, verify
 from fewbit.formats.table import EXPORTERS, FORMATS, exporter, holding
 from fewbit.formats.verification import Verification

@@ -5,8 +5,6 @@ values, so that a sentence can name the field, all else by its bytes. No other f
 read.
 """
 
-from __future__ import annotations
-
 import filecmp
 import os
 from collections.abc import Collection, Iterator, Mapping

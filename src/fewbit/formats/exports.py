@@ -1,7 +1,5 @@
 """Exports of a run: written, found again, verified."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fewbit import process

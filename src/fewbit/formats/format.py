@@ -1,7 +1,5 @@
 """What a format is: how a model lies in a directory, read by fewbit, and written for engines where they read it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Safetensors shards with an index, as transformers and engines read them, written one at a time; and their proof."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The formats that fewbit knows, and the opening of whatever is in one of them. A new one is a row."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What every proof of an export has in common: where it came from, what was compared, how two tensors compare."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """What a model family looks like, as data. A new family is a few lines in FAMILIES."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What engine and evaluation need of whatever holds blocks: a checkpoint, a model in memory, a list of layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """A small real model to try things on: SmolLM2-135M-Instruct as a bf16 Hugging Face checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Structural detection: a model family that is not listed is looked at instead of looked up."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 

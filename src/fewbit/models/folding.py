@@ -15,8 +15,6 @@ So every function that folds into a producer returns the scale that was taken, w
 columns are to be multiplied by.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar

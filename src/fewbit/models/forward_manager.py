@@ -9,8 +9,6 @@ A registered forward often ends in `return output[0]`, since layers used to retu
 return a tensor, of which that is the first row: what the layer gave back is taken instead.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Mapping

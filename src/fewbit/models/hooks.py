@@ -1,7 +1,5 @@
 """Hooks on a user's modules, removed whatever happens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

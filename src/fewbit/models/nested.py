@@ -1,7 +1,5 @@
 """Tensors in nested structures, such as the arguments of modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 

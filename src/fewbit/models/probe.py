@@ -1,7 +1,5 @@
 """A block's kind, the linears that share an input and their order of execution, observed while batches pass it."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Collection, Hashable, Sequence
 from itertools import pairwise

@@ -6,8 +6,6 @@ arithmetic carries through exactly. A consumer that was left out, an activation 
 offset: each shows in the output. What is found or given is used only if it passes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations

@@ -4,8 +4,6 @@ A configuration is somebody else's data, so it is first built on the meta device
 parameters can then be compared with what is stored, and those of buffers looked at, before anything is made.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable, Iterator

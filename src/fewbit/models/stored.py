@@ -4,8 +4,6 @@ As transformers loads: a tensor that is tied to another takes that one's values 
 if it is. What transformers would only warn of is an error here where values would be made up.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 

@@ -5,8 +5,6 @@ views, gathering) are done to the tokens' numbers as well; those that work on ea
 any other operation the tokens are not known, which is never the same as wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

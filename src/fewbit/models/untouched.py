@@ -4,8 +4,6 @@ Experts in one tensor, transposed convolutions, recurrent cells, torch's own att
 warned of them, with their share of the parameters.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass

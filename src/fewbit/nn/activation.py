@@ -4,8 +4,6 @@ x [..., tokens, channels] is cut into tiles by the rule of weights. A dynamic sp
 tensor at hand; a static one from calibration, during which x passes and goes to the `observer`. No gradient flows.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from typing import Any

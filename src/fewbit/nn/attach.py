@@ -2,8 +2,6 @@
 the slots input and output, attention modules those of nn/attention.py: MODULE.input, MODULE.key …
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ transformers' attention modules look their computation up by the name in their c
 over the family's own eager attention. Under it a module without quantizers computes exactly what it did before.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -10,8 +10,6 @@ activations need calibration: `fewbit.calibrate`, or any callable as `input_quan
 [out, in / groups, k …] are quantized as [out, rest], their inputs with channels last: per_token is a scale per pixel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, Self, Unpack

@@ -1,7 +1,5 @@
 """What a user's model in memory has that quantization would silently lose: found, and refused by name."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from functools import partial
 from itertools import chain

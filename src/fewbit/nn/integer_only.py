@@ -14,8 +14,6 @@ What is not piecewise linear stays in float: SiLU, GELU and softmax (exponential
 data), rotary embeddings (sines). An LLM's block is islands of integers; a network of linears and ReLU can be one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Self
 

@@ -1,7 +1,5 @@
 """The linear that blocks compute with."""
 
-from __future__ import annotations
-
 import copy
 from typing import Self
 

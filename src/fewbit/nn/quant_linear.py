@@ -2,8 +2,6 @@
 float weight only a few megabytes exist at once.
 """
 
-from __future__ import annotations
-
 from typing import Any, Self
 
 import torch

@@ -1,7 +1,5 @@
 """`Quantizer(bits, method, group_size)`: quantize a tensor and see what it becomes; and the same for one matrix."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ A model that is quantized in memory has codes where its class has weights, and f
 with random numbers. So saving is refused, also of a model that was copied, unpickled or quantized below the top.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from functools import wraps

@@ -1,7 +1,5 @@
 """A linear whose input takes steps before its weight meets it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 

@@ -16,8 +16,6 @@ mean that a tensor stays as it is:
 optimum-quanto's: a dtype's name ("int4", qint4, torch.float8_e4m3fn) for weights, one for activations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack

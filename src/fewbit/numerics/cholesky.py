@@ -5,8 +5,6 @@ LAPACK reaches a tenth of what products reach on the processors we measured. Hal
     A = [[P, Qᵀ], [Q, R]]     L₁⁻¹ of P,   M = Q L₁⁻ᵀ,   L₂⁻¹ of R − MMᵀ,   L⁻¹ = [[L₁⁻¹, 0], [−L₂⁻¹ M L₁⁻¹, L₂⁻¹]]
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

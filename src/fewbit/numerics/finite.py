@@ -1,7 +1,5 @@
 """Whether numbers are numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ Integers follow two's complement; small floats follow OCP FP8 (e4m3 without infi
 9 bits and more can be rounded to, but nothing stores them.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ per-tensor is a tile as large as the tensor, per-channel and per-token a whole r
 2-D block a rectangle. Scales of x [..., rows, columns] always have shape [..., rows/tile_rows, columns/tile_columns].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ with a 1 × 1 kernel is the same product, and torch hands that to oneDNN; in the
 used as they lie, without a copy. Measured by benchmarks/linear_speed.py.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary

@@ -4,8 +4,6 @@ Element i of a row sits at bits [i·b, i·b + b) of the row's stream, low bits f
 word is padded with zeros. This is the layout of compressed-tensors' pack-quantized and, along the other axis, of GPTQ.
 """
 
-from __future__ import annotations
-
 from math import ceil
 
 import torch

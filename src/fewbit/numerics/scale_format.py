@@ -14,8 +14,6 @@ The global scale of e4m3 is a power of two. Formats disagree whether it multipli
 (compressed-tensors); a power of two is exact both ways, and e4m3 has room for the half binade that may cost.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator

@@ -11,8 +11,6 @@ grids one integer zero point, per tile.
     mse          search with all elements weighted alike
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

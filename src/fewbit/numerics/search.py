@@ -12,8 +12,6 @@ range, a long row with an outlier of 20 σ at a tenth. The error of few elements
 A tile's result depends on the tile alone, so it does not matter which tiles are searched together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol

@@ -1,7 +1,5 @@
 """H = XᵀX: the one statistic that GPTQ, weighted scale search and exact layer losses need."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What a model is and what a recipe would make of it, before any work."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What will be done to which linear, decided and checked before any work starts."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby

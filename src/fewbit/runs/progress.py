@@ -1,7 +1,5 @@
 """Progress on the terminal: blocks done, stage, error so far, time left, peak memory."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

@@ -1,7 +1,5 @@
 """The main job: from a model and a recipe to a finished run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

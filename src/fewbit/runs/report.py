@@ -1,8 +1,6 @@
 """report.json: every linear, what became of it and what it cost; what else stays as it is; attention; totals;
 environment; the recipe."""
 
-from __future__ import annotations
-
 import math
 import os
 import platform

@@ -1,7 +1,5 @@
 """A run's directory: locked while in use, described by a manifest; on a resume its journal decides what is done."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The walk: every block is loaded once, quantized stage by stage, written once, journalled, and left behind."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass

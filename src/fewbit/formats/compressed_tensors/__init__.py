@@ -9,8 +9,6 @@ engines.py      what engines make of an export: rules with their sources
 write.py, read.py, verify.py
 """
 
-from __future__ import annotations
-
 from fewbit.formats.compressed_tensors.config import NAME, check
 from fewbit.formats.compressed_tensors.engines import engines, layouts, notes
 from fewbit.formats.compressed_tensors.read import open_export

@@ -8,8 +8,6 @@
 Dynamic activations have no tensors.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ targets one class of attention modules, as vLLM looks for it, and implies key an
 all layers, and its scales lie beside the attention module.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

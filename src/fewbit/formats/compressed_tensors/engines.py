@@ -6,8 +6,6 @@ test_versions.py shows what the versions decode that engines pin. All else was r
 reported, where the source says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum

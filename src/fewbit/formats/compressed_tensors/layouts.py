@@ -17,8 +17,6 @@ Zero points of symmetric weights are never stored (vLLM refuses them).
 Source: compressed_tensors/compressors of version 0.20.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Reads compressed-tensors checkpoints, ours or another tool's: weights as QuantTensors, activations as states."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path

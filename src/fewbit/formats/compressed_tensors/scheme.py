@@ -8,8 +8,6 @@ with a ConfigError that says why; `config.py` adds whose it is.
                    one is calibrated, the groups' scales are dynamic: "dynamic": "local"
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from fewbit.config.spec import QuantizationSpec

@@ -9,8 +9,6 @@ class: each has patterns that match its own modules and nothing else, and the fu
 Readers match patterns from the start of a name (re.match).
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -6,8 +6,6 @@ else that lies beside the weights, before all that. Then all other tensors, that
 stay as they are are ignored, and that fused linears share their scales.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

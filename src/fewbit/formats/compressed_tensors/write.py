@@ -1,7 +1,5 @@
 """Writes a finished run as a compressed-tensors checkpoint: a shard per block, one block in memory at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
