@@ -115,8 +115,7 @@ def run_smooth_quant_for_sequential_layers(
         config: SmoothQuantConfig (the default if inputs are quantized) counts the error of weights and inputs,
             AWQConfig that of the weights.
         gptq_follows: the error of weights is what GPTQ will leave of it, instead of what rounding leaves.
-        exclude: names or wildcards of linears that will not be quantized. They are scaled with the others that read
-            the same channels, since they must be, but do not count.
+        exclude: names or wildcards of linears that will not be quantized: they are scaled, but do not count.
         prefix: put before the names of the result.
         forward: how layers are run.
 

@@ -1,6 +1,6 @@
 """The quantization_config of config.json, and what is refused before anything is written.
 
-One kind of linears is said by class. Several are said by patterns that match their modules alone, because readers
+One kind of linears is said by class. Several are said by patterns that match their modules alone, because engines
 disagree whether a class or the parts of a fused linear go first (see targets.py). A query is a group of its own that
 targets one class of attention modules, as vLLM looks for it, and implies key and value; the KV cache is said once for
 all layers, and its scales lie beside the attention module.
@@ -45,7 +45,7 @@ def check(contents: Contents) -> None:
             raise ConfigError(f"{NAME}: {name!r} ({spec.dtype}) cannot be exported; inputs, keys, values, queries can")
     kv_cache(contents)
     query_classes(contents)
-    if (cut := contents.cut_block()) is not None:  # readers put the scales of fused linears one below the other
+    if (cut := contents.cut_block()) is not None:  # engines put the scales of fused linears one below the other
         linear, other = cut
         raise ConfigError(
             f"{NAME}: blocks of {linear.block_rows} rows do not divide the {linear.shape[0]} of "
@@ -100,7 +100,7 @@ def kv_cache(contents: Contents) -> Args | None:
 
 
 def quantization_config(contents: Contents) -> dict[str, Any]:
-    """What config.json says, with as few keys as readers need."""
+    """What config.json says, with as few keys as engines need."""
     kinds = sorted(groups(contents).items(), key=lambda item: len(item[1]))
     entries = [{"targets": targets.patterns(names)} | json.loads(entry) for entry, names in kinds]
     if len(entries) == 1:
@@ -120,7 +120,7 @@ def quantization_config(contents: Contents) -> dict[str, Any]:
 
 
 def left_alone(contents: Contents) -> list[str]:
-    """Modules that readers must not take for quantized, by name or pattern.
+    """Modules that engines must not take for quantized, by name or pattern.
 
     Those are linears that stay as they are, and what engines have linears for although transformers has none: routers,
     and experts in one tensor, which they look for by the names of single experts.
@@ -142,7 +142,7 @@ def query_classes(contents: Contents) -> list[str]:
         if module.kind in found and "query" not in module.specs:
             raise ConfigError(
                 f"{NAME}: the query of {module.name!r} is not quantized, those of other {module.kind} modules are; "
-                "readers know the class only, so quantize all or none"
+                "engines know the class only, so quantize all or none"
             )
     return found
 

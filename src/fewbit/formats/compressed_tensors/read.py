@@ -122,7 +122,7 @@ class CompressedTensorsSource:
         return (weight := self._stored.get(f"{module}.weight")) is None or weight.dtype not in FLOAT_DTYPES
 
     def _group(self, module: str, attention: bool = False) -> Args:
-        """The config group that a reader picks for a linear or an attention module: by name, by pattern, then
+        """The config group that an engine picks for a linear or an attention module: by name, by pattern, then
         by class; of several with one target the last."""
         groups: list[Args] = self._config["config_groups"].values()
         targets = {t: group for group in groups if bool(group.get("weights")) != attention for t in group["targets"]}

@@ -1,6 +1,6 @@
 """Specs in compressed-tensors' words and back: the QuantizationArgs of one tensor, and the layout of a weight.
 
-Readers fail on keys they do not know, so as few as possible are written. What the format has no words for is refused
+Engines fail on keys they do not know, so as few as possible are written. What the format has no words for is refused
 with a ConfigError that says why; `config.py` adds whose it is.
 
     strategy       tensor, channel, group, block (weights); tensor, token, group (activations); attn_head (KV cache)
@@ -61,14 +61,14 @@ def weight_args(spec: QuantizationSpec) -> Args:
 
 
 def activation_args(spec: QuantizationSpec) -> Args:
-    """The `input_activations` entry of a spec. ConfigError for what readers would do otherwise than the spec says."""
+    """The `input_activations` entry of a spec. ConfigError for what engines would do otherwise than the spec says."""
     _check_activation(spec)
     if spec.scale_type in SCALE_DTYPES:
         _byte_scaled(spec)
         if not spec.is_dynamic:
             raise ConfigError(f"static scales of type {spec.scale_type}; use is_dynamic=True")
     elif spec.qscheme not in ("per_tensor", "per_token", "per_group") or spec.ch_axis in (0, -2):
-        raise ConfigError(f"activations with {spec.qscheme}; readers know per_tensor, per_token and per_group")
+        raise ConfigError(f"activations with {spec.qscheme}; engines know per_tensor, per_token and per_group")
     return _args(spec) | ({"dynamic": "local"} if spec.scale_type == "e4m3" else {})
 
 
@@ -77,11 +77,11 @@ def attention_args(spec: QuantizationSpec) -> Args:
     _check_activation(spec)
     if spec.is_dynamic:
         raise ConfigError(
-            "a dynamic KV cache; readers know static scales, per_tensor or per_channel (a scale per head)"
+            "a dynamic KV cache; engines know static scales, per_tensor or per_channel (a scale per head)"
         )
     if spec.scale_type in SCALE_DTYPES or spec.qscheme not in ("per_tensor", "per_channel"):
         raise ConfigError(
-            f"a KV cache with {spec.qscheme} {spec.scale_type} scales; readers know per_tensor and per_channel floats"
+            f"a KV cache with {spec.qscheme} {spec.scale_type} scales; engines know per_tensor and per_channel floats"
         )
     return _args(spec) | ({"strategy": "attn_head"} if spec.qscheme == "per_channel" else {})
 
@@ -155,26 +155,26 @@ def _check_float_scale(spec: QuantizationSpec) -> None:
         raise ConfigError(f"{spec.scale_type} scales, which the format cannot hold")
     if spec.scale_dtype != "checkpoint":
         raise ConfigError(
-            f"scales in {spec.scale_dtype}; readers load scales in the model's dtype, so use scale_dtype: checkpoint"
+            f"scales in {spec.scale_dtype}; engines load scales in the model's dtype, so use scale_dtype: checkpoint"
         )
 
 
 def _check_activation(spec: QuantizationSpec) -> None:
-    """What readers cannot be told: they round half to even and take a dynamic scale from the largest magnitude."""
+    """What engines cannot be told: they round half to even and take a dynamic scale from the largest magnitude."""
     if spec.format.is_cast:
         raise ConfigError(f"activations cast to {spec.dtype}, which the format cannot say; leave them out")
     if spec.residual or spec.first_stage is not None:
         raise ConfigError("activations quantized twice (residual or first_stage), which the format cannot say")
     if spec.round_method != "half_even":
-        raise ConfigError(f"activations with round_method {spec.round_method}; readers round half_even")
+        raise ConfigError(f"activations with round_method {spec.round_method}; engines round half_even")
     if not spec.is_dynamic:
         if spec.scale_type not in SCALE_DTYPES:
             _check_float_scale(spec)
         return
     if spec.observer != "minmax" or spec.clip_ratio != 1.0:
         what = f"observer {spec.observer}" if spec.observer != "minmax" else f"clip_ratio {spec.clip_ratio}"
-        raise ConfigError(f"dynamic activations with {what}; readers scale them by minmax without clipping")
+        raise ConfigError(f"dynamic activations with {what}; engines scale them by minmax without clipping")
     if spec.scale_type not in ("float", *SCALE_DTYPES):
-        raise ConfigError(f"dynamic activations with {spec.scale_type} scales; readers compute them as floats")
+        raise ConfigError(f"dynamic activations with {spec.scale_type} scales; engines compute them as floats")
     if spec.scale_type == "e8m0" and spec.exponent_mode != "even":
-        raise ConfigError(f"dynamic activations with exponent_mode {spec.exponent_mode}; readers use even")
+        raise ConfigError(f"dynamic activations with exponent_mode {spec.exponent_mode}; engines use even")

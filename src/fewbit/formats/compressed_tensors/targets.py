@@ -1,12 +1,12 @@
-r"""Which modules a config group is for, said so that every reader finds the same.
+r"""Which modules a config group is for, said so that every engine finds the same.
 
-For a linear that it fuses (qkv_proj from q_proj, k_proj, v_proj) a reader looks for the fused name, for the parts'
+For a linear that it fuses (qkv_proj from q_proj, k_proj, v_proj) an engine looks for the fused name, for the parts'
 names and for the class, the latter two in this order (vLLM) or the other (SGLang). So groups that differ never name a
 class: each has patterns that match its own modules and nothing else, and the fused name where all parts are its own.
 
     re:model\.layers\.(?:0|1)\.self_attn\.(?:k_proj|q_proj|qkv_proj|v_proj)$
 
-Readers match patterns from the start of a name (re.match).
+Engines match patterns from the start of a name (re.match).
 """
 
 import re

@@ -126,7 +126,7 @@ class _Export:
         return found
 
     def nothing_left(self, unquantized: list[str]) -> None:
-        """No tensor that was not compared, and no linear that a reader would quantize although the run did not."""
+        """No tensor that was not compared, and no linear that an engine would quantize although the run did not."""
         if self.left:
             raise VerificationError(f"{self.directory} holds tensors that the run does not: {sorted(self.left)[0]!r}")
         for module in unquantized:
