@@ -376,3 +376,14 @@ def test_gradients_are_off_inside(strategy):
     run(block, [batch], strategy, forward=forward)
     assert enabled
     assert not any(enabled)
+
+
+def test_a_block_in_inference_mode_is_refused_and_leaves_none_behind():
+    class Inferring(Flat):
+        def forward(self, x):
+            with torch.inference_mode():
+                return super().forward(x)
+
+    with pytest.raises(ArchitectureError, match=r"'first' runs inside of torch.inference_mode"):
+        run(make(Inferring), inputs((1, 3), (1, 3)), "staged")
+    assert not torch.is_inference_mode_enabled()

@@ -34,6 +34,8 @@ def tokens(function):
         (lambda x: x[OTHER].add_(1), [2, 0, 3, 1]),
         (lambda x: x.repeat_interleave(2, 0)[:3], [0, 0, 1]),
         (lambda x: x.flip(0).chunk(2)[0], [3, 2]),
+        (lambda x: x[:0] * 2, []),
+        (lambda x: torch.add(x[OTHER], 1, out=None), [2, 0, 3, 1]),
     ],
 )
 def test_what_moves_rows_moves_their_tokens(function, expected):
@@ -64,6 +66,9 @@ def _a_view_of_what_is_written(x):
         lambda x: x.cumsum(0),
         lambda x: torch.eye(4)[OTHER] @ x,
         lambda x: x + x[OTHER],
+        lambda x: torch.add(x, other=x[OTHER]),
+        lambda x: x.clone().add_(other=x[OTHER]),
+        lambda x: torch.max(x, 0, keepdim=True, out=(x.new_empty(1, 6), torch.empty(1, 6, dtype=torch.int64)))[0],
         lambda x: x.clone().add_(x[OTHER]),
         lambda x: x.T.reshape(4, 6),
         lambda x: torch.where(torch.ones(4, 1, dtype=torch.bool), x, torch.zeros(4, 6)),
@@ -80,3 +85,27 @@ def test_numbers_hold_no_memory_of_what_they_are_moved_with():
         identity.begin(x)
         moved = x[torch.arange(64).flip(0)]
         assert identity.of(moved).untyped_storage().nbytes() == 8 * 64
+
+
+def test_what_is_of_no_token_takes_on_those_of_others():
+    identity, x, positions = TokenIdentity(), X.clone().view(2, 2, 6), torch.randn(1, 2, 6)
+    with identity:
+        identity.begin(x, [positions])
+        assert identity.of(positions).tolist() == [[-1, -1]]
+        assert identity.of(x + positions.expand_as(x)).tolist() == [[0, 1], [2, 3]]
+        assert identity.of(positions.expand_as(x) + x).tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 3, 2, 5), [[[0, 0], [1, 1], [2, 2]], [[3, 3], [4, 4], [5, 5]]]),
+        ((2, 2, 3, 5), [[[0, 1, 2], [3, 4, 5]]] * 2),
+        ((6, 5), None),
+    ],
+)
+def test_several_rows_of_one_token(shape, expected):
+    identity, x = TokenIdentity(), torch.zeros(shape)
+    identity.begin(x, layout=(2, 3))
+    found = identity.of(x)
+    assert (None if found is None else found.tolist()) == expected

@@ -63,7 +63,8 @@ class Passage:
             hidden = hidden.to(self.device or hidden.device)
             call = self.calls.get(batch, index)
             if identity is not None:
-                identity.begin(hidden, of_kind(call, Tensor))
+                mask = self.masks[batch]
+                identity.begin(hidden, of_kind(call, Tensor), None if mask is None else mask.shape)
             return self.stack.call_block(block, hidden, call)
 
         return forward

@@ -158,8 +158,10 @@ class StagedForward:
             rows = x.shape[0] // mask.numel()  # of a token: its heads, or its channels where heads are columns
             return mask.repeat_interleave(rows, int(stop.quantizer.spec.qscheme == "per_channel")).flatten()
         if tokens is not None:
-            return mask.flatten().to(tokens.device)[tokens % mask.numel()] | (tokens < 0)
+            return mask.flatten().to(tokens.device)[tokens] | (tokens < 0)
         if routed:
+            assert isinstance(stop, Stage)
+            stop.lost = True
             return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         # some blocks put the batch's tokens in one row; what is not as many are not the batch's tokens
         return mask.reshape(x.shape[:-1]) if x.shape[:-1].numel() == mask.numel() else None
@@ -260,7 +262,13 @@ class _BatchRun(greenlet):  # type: ignore[misc]
         """Per stage: the first member called, the address of its input, and whether that memory still lives."""
 
     def park(self, stop: Stop, x: Tensor, tokens: Tensor | None) -> None:
-        """Suspend until the stop is decided, if it is one that waits."""
+        """Suspend until the stop is decided, if it is one that waits. ArchitectureError inside of inference mode,
+        which would go on in whoever runs next."""
+        if torch.is_inference_mode_enabled():
+            raise ArchitectureError(
+                f"{stop.name!r} runs inside of torch.inference_mode(), in which a forward cannot be suspended; use "
+                "torch.no_grad() there"
+            )
         self.at, self.tensor, self.tokens = stop, x, tokens
         if stop.waits:
             self.parent.switch()

@@ -77,10 +77,9 @@ class Stage:
         self.done = False
         self.statistics: Statistics | None = None
         self.lost = False
-        """Whether tokens came, of which none could be told from padding."""
+        """Whether rows came that could not be told from padding."""
         self._decide = decide
         self._sample = sample
-        self._rows = 0
 
     @property
     def name(self) -> str:
@@ -89,19 +88,17 @@ class Stage:
     def add(self, x: Tensor, mask: Tensor | None, reference: Tensor | None, known: Tensor | None = None) -> None:
         if self.statistics is None:
             self.statistics = Statistics.empty(x.shape[-1], x.device, self._sample)
-        self._rows += x.shape[:-1].numel()
         first = next(iter(self.members.values()))
         if reference is not None and isinstance(first, Stepped):
             reference = first.exactly(reference)  # as x came
         self.statistics.add(x, mask, reference, known)
 
     def reset(self) -> None:
-        self.statistics, self._rows = None, 0
+        self.statistics = None
 
     def finish(self) -> None:
         if self.statistics is not None and self.statistics.tokens == 0:  # an expert that was called without any
             self.statistics = None
-            self.lost = self._rows > 0
         if self.statistics is not None:
             self.statistics.finish(self.name)
         self._decide(self)

@@ -69,11 +69,19 @@ class TokenIdentity(TorchFunctionMode):
             tokens = torch.arange(x.shape[:-1].numel()).view(x.shape[:-1])
         self._tokens[x] = tokens.to(x.device)
 
-    def begin(self, x: Tensor, others: Iterable[Tensor] = ()) -> None:
-        """`x` [..., channels] goes into a block: its rows are the tokens. Rows of `others` that are laid out otherwise
-        (what cross-attention reads) are none of them."""
-        self._total = x.shape[:-1].numel()
-        self.mark(x)
+    def begin(self, x: Tensor, others: Iterable[Tensor] = (), layout: Sequence[int] | None = None) -> None:
+        """`x` [..., channels] goes into a block: its rows are the tokens. With a `layout` (the mask's shape) that
+        makes up the first or the last of its leading dimensions, several rows are of one token; with another one
+        nobody knows. Rows of `others` that are laid out otherwise (what cross-attention reads) are of none."""
+        rows = x.shape[:-1]
+        self._total = rows.numel()
+        if layout is None or tuple(layout) == rows:
+            self.mark(x)
+        elif rows[: len(layout)] == tuple(layout):
+            tokens = torch.arange(torch.Size(layout).numel()).view(*layout, *[1] * (len(rows) - len(layout)))
+            self.mark(x, tokens.expand(rows))
+        elif rows[len(rows) - len(layout) :] == tuple(layout):
+            self.mark(x, torch.arange(torch.Size(layout).numel()).view(*layout).expand(rows))
         for other in others:
             if other.is_floating_point() and other.ndim == x.ndim and other.shape[:-1] != x.shape[:-1]:
                 self.mark(other, torch.full(other.shape[:-1], -1))
@@ -99,11 +107,13 @@ class TokenIdentity(TorchFunctionMode):
         if name.startswith("__get__") or name in ("size", "dim", "numel"):
             return result
         name, writes = _plain(name)
-        if writes or "out" in kwargs:
-            if name not in _ROWWISE or "out" in kwargs or not self._agree(list(_tensors(args))):
-                self._forget(kwargs.get("out", args[0]))
+        operands, out = list(_tensors([*args, *kwargs.values()])), kwargs.get("out")
+        if writes or out is not None:
+            if name not in _ROWWISE or out is not None or not self._agree(operands):
+                for written in _tensors([args[:1] if out is None else out]):
+                    self._forget(written)
             return result
-        given = [x for x in _tensors(args) if self.of(x) is not None]
+        given = [x for x in operands if self.of(x) is not None]
         if name in _OF_THE_FIRST:
             given = given[:1] if given and given[0] is args[0] else []
         if given:
@@ -116,6 +126,7 @@ class TokenIdentity(TorchFunctionMode):
     def _agree(self, given: Sequence[Tensor]) -> bool:
         """Whether the rows of all tensors that are laid out like the first, if known, are of the same tokens."""
         known = [tokens for x in given if (tokens := self.of(x)) is not None and x.shape[:-1] == given[0].shape[:-1]]
+        known = [tokens for tokens in known if bool((tokens >= 0).any())]
         return all(torch.equal(known[0], tokens) for tokens in known[1:])
 
     def _forget(self, written: Tensor) -> None:
@@ -146,8 +157,10 @@ class TokenIdentity(TorchFunctionMode):
     def _pass_on(self, given: Sequence[Tensor], result: Any) -> None:
         for x in _tensors([result]):
             fitting = [one for one in given if one.shape[:-1] == x.shape[:-1]]
-            if fitting and self._agree(fitting):
-                self._tokens[x] = self._tokens[fitting[0]]
+            if fitting and self._agree(fitting):  # rows of no token (positions, say) take on those of others
+                self._tokens[x] = max(
+                    (self._tokens[one] for one in fitting), key=lambda tokens: bool((tokens >= 0).any())
+                )
 
 
 def _plain(name: str) -> tuple[str, bool]:
