@@ -242,3 +242,30 @@ def test_a_run_is_stored_and_read_back(llama, quick, tmp_path):
         assert torch.equal(weight.scale_format.round(weight.scale_value), weight.scale_value)
     with pytest.raises(ConfigError, match="6bit scales, which the format cannot hold"):
         run.export("compressed-tensors")
+
+
+class Plain(ScalesOfScales):
+    """The same, without an enumeration of its own."""
+
+    name = "6bit plain"
+    shares = (1.0, 0.9, 0.8, 0.7)
+    alternatives = ScaleFormat.alternatives
+
+
+class CoarsePlain(Float):
+    """Floats of a coarse kind that enumerates nothing of its own."""
+
+    name = "coarse"
+    is_coarse = True
+
+
+@pytest.mark.parametrize("kind", [Plain, CoarsePlain])
+def test_a_type_that_enumerates_nothing_of_its_own_is_searched_at_its_shares(kind, monkeypatch):
+    monkeypatch.setitem(SCALE_TYPES, kind.name, kind)
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for observer in ("search", "minmax"):
+        wanted = spec(scale_type=kind.name, observer=observer)
+        found = rtn(weight, None, wanted, wanted.scale_format(torch.float32)).weight.dequantize()
+        errors[observer] = float((found - weight).square().sum())
+    assert errors["search"] < 0.97 * errors["minmax"]

@@ -1,5 +1,6 @@
 """A linear whose input takes steps before its weight meets it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from fewbit.nn.activation import ActivationQuantizer
 from fewbit.nn.steps import QUANTIZE, Divide, Step, restored
 
 
-class Stepped(nn.Module):
+class Stepped(nn.Module, ABC):
     """A linear whose input takes steps, and whose output may be quantized. Subclasses say how it multiplies. Steps are
     its children (divide_input, …); the quantizer, `input_quantizer`, is the last one unless it was given a place."""
 
@@ -94,9 +95,9 @@ class Stepped(nn.Module):
             x = step(x) if step.exact else x
         return x
 
+    @abstractmethod
     def multiply(self, seen: Tensor) -> Tensor:
         """The product, with the bias, of an input as the weight meets it: [..., in] → [..., out]."""
-        raise NotImplementedError
 
     def output(self, seen: Tensor) -> Tensor:
         """`multiply`, quantized if outputs are."""

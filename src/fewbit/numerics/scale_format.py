@@ -80,13 +80,14 @@ class ScaleFormat(ABC):
 
     def storable(self, end: Tensor, octaves: Tensor) -> Iterator[Tensor]:
         """Of a coarse type, all values [...] worth trying from just above a covering scale, `end` [...], down by
-        `octaves` [...]."""
-        raise NotImplementedError(f"scales of type {self.name} are not enumerated")
+        `octaves` [...]. A type that does not enumerate its own is tried at its `shares`."""
+        yield from (self.round(share * end) for share in self.shares)
 
     def alternatives(self, covering: Tensor) -> Iterator[Iterable[Tensor]]:
         """Of a type that is stored jointly, about the covering scales [..., tiles]: for each state of what a block
-        shares, the values [..., tiles] of which each tile may take one."""
-        raise NotImplementedError(f"scales of type {self.name} are not stored jointly")
+        shares, the values [..., tiles] of which each tile may take one. A type that does not enumerate its own states
+        is tried at its `shares`, a whole block at a time."""
+        yield from ((self.round(share * covering),) for share in self.shares)
 
     def pooled(self, error: Tensor) -> Tensor:
         """Errors [..., tiles], each the sum over the tiles whose scales are stored jointly."""
